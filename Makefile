@@ -1,0 +1,35 @@
+# Two commands on a fresh CPU machine: `make train` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: train test test-all lint clean
+
+train: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py $(ARGS)
+
+test: .venv/ready-dev lint
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: .venv/ready-dev lint
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+lint: .venv/ready-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch comes from PyTorch's own index, where the CPU build is; everything else is locked and comes without
+# dependencies of its own, see requirements-cpu.txt.
+.venv/ready: requirements-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --no-deps --extra-index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements-cpu.txt)
+	$(BIN)/pip install -q --no-deps -r requirements-cpu.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	$(BIN)/pip install -q --no-deps -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache runs
