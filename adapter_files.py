@@ -1,0 +1,182 @@
+"""LoRA adapters on disk, in peft's format: `adapter_config.json` and `adapter_model.safetensors`. Knows no model.
+
+Strict: what peft can do and `lora.py` does not is refused, as is any tensor that is missing, left over or mis-shaped.
+Also here: the same update B A at another rank, for training that goes on from an adapter.
+
+Shapes: A (r, in), B (out, r).
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+# What of peft's LoRA changes the forward or the base in ways that are not done here: key -> the value that is fine.
+UNSUPPORTED = {
+    "bias": "none",
+    "lora_bias": False,
+    "use_dora": False,
+    "use_qalora": False,
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layer_replication": None,
+    "trainable_token_indices": None,
+}
+BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights`
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """The s of s·B A: alpha / r, or alpha / √r (rank-stabilised, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def peft_key(path: str, matrix: str) -> str:
+    """The name of a module's "lora_A" or "lora_B" in the file."""
+    return f"base_model.model.{path}.{matrix}.weight"
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An open adapter folder."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    base_model: str
+    paths: list[str]  # of the modules that it has matrices for
+    tensors: "safe_open"
+
+    @property
+    def scale(self) -> float:
+        return scaling(self.rank, self.alpha, self.rslora)
+
+    @property
+    def target_modules(self) -> list[str]:
+        """The last names of its modules."""
+        return sorted({path.rpartition(".")[2] for path in self.paths})
+
+    def matrices(self, path: str) -> tuple[Tensor, Tensor]:
+        """A and B of a module, float32."""
+        found = [self.tensors.get_tensor(peft_key(path, matrix)) for matrix in ("lora_A", "lora_B")]
+        if not all(matrix.is_floating_point() and matrix.isfinite().all() for matrix in found):
+            raise ValueError(f"{path} has values that are not finite numbers")
+        A, B = (matrix.float() for matrix in found)
+        if A.ndim != 2 or B.ndim != 2 or len(A) != self.rank or B.shape[1] != self.rank:
+            raise ValueError(f"{path} has A {tuple(A.shape)} and B {tuple(B.shape)}, at rank {self.rank}")
+        return A, B
+
+
+@contextmanager
+def open_adapter(folder: str | Path) -> Iterator[AdapterFile]:
+    """Opens an adapter folder. Whatever is wrong with it, here or within, is a ValueError or OSError of one line."""
+    folder = Path(folder)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"adapter folder {str(folder)!r} has no {file}")
+    try:
+        config = read_config(folder)
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            found = set(tensors.keys())
+            names = (re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key) for key in found)
+            paths = sorted({name[1] for name in names if name})
+            expected = {peft_key(path, matrix) for path in paths for matrix in ("lora_A", "lora_B")}
+            for kind, keys in (("lacks", expected - found), ("has the unexpected", found - expected)):
+                if keys:
+                    raise ValueError(f"it {kind} {min(keys)!r} ({len(keys)} such keys)")
+            if not paths:
+                raise ValueError("it holds no matrices")
+            base_model = config.get("base_model_name_or_path") or ""
+            rslora = bool(config.get("use_rslora"))
+            yield AdapterFile(config["r"], float(config["lora_alpha"]), rslora, base_model, paths, tensors)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise ValueError(f"adapter {str(folder)!r}: {error}") from None
+
+
+def read_config(folder: Path) -> dict:
+    """peft's configuration of an adapter that is a plain LoRA."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError("its adapter_config.json is not one of a LoRA (peft_type)")
+    for key, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
+        if type(config.get(key)) not in kinds or not 0 < config[key] < math.inf:
+            raise ValueError(f"{key} in its adapter_config.json must be a number above 0, not {config.get(key)!r}")
+    for key, kind in (("use_rslora", bool), ("base_model_name_or_path", str)):
+        if not isinstance(config.get(key), kind | None):
+            raise ValueError(f"{key} in its adapter_config.json must be {kind.__name__}, not {config[key]!r}")
+    for key, fine in UNSUPPORTED.items():
+        if (config.get(key) or fine) != fine:
+            raise ValueError(f"{key} = {config[key]!r} is not supported")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(BASE_CHANGING_STARTS):
+        raise ValueError(f"it belongs to a base that its start, {start!r}, has changed; convert it with peft first")
+    return config
+
+
+def write_adapter(
+    folder: str | Path,
+    matrices: dict[str, tuple[Tensor, Tensor]],
+    *,
+    target_modules: list[str],
+    rank: int,
+    alpha: float,
+    rslora: bool,
+    dropout: float,
+    base_model: str,
+) -> None:
+    """Writes the A and B of each module."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        peft_key(path, matrix): tensor.contiguous()
+        for path, pair in matrices.items()
+        for matrix, tensor in zip(("lora_A", "lora_B"), pair)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": target_modules,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Another rank
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def grow(A: Tensor, B: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
+    """The same B A at a larger rank. As at the start of training, only B is zero: were A too, neither could learn."""
+    return torch.cat([A, fresh_A]), F.pad(B, (0, len(fresh_A)))
+
+
+def shrink(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest to B A of a smaller rank (Eckart and Young 1936), and all r singular values of B A (float64).
+
+    From B = Q R and Aᵀ = P S they are those of R Sᵀ, which is only r by r.
+    """
+    Q, R = torch.linalg.qr(B.double())
+    P, S = torch.linalg.qr(A.double().T)
+    U, values, Vt = torch.linalg.svd(R @ S.T)
+    root = values[:rank].sqrt()
+    return (root[:, None] * (Vt[:rank] @ P.T)).float(), (Q @ U[:, :rank] * root).float(), values

@@ -1,0 +1,378 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen linear W plus a low-rank update that is learned.
+
+    y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        W (out, in) frozen    A (r, in), B (out, r) float32    s = alpha / r
+
+`inject` replaces the linears of a Hugging Face model; a layer can hold several named adapters on its one W, and
+`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL.
+W may be stored in four bits (`quantize_base`, see nf4.py). Adapter folders (adapter_files.py) are peft's, both ways:
+
+    python lora.py export --base MODEL --adapter DIR --out DIR      a merged Hugging Face model
+    python lora.py inspect DIR [--base MODEL]                       what an adapter holds, and what merging it loses
+
+Nothing here knows of shards: where a tensor may be spread over ranks, the caller passes in how to gather or fill it.
+
+Shapes: T tokens, r rank; x (..., in) and y (..., out) may have any leading dimensions.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adapter_files import grow, open_adapter, scaling, shrink, write_adapter
+from nf4 import NF4Linear, NF4Weight
+
+POLICY = "policy"  # the name of the adapter that is trained
+REFERENCE = "reference"  # and of the frozen one, if there is any, that the policy is kept close to
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The layer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """The two matrices of one update; B = 0 at the start, so that training begins exactly at the base.
+
+    `merged` is explained at `LowRankLinear`, `rslora` at `scaling`. All adapters of one name are alike but for shapes.
+    """
+
+    def __init__(
+        self,
+        layer: "LoRALinear",
+        rank: int,
+        alpha: float,
+        *,
+        rslora: bool = False,
+        dropout: float = 0.0,
+        merged: bool = False,
+        trainable: bool = True,
+    ):
+        super().__init__()
+        self.rank, self.alpha, self.rslora, self.dropout, self.merged = rank, alpha, rslora, dropout, merged
+        empty = {"dtype": torch.float32, "device": next(layer.parameters()).device}
+        self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **empty), requires_grad=trainable)
+        self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **empty), requires_grad=trainable)
+
+    @property
+    def scale(self) -> float:
+        return scaling(self.rank, self.alpha, self.rslora)
+
+
+class LoRALinear(nn.Module):
+    """A linear whose W and b are frozen, with named adapters beside them, one of which (or none) is active.
+
+    It stands where the `nn.Linear` stood and keeps its `weight` and `bias`, so names stay those of the checkpoint.
+    """
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        if self.active is None:
+            return self.base(x)
+        adapter = self.adapters[self.active]
+        A, B = adapter.lora_A, adapter.lora_B
+        if adapter.dropout and self.training and torch.is_grad_enabled():  # logprobs to compare with are without it
+            low = F.linear(F.dropout(x, adapter.dropout), A.to(x.dtype))
+            return self.base(x) + adapter.scale * F.linear(low, B.to(x.dtype))
+        return LowRankLinear.apply(x, self.weight, self.bias, A, B, adapter.scale, adapter.merged)
+
+    def base(self, x: Tensor) -> Tensor:
+        """The frozen linear alone."""
+        linear = NF4Linear.apply if isinstance(self.weight, NF4Weight) else F.linear
+        return linear(x, self.weight, self.bias)
+
+
+class LowRankLinear(torch.autograd.Function):
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, saving x, A and B only; W's gradient is never formed, nor is BA.
+
+    With g = dy B:   dA = s gᵀ x    dB = s dyᵀ (x Aᵀ)    dx = dy W + s g A
+
+    `merged`: forward and dx instead use M = W + s·B A rounded to W's dtype, the very weight that the sampler runs;
+    dA and dB stay the same, straight through the rounding. M is formed anew in the backward, not kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | NF4Weight,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+        merged: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.weight = weight  # not saved: FSDP frees W after the forward and refills the same tensor
+        ctx.scale, ctx.merged = scale, merged
+        if merged:
+            return F.linear(x, merge(dense(weight), A, B, scale), bias)
+        y = F.linear(x, dense(weight), bias)
+        low = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T  # (T, r)
+        y.view(-1, y.shape[-1]).addmm_(low, B.to(x.dtype).T, alpha=scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, A, B = ctx.saved_tensors
+        rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        a, b = A.to(x.dtype), B.to(x.dtype)
+        g = dy_rows @ b  # (T, r)
+        dA = (g.T @ rows).to(A.dtype).mul_(ctx.scale)
+        dB = (dy_rows.T @ (rows @ a.T)).to(B.dtype).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if ctx.merged:
+                dx = dy_rows @ merge(dense(ctx.weight), A, B, ctx.scale)
+            else:
+                dx = (dy_rows @ dense(ctx.weight)).addmm_(g, a, alpha=ctx.scale)
+            dx = dx.view(x.shape)
+        return dx, None, None, dA, dB, None, None
+
+
+def dense(weight: Tensor | NF4Weight) -> Tensor:
+    """The weight as a matrix to multiply with."""
+    return weight() if isinstance(weight, NF4Weight) else weight
+
+
+def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + s·B A, computed in float32 (float64 for a float64 W) and rounded once to W's dtype.
+
+    Rows are independent: a shard of W's rows and the same shard of B's give that shard of the merged weight.
+    """
+    wide = torch.promote_types(weight.dtype, A.dtype)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scale).to(weight.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a model
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def inject(
+    model: nn.Module, target_modules: list[str], rank: int, alpha: float, *, name: str = POLICY, **options: float | bool
+) -> list[str]:
+    """Freezes the base and gives every targeted linear an adapter; those of that name become the active ones.
+
+    `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head.
+    `options` are those of `Adapter`. The values are undefined until `init_adapters` or `load_adapter`. Returns the
+    targeted modules' names; raises ValueError if a target matches nothing.
+    """
+    linears = base_linears(model)
+    targeted = set(linears) if target_modules == ["all-linear"] else set()
+    for target in target_modules if not targeted else []:
+        matches = {path for path in linears if path == target or path.endswith(f".{target}")}
+        if not matches:
+            there_are = sorted({path.rpartition(".")[2] for path in linears})
+            raise ValueError(
+                f"target module {target!r} matches no linear; there are: {', '.join(there_are)}, or all-linear"
+            )
+        targeted |= matches
+    freeze_base(model)
+    for path in linears:
+        if path in targeted:
+            layer = as_lora_layer(model, path)
+            layer.adapters[name] = Adapter(layer, rank, alpha, **options)
+    activate(model, name)
+    return [path for path, _ in lora_layers(model, name)]
+
+
+def quantize_base(model: nn.Module) -> None:
+    """Stores W of every linear but the head in NF4: QLoRA, whether the linear has an adapter or not."""
+    freeze_base(model)
+    for path in base_linears(model):
+        layer = as_lora_layer(model, path)
+        weight = NF4Weight(layer.weight)
+        del layer.weight
+        layer.weight = weight
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Leaves nothing trainable but what adapters hold."""
+    for path, parameter in model.named_parameters():
+        if ".adapters." not in path:
+            parameter.requires_grad_(False)
+
+
+def base_linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear but the head, with or without adapters, by name, in the model's order."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.Linear, LoRALinear)) and module is not head
+    }
+
+
+def as_lora_layer(model: nn.Module, path: str) -> LoRALinear:
+    """The layer of that name, which takes the place of an `nn.Linear` if there still is one."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, LoRALinear):
+        layer = LoRALinear(layer)
+        model.set_submodule(path, layer)
+    return layer
+
+
+def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoRALinear]]:
+    """The layers that hold an adapter of that name, with their names, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear) and name in module.adapters:
+            yield path, module
+
+
+def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:
+    """What the base's checkpoint holds, under its name there, in the model's order; tied parameters once."""
+    quantized = {path: module for path, module in model.named_modules() if isinstance(module, NF4Weight)}
+    for path, parameter in model.named_parameters():
+        owner = path.rpartition(".")[0]
+        if owner in quantized:
+            if path.endswith(".packed"):
+                yield owner, quantized[owner]
+        elif ".adapters." not in path:
+            yield path, parameter
+
+
+def fresh_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """A's first values, U(±1/√in), on the CPU."""
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+
+
+@torch.no_grad()
+def init_adapters(
+    model: nn.Module, seed: int, name: str = POLICY, fill: Callable[[Tensor, Tensor], None] = Tensor.copy_
+) -> None:
+    """A ~ U(±1/√in), B = 0. `fill(parameter, whole_tensor)` puts a whole tensor into a parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, layer in lora_layers(model, name):
+        adapter = layer.adapters[name]
+        fill(adapter.lora_A, fresh_A(adapter.rank, layer.in_features, generator))
+        fill(adapter.lora_B, torch.zeros(adapter.lora_B.shape))
+
+
+def activate(model: nn.Module, name: str | None) -> None:
+    """Lets the adapters of that name run, and the base alone in layers that have none."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.active = name if name in module.adapters else None
+
+
+@contextmanager
+def using(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Within it, the adapters of that name run, see `activate`; None: the base alone.
+
+    Where activations are recomputed in the backward, that too must run within it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = [layer.active for layer in layers]
+    try:
+        activate(model, name)
+        yield
+    finally:
+        for layer, active in zip(layers, before):
+            layer.active = active
+
+
+def disabled(model: nn.Module):
+    """Within it, the model is its base."""
+    return using(model, None)
+
+
+def reference(model: nn.Module):
+    """Within it, the model is what the policy is kept close to: the frozen adapter of that name, else the base."""
+    return using(model, REFERENCE)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# To and from adapter folders
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    base_model: str = "",
+    name: str = POLICY,
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    write: bool = True,
+) -> None:
+    """Writes the adapter `name` as peft would. `gather` makes a parameter whole; it may be a collective, so every
+    rank calls this, and one has `write`.
+    """
+    matrices, layers = {}, dict(lora_layers(model, name))
+    for path, layer in layers.items():
+        adapter = layer.adapters[name]
+        whole = [gather(matrix).detach() for matrix in (adapter.lora_A, adapter.lora_B)]
+        if write:
+            matrices[path] = tuple(matrix.cpu() for matrix in whole)
+    if not write:
+        return
+    endings = {path.rpartition(".")[2] for path in layers}
+    so_named = {path for path in base_linears(model) if path.rpartition(".")[2] in endings}
+    write_adapter(
+        folder,
+        matrices,
+        target_modules=sorted(endings if so_named == set(layers) else layers),
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        rslora=adapter.rslora,
+        dropout=adapter.dropout,
+        base_model=base_model,
+    )
+
+
+@torch.no_grad()
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = POLICY,
+    seed: int = 0,
+    fill: Callable[[Tensor, Tensor], None] = Tensor.copy_,
+) -> float:
+    """Fills the adapter `name` from a folder, whose rank and scale may be others.
+
+    Returns what a smaller rank lost of the update, ‖lost‖ / ‖update‖ over all layers; 0 if the rank is not smaller.
+    `seed` starts the directions that a larger rank adds. Raises ValueError unless the folder has exactly the
+    adapter's modules, in their shapes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = dict(lora_layers(model, name))
+    lost = total = 0.0
+    with open_adapter(folder) as file:
+        for kind, paths in (("lacks", layers.keys() - file.paths), ("also has", set(file.paths) - layers.keys())):
+            if paths:
+                there = ", ".join(file.target_modules)
+                raise ValueError(f"it {kind} {min(paths)!r} ({len(paths)} such modules); its targets are {there}")
+        for path, layer in layers.items():
+            A, B = file.matrices(path)
+            if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
+                raise ValueError(
+                    f"{path} maps {A.shape[1]} to {len(B)} features there, {layer.in_features} to "
+                    f"{layer.out_features} in the model: another base model?"
+                )
+            adapter = layer.adapters[name]
+            if adapter.rank > file.rank:
+                A, B = grow(A, B, fresh_A(adapter.rank - file.rank, layer.in_features, generator))
+            elif adapter.rank < file.rank:
+                A, B, values = shrink(A, B, adapter.rank)
+                lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
+            fill(adapter.lora_A, A)
+            fill(adapter.lora_B, B * (file.scale / adapter.scale))
+    return math.sqrt(lost / total) if lost else 0.0
+
+
+if __name__ == "__main__":
+    from export import main
+
+    main()

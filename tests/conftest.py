@@ -1,0 +1,98 @@
+"""What tests share: small models, and a way to run a function on several ranks."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+WORKER = """
+import pickle, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import importlib, os, torch
+call = sys.argv[1]
+module, name, args = pickle.load(open(call, "rb"))
+result = getattr(importlib.import_module(module), name)(*args)
+torch.save(result, call + "." + os.environ["RANK"])
+"""
+
+
+def on_ranks(ranks: int, function: Callable, *args: Any, folder: Path, timeout: int = 300) -> list[Any]:
+    """Runs a test module's top-level function under torchrun; the result of each rank.
+
+    Only a fresh process can join a process group or hold a vLLM engine, so these tests start some.
+    """
+    call, script = folder / "call.pickle", folder / "worker.py"
+    call.write_bytes(pickle.dumps((function.__module__, function.__name__, args)))
+    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    done = torchrun(ranks, str(script), str(call), timeout=timeout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return [torch.load(f"{call}.{rank}", weights_only=False) for rank in range(ranks)]
+
+
+def torchrun(ranks: int, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
+    """`torchrun --nproc-per-node=RANKS ARGUMENTS` from the project's root, on a free port."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def make_model(
+    folder: Path, architecture: str = "qwen2", dtype: torch.dtype = torch.bfloat16, **overrides: Any
+) -> Path:
+    """Saves a small random model: "llama", "qwen2" (q, k, v biases), "qwen3" (q and k norms) or "mistral"."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = dict(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=architecture.startswith("qwen"),
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    config = AutoConfig.for_model(architecture, **(sizes | overrides))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():  # larger than at initialisation, so that mistakes are seen
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """`model_folder("qwen2", ...)` is the folder of such a model, made once per session."""
+    made: dict = {}
+
+    def make(architecture: str = "qwen2", **overrides: Any) -> Path:
+        key = (architecture, *sorted(overrides.items(), key=str))
+        if key not in made:
+            made[key] = make_model(tmp_path_factory.mktemp(architecture), architecture, **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder() -> Path:
+    """The embedded default's model; the same cache as `make train` uses."""
+    import tiny_model
+
+    return tiny_model.ensure(ROOT / ".cache" / "tiny")

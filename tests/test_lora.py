@@ -1,0 +1,306 @@
+"""The LoRA layer against autograd, float64 and peft; adapter folders against peft; ranks against plain algebra."""
+
+import json
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+
+import lora
+from adapter_files import shrink
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral"]
+IDS = torch.randint(2, 160, (2, 11), generator=torch.Generator().manual_seed(1))
+
+
+def make_layer(dtype=torch.float64, rank=4, **options) -> lora.LoRALinear:
+    """A layer of 12 inputs and 10 outputs with random matrices, all in `dtype`."""
+    torch.manual_seed(0)
+    layer = lora.as_lora_layer(nn.Sequential(nn.Linear(12, 10, dtype=dtype).requires_grad_(False)), "0")
+    layer.adapters[lora.POLICY] = adapter = lora.Adapter(layer, rank, 8.0, **options)
+    nn.init.normal_(adapter.lora_A, std=0.3)
+    nn.init.normal_(adapter.lora_B, std=0.3)
+    adapter.to(torch.promote_types(dtype, torch.float32))
+    layer.active = lora.POLICY
+    return layer
+
+
+def plain(layer: lora.LoRALinear, x: torch.Tensor) -> torch.Tensor:
+    """The definition, for autograd to differentiate."""
+    adapter = layer.adapters[lora.POLICY]
+    update = adapter.alpha / adapter.rank * adapter.lora_B @ adapter.lora_A
+    return x @ (layer.weight + update).T + layer.bias
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12)])
+def test_gradients_are_those_of_the_definition(shape, merged):
+    layer = make_layer(merged=merged)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    adapter = layer.adapters[lora.POLICY]
+    torch.testing.assert_close(layer(x), plain(layer, x))
+
+    def function(x, A, B):
+        return lora.LowRankLinear.apply(x, layer.weight, layer.bias, A, B, 0.7, merged)
+
+    assert torch.autograd.gradcheck(function, (x, adapter.lora_A, adapter.lora_B))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_frozen_input_and_recomputed_activations_change_nothing(merged):
+    layer = make_layer(merged=merged)
+    adapter = layer.adapters[lora.POLICY]
+    x = torch.randn(2, 3, 12, dtype=torch.float64).transpose(0, 1)  # not contiguous
+    dy = torch.randn(3, 2, 10, dtype=torch.float64)
+    expected = torch.autograd.grad(plain(layer, x), [adapter.lora_A, adapter.lora_B], dy)
+    for output in (layer(x), checkpoint(layer, x, use_reentrant=False)):
+        found = torch.autograd.grad(output, [adapter.lora_A, adapter.lora_B], dy)
+        torch.testing.assert_close(found, expected)
+
+
+def test_merged_forward_is_the_rounded_weight_and_goes_straight_through():
+    """In bfloat16, merged: y and dx are exactly those of a plain linear with the merged weight; dA, dB as factored."""
+    layer = make_layer(torch.bfloat16, merged=True)
+    adapter = layer.adapters[lora.POLICY]
+    sampler = (layer.weight.float() + adapter.scale * adapter.lora_B @ adapter.lora_A).bfloat16().detach()
+    x = torch.randn(7, 12).bfloat16().requires_grad_()
+    y, expected = layer(x), nn.functional.linear(x, sampler, layer.bias)
+    dy = torch.randn(7, 10).bfloat16()
+    assert torch.equal(y, expected)
+    assert not torch.equal(sampler, layer.weight)
+    grads = torch.autograd.grad(y, [x, adapter.lora_A, adapter.lora_B], dy)
+    assert torch.equal(grads[0], torch.autograd.grad(expected, x, dy)[0])
+    adapter.merged = False
+    factored = torch.autograd.grad(layer(x), [adapter.lora_A, adapter.lora_B], dy)
+    assert torch.equal(grads[1], factored[0]) and torch.equal(grads[2], factored[1])
+
+
+def test_saves_its_input_and_the_adapter_only():
+    layer = make_layer(torch.bfloat16)
+    saved = []
+    x = torch.randn(7, 12).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    adapter = layer.adapters[lora.POLICY]
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in (x, adapter.lora_A, adapter.lora_B)}
+
+
+def test_dropout_acts_on_the_adapter_in_the_update_alone():
+    layer = make_layer(dropout=0.5)
+    x = torch.eye(12, dtype=torch.float64)
+    whole = plain(layer, x)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    rows = layer(x) - base  # of x = identity, each row is one input seen by the adapter: dropped, or doubled
+    for row, kept in zip(rows, whole - base):
+        assert torch.allclose(row, 2 * kept) or torch.allclose(row, torch.zeros_like(row))
+    assert not torch.allclose(rows, whole - base)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), whole)
+    torch.testing.assert_close(layer.eval()(x), whole)
+
+
+def test_rank_stabilised_scale():
+    assert make_layer(rank=4, rslora=True).adapters[lora.POLICY].scale == 4.0  # 8 / sqrt(4)
+    assert make_layer(rank=4).adapters[lora.POLICY].scale == 2.0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a model, against peft
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load(folder, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def peft_model(folder, targets, rank, **options):
+    """peft's model with a random adapter."""
+    config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(load(folder), config).eval()
+    torch.manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+TARGETS = [("all-linear", 4, {}), (["q_proj", "v_proj"], 8, {"use_rslora": True}), (["down_proj", "o_proj"], 2, {})]
+
+
+@pytest.mark.parametrize("targets, rank, options", TARGETS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_peft_reads_ours_and_we_read_peft(architecture, targets, rank, options, model_folder, tmp_path):
+    folder = model_folder(architecture)
+    theirs = peft_model(folder, targets, rank, **options)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(folder)
+    target_list = [targets] if isinstance(targets, str) else targets
+    lora.inject(ours, target_list, rank, 16, rslora=options.get("use_rslora", False))
+    assert lora.load_adapter(ours, tmp_path / "theirs") == 0.0
+    logits = theirs(IDS).logits
+    base = load(folder)(IDS).logits
+    torch.testing.assert_close(ours(IDS).logits, logits, rtol=0, atol=2e-5)
+    assert (logits - base).abs().max() > 0.01  # the adapter does something
+    with lora.disabled(ours):
+        assert torch.equal(ours(IDS).logits, base)
+
+    lora.save_adapter(ours, tmp_path / "ours", base_model=str(folder))
+    again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(IDS).logits, logits, rtol=0, atol=2e-5)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+@torch.no_grad()
+def test_adapters_of_some_layers_are_saved_so_that_peft_finds_no_more(model_folder, tmp_path):
+    ours = load(model_folder("llama"))
+    lora.inject(ours, ["model.layers.1.self_attn.q_proj"], 4, 8)
+    lora.init_adapters(ours, seed=0)
+    lora.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(load(model_folder("llama")), tmp_path)
+    assert len([name for name, _ in theirs.named_parameters() if "lora_A" in name]) == 1
+
+
+def test_gradients_are_pefts(model_folder, tmp_path):
+    theirs = peft_model(model_folder("qwen2"), "all-linear", 4)
+    theirs.save_pretrained(tmp_path)
+    ours = load(model_folder("qwen2"))
+    lora.inject(ours, ["all-linear"], 4, 16)
+    lora.load_adapter(ours, tmp_path)
+    for model in (theirs, ours):
+        model(IDS).logits.log_softmax(-1)[..., 5].sum().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for path, layer in lora.lora_layers(ours):
+        for matrix in ("lora_A", "lora_B"):
+            reference = expected[f"base_model.model.{path}.{matrix}.default.weight"]
+            found = getattr(layer.adapters[lora.POLICY], matrix).grad
+            assert (found - reference).norm() < 1e-4 * reference.norm()
+    assert sum(p.requires_grad for p in ours.parameters()) == len(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Strictness, ranks, several adapters
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def saved_adapter(folder, out, rank=16, alpha=16.0, std=0.05, seed=3):
+    """A folder with a random adapter on every linear, and the model that has it."""
+    model = load(folder)
+    lora.inject(model, ["all-linear"], rank, alpha)
+    lora.init_adapters(model, seed)
+    torch.manual_seed(seed)
+    for _, layer in lora.lora_layers(model):
+        nn.init.normal_(layer.adapters[lora.POLICY].lora_B, std=std)
+    lora.save_adapter(model, out, base_model=str(folder))
+    return model
+
+
+KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+BREAKS = {
+    "lacks 'base_model.model.model.layers.1.mlp.up_proj.lora_B": lambda tensors, config: tensors.pop(KEY),
+    "unexpected 'base_model.model.model.layers.1.mlp.up_proj.lora_m": lambda tensors, config: tensors.update(
+        {KEY.replace("lora_B", "lora_magnitude_vector"): torch.ones(3)}
+    ),
+    "also has 'lm_head'": lambda tensors, config: tensors.update(
+        {f"base_model.model.lm_head.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
+    ),
+    "another base model": lambda tensors, config: tensors.update({KEY: torch.ones(97, 16)}),
+    "at rank 16": lambda tensors, config: tensors.update({KEY: torch.ones(96, 15)}),
+    "bias = 'all' is not supported": lambda tensors, config: config.update(bias="all"),
+    "use_dora = True is not supported": lambda tensors, config: config.update(use_dora=True),
+    "rank_pattern": lambda tensors, config: config.update(rank_pattern={"q_proj": 8}),
+    "pissa_niter_4": lambda tensors, config: config.update(init_lora_weights="pissa_niter_4"),
+    "not one of a LoRA": lambda tensors, config: config.update(peft_type="IA3"),
+    "lora_alpha in its adapter_config.json must be a number": lambda tensors, config: config.pop("lora_alpha"),
+}
+
+
+@pytest.mark.parametrize("message", BREAKS)
+def test_a_broken_adapter_is_refused_in_one_line(message, model_folder, tmp_path):
+    model = saved_adapter(model_folder("mistral"), tmp_path)
+    files = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, config = load_file(files[0]), json.loads(files[1].read_text())
+    BREAKS[message](tensors, config)
+    save_file(tensors, files[0])
+    files[1].write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        lora.load_adapter(model, tmp_path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_absent_and_cut_off_files_are_refused(model_folder, tmp_path):
+    model = saved_adapter(model_folder("mistral"), tmp_path)
+    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
+        lora.load_adapter(model, tmp_path / "nowhere")
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"adapter '{tmp_path}'"):
+        lora.load_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="there are: down_proj, gate_proj, k_proj"):
+        lora.inject(load(model_folder("llama")), ["query"], 4, 8)
+
+
+@torch.no_grad()
+def test_a_larger_rank_goes_on_exactly_where_the_smaller_was(model_folder, tmp_path):
+    before = saved_adapter(model_folder("qwen3"), tmp_path, rank=16, alpha=16)
+    after = load(model_folder("qwen3"))
+    lora.inject(after, ["all-linear"], 32, 16)
+    assert lora.load_adapter(after, tmp_path, seed=1) == 0.0
+    for (_, old), (_, new) in zip(lora.lora_layers(before), lora.lora_layers(after)):
+        old, weight, new = old.adapters[lora.POLICY], old.weight, new.adapters[lora.POLICY]
+        merged = [lora.merge(weight, adapter.lora_A, adapter.lora_B, adapter.scale) for adapter in (old, new)]
+        assert torch.equal(*merged)
+        assert new.lora_A[16:].abs().min() > 0  # or the added directions could never learn
+    torch.testing.assert_close(after(IDS).logits, before(IDS).logits, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_lost(model_folder, tmp_path):
+    before = saved_adapter(model_folder("llama"), tmp_path, rank=16, alpha=16)
+    after = load(model_folder("llama"))
+    lora.inject(after, ["all-linear"], 6, 16)
+    reported = lora.load_adapter(after, tmp_path)
+    lost = total = 0.0
+    for (_, old), (_, new) in zip(lora.lora_layers(before), lora.lora_layers(after)):
+        old, new = ((a.scale * a.lora_B @ a.lora_A).double() for a in (old.adapters["policy"], new.adapters["policy"]))
+        values = torch.linalg.svdvals(old)
+        error = (old - new).square().sum()
+        torch.testing.assert_close(error, values[6:].square().sum(), rtol=1e-4, atol=0)  # Eckart-Young
+        lost, total = lost + error, total + old.square().sum()
+    assert reported == pytest.approx((lost / total).sqrt().item(), rel=1e-4)
+    assert 0.3 < reported < 0.9
+
+
+def test_shrinking_what_has_a_smaller_rank_already_loses_nothing():
+    torch.manual_seed(0)
+    A, B = torch.randn(8, 3) @ torch.randn(3, 30), torch.randn(20, 8)
+    small_A, small_B, values = shrink(A, B, 3)
+    torch.testing.assert_close(small_B @ small_A, B @ A, rtol=0, atol=1e-4)
+    assert values[3:].max() < 1e-5 * values[0]
+
+
+@torch.no_grad()
+def test_named_adapters_share_one_base_and_switch(model_folder, tmp_path):
+    folder = model_folder("qwen2")
+    sft = saved_adapter(folder, tmp_path / "sft", rank=4, seed=5)
+    policy = saved_adapter(folder, tmp_path / "policy", rank=16, seed=6)
+    both = load(folder)
+    lora.inject(both, ["all-linear"], 4, 16, name=lora.REFERENCE, trainable=False)
+    lora.inject(both, ["all-linear"], 16, 16)
+    lora.load_adapter(both, tmp_path / "sft", name=lora.REFERENCE)
+    lora.load_adapter(both, tmp_path / "policy")
+    assert torch.equal(both(IDS).logits, policy(IDS).logits)
+    with lora.reference(both):
+        assert torch.equal(both(IDS).logits, sft(IDS).logits)
+        with lora.disabled(both):
+            assert torch.equal(both(IDS).logits, load(folder)(IDS).logits)
+    assert torch.equal(both(IDS).logits, policy(IDS).logits)
+    with lora.reference(policy):  # it has none: the base
+        assert torch.equal(policy(IDS).logits, load(folder)(IDS).logits)
+    trained = [name for name, parameter in both.named_parameters() if parameter.requires_grad]
+    assert trained and all(f".adapters.{lora.POLICY}." in name for name in trained)

@@ -1,0 +1,240 @@
+"""Every way to train a model, on several ranks: against one plain process, and against what vLLM then runs."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import on_ranks
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import fsdp_utils
+import lora
+import policy
+from configs.base import Config
+from stream import summon_layers
+
+PROMPTS, COMPLETIONS = [[5, 9, 3], [7, 2]], [[4, 8, 6, 1], [3, 3, 1]]
+SETTINGS = {  # mode -> (architecture, merged, nf4, recomputed activations)
+    "factored": ("mistral", False, False, True),
+    "merged": ("qwen3", True, False, False),
+    "nf4": ("qwen2", False, True, True),
+    "nf4, merged": ("llama", True, True, False),
+    "full": ("qwen2", None, False, True),
+    "full, untied": ("llama", None, False, False),
+}
+
+
+def plain_logprobs(model: nn.Module) -> torch.Tensor:
+    """What a Hugging Face model gives the completions, one sequence at a time."""
+    parts = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        parts.append((logits / 0.7).log_softmax(-1)[range(len(completion)), completion])
+    return torch.cat(parts)
+
+
+def prepared(model: nn.Module, merged: bool | None, nf4: bool) -> nn.Module:
+    """The model with what the mode asks for; None: nothing, it is trained as a whole."""
+    if nf4:
+        lora.quantize_base(model)
+    if merged is not None:
+        lora.inject(model, ["all-linear"], 4, 8.0, merged=merged)
+    return model
+
+
+def start(model: nn.Module, fill=torch.Tensor.copy_) -> None:
+    """Values for the adapters, with a B that is not zero."""
+    lora.init_adapters(model, seed=0, fill=fill)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(model):
+            B = layer.adapters[lora.POLICY].lora_B
+            fill(B, torch.randn(B.shape, generator=generator) * 0.1)
+
+
+def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, float, float]]:
+    """Of each mode: relative errors of logprobs and of gradients, and the share of streamed weights with equal bits."""
+    policy.LOGITS_AT_ONCE = 2 * 160  # several chunks, of two rows
+    world, results = fsdp_utils.init_world(), {}
+    for mode, (architecture, merged, nf4, recompute) in SETTINGS.items():
+        plain = AutoModelForCausalLM.from_pretrained(folders[architecture], dtype=torch.float32)
+        start(prepared(plain, merged, nf4))
+        expected = plain_logprobs(plain)
+        expected.square().sum().backward()
+
+        model = prepared(fsdp_utils.meta_model(folders[architecture], torch.float32), merged, nf4)
+        if recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        sharded = policy.Policy(model).train()
+        fsdp_utils.shard(sharded, model.base_model.layers, world.device)
+        fsdp_utils.load_weights(model, folders[architecture], world.device)
+        start(model, fsdp_utils.fill)
+        found = sharded(policy.pack(PROMPTS, COMPLETIONS, world.device), 0.7).logprobs
+        found.square().sum().backward()
+
+        references = dict(plain.named_parameters())
+        gradients = [
+            (fsdp_utils.gather(parameter.grad) - references[name].grad).norm() / references[name].grad.norm()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+        streams = [summon_layers(source, world.device, dtype=torch.bfloat16) for source in (model, plain)]
+        same = [
+            names[0] == names[1] and torch.equal(*tensors)
+            for names, tensors in (zip(*pair) for pair in zip(*streams, strict=True))
+        ]
+        difference = (found - expected).norm() / expected.norm()
+        results[mode] = (difference.item(), max(gradients).item(), sum(same) / len(same))
+    dist.destroy_process_group()
+    return results
+
+
+def test_three_ranks_agree_with_one_plain_process(model_folder, tmp_path):
+    """Rows of 64, 96 and 160 spread unevenly over three ranks; the reference takes logits and plain autograd."""
+    folders = {name: str(model_folder(name)) for name in ("llama", "qwen2", "qwen3", "mistral")}
+    for results in on_ranks(3, compare_with_one_process, folders, folder=tmp_path):
+        for mode, (logprobs, gradients, same) in results.items():
+            assert logprobs < 1e-5 and gradients < 1e-4 and same == 1.0, (mode, logprobs, gradients, same)
+
+
+CONTRADICTIONS = {
+    "kl_coef needs the base": {"lora_rank": 0, "kl_coef": 0.1},
+    "base_dtype nf4 is for a frozen base": {"lora_rank": 0, "base_dtype": "nf4"},
+    "lora_forward merged needs an adapter": {"lora_rank": 0, "lora_forward": "merged"},
+    "lora_adapter_path needs an adapter": {"lora_rank": 0, "lora_adapter_path": "somewhere"},
+    "lora_dropout needs an adapter": {"lora_rank": 0, "lora_dropout": 0.1},
+    "lora_dropout must be less than 1": {"lora_dropout": 1.0},
+    "lora_dropout cannot act inside a merged weight": {"lora_dropout": 0.1, "lora_forward": "merged"},
+    "ref_adapter_path has no effect without kl_coef": {"ref_adapter_path": "somewhere"},
+    "lora_rank must be at least 0": {"lora_rank": -1},
+    "base_dtype must be one of dtype, nf4": {"base_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_contradictions_are_refused_at_the_start(message):
+    with pytest.raises(ValueError, match=message):
+        Config(**CONTRADICTIONS[message])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# With vLLM
+# ---------------------------------------------------------------------------------------------------------------
+
+TOKENS = torch.randint(3, 250, (20,), generator=torch.Generator().manual_seed(0)).tolist()
+MODES = {
+    "factored": {},
+    "merged": {"lora_forward": "merged"},
+    "nf4": {"base_dtype": "nf4", "target_modules": ["q_proj", "down_proj"]},
+    "full": {"lora_rank": 0, "lora_alpha": 32.0},
+    "larger rank": {"lora_rank": 32, "lora_adapter_path": "ADAPTER"},
+    "smaller rank": {"lora_rank": 2, "lora_adapter_path": "ADAPTER", "use_rslora": True},
+    "reference": {
+        "ref_adapter_path": "ADAPTER",
+        "kl_coef": 0.1,
+        "target_modules": ["q_proj", "up_proj"],
+        "lora_dropout": 0.1,
+    },
+}
+
+
+def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
+    """Of each mode: how far vLLM's logprobs are from the policy's before training, after it, and after the stream;
+    and the mean logprob under the reference.
+    """
+    import prepare
+    import run
+    from configs.arithmetic_cpu import config as base
+
+    base = dataclasses.replace(base, lora_rank=8)
+    world, engine, results = fsdp_utils.init_world(), prepare.build_engine(base, model), {}
+    batch = policy.pack([TOKENS[:1]], [TOKENS[1:]], world.device)
+    for mode, changes in MODES.items():
+        changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
+        config = dataclasses.replace(base, **changes)
+        trained = prepare.build_policy(config, model, world)
+        optimizer = torch.optim.AdamW(
+            [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
+        )
+        tokenizer = prepare.AutoTokenizer.from_pretrained(model)
+        session = run.Run(config, world, tokenizer, [], [], trained, optimizer, engine, None)
+
+        @torch.no_grad()
+        def difference(trained=trained) -> float:
+            return (trained(batch)[0] - torch.tensor(engine.logprobs(TOKENS))).abs().mean().item()
+
+        session.sync(everything=True)
+        distances = [difference()]
+        for _ in range(3):
+            (-trained(batch)[0].mean() * 10).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        distances.append(difference())
+        session.sync()
+        distances.append(difference())
+        with torch.no_grad(), lora.reference(trained):
+            results[mode] = (*distances, trained(batch)[0].mean().item())
+    dist.destroy_process_group()
+    return results
+
+
+def adapter_in(folder, model_folder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Saves a random adapter; the logprobs of `TOKENS` with it and without."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
+    lora.inject(model, ["all-linear"], 16, 16.0)
+    start(model)
+    lora.save_adapter(model, folder)
+
+    @torch.no_grad()
+    def logprobs() -> torch.Tensor:
+        logp = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
+        return logp[range(len(TOKENS) - 1), TOKENS[1:]]
+
+    with lora.disabled(model):
+        base = logprobs()
+    return logprobs(), base
+
+
+def test_what_each_mode_trains_is_what_vllm_runs(tiny_folder, tmp_path):
+    adapter, base = adapter_in(tmp_path / "adapter", tiny_folder)
+    for results in on_ranks(2, train_and_stream, str(tiny_folder), str(tmp_path / "adapter"), folder=tmp_path):
+        for mode, (before, stale, synced, reference) in results.items():
+            assert before < 0.05 and synced < 0.05 < 0.3 < stale, (mode, before, stale, synced)
+            if mode in ("factored", "reference"):
+                expected = adapter if mode == "reference" else base
+                assert abs(reference - expected.mean().item()) < 0.02
+
+
+def native_logprobs(model: str, adapter: str) -> list[list[float]]:
+    """Of `TOKENS`, under vLLM's own LoRA: with the adapter and without."""
+    from vllm.lora.request import LoRARequest
+
+    from rollout import LLM, SamplingParams, TokensPrompt
+
+    fsdp_utils.init_world()
+    llm = LLM(
+        model,
+        dtype="bfloat16",
+        enable_lora=True,
+        max_lora_rank=16,
+        max_model_len=64,
+        kv_cache_memory_bytes=1 << 26,
+        enforce_eager=True,
+        distributed_executor_backend="external_launcher",
+    )
+    params, results = SamplingParams(max_tokens=1, prompt_logprobs=0), []
+    for request in (LoRARequest("policy", 1, adapter), None):
+        (output,) = llm.generate([TokensPrompt(prompt_token_ids=TOKENS)], params, lora_request=request, use_tqdm=False)
+        results.append([entry[token].logprob for token, entry in zip(TOKENS[1:], output.prompt_logprobs[1:])])
+    dist.destroy_process_group()
+    return results
+
+
+def test_vllm_reads_our_adapters_as_its_own(tiny_folder, tmp_path):
+    expected = adapter_in(tmp_path / "adapter", tiny_folder)
+    (found,) = on_ranks(1, native_logprobs, str(tiny_folder), str(tmp_path / "adapter"), folder=tmp_path)
+    for mine, theirs in zip(expected, torch.tensor(found)):
+        assert (mine - theirs).abs().mean() < 0.03
+    assert (expected[0] - expected[1]).abs().mean() > 0.2
