@@ -1,0 +1,200 @@
+"""The vLLM engine inside the training processes: generate, score, receive weights.
+
+Every rank of torchrun builds an `Engine`. Ranks that share one engine (tensor parallelism) are neighbours and pass
+it the same requests; engines divide the requests among them, and afterwards every rank holds all completions.
+"""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process; read at vllm's import
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.inputs import TokensPrompt  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
+
+import lora  # noqa: E402
+
+# vLLM fuses these linears into one module, which it loads only when all of its parts have come.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its LoRA kernels are made for; others take the next larger
+
+
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    samples: int
+    temperature: float  # 0: greedy
+    seed: int  # sample i uses seed + i, so the same request always gives the same tokens
+    adapter: str = lora.POLICY  # of those given to `load_adapter`; the policy may be merged into the weights instead
+
+
+@dataclass(frozen=True)
+class Completion:
+    request: int  # index of the request it answers
+    token_ids: list[int]  # with the end-of-sequence token, if it was reached
+    logprobs: list[float]  # of those tokens, under the sampler, at the sampling temperature
+    truncated: bool  # cut off at max_completion_length
+
+
+class Engine:
+    """vLLM under torchrun, one per `tensor_parallel_size` ranks."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        tensor_parallel_size: int = 1,
+        max_model_len: int,
+        max_completion_length: int,
+        max_num_seqs: int = 256,
+        gpu_memory_utilization: float = 0.4,
+        kv_cache_gb: float = 0.0,
+        enforce_eager: bool = False,
+        sleep_level: int = 0,
+        max_lora_rank: int = 0,
+        max_loras: int = 1,
+        seed: int = 0,
+    ):
+        """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if world_size % tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size {tensor_parallel_size} does not divide the number of processes, {world_size}"
+            )
+        self.max_completion_length = max_completion_length
+        self.engines = world_size // tensor_parallel_size
+        self.index, self.tensor_parallel_rank = divmod(rank, tensor_parallel_size)
+        self.sleep_level, self.adapters = sleep_level, {}
+        self.copies_at_once = torch.cuda.is_available()  # see load_weights
+        on_cpu = not torch.cuda.is_available()
+        self.llm = LLM(
+            model,
+            dtype=dtype,
+            load_format="safetensors",  # never pickles; and no code that comes with a model
+            trust_remote_code=False,
+            seed=seed,  # the same on every rank: the ranks of one engine must agree
+            tensor_parallel_size=tensor_parallel_size,
+            distributed_executor_backend="external_launcher",
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=gpu_memory_utilization,
+            kv_cache_memory_bytes=int((kv_cache_gb or on_cpu) * 2**30) or None,
+            enforce_eager=enforce_eager or on_cpu,
+            enable_sleep_mode=sleep_level > 0 and not on_cpu,  # vLLM's allocator for it is CUDA's
+            enable_lora=max_lora_rank > 0,
+            max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max_lora_rank),
+            max_loras=max_loras,
+            logprobs_mode="processed_logprobs",  # with the temperature in them, as the trainer's are
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+        )
+
+    def generate(self, requests: list[Request]) -> list[Completion]:
+        """All ranks pass the same requests and get all completions, in the order of the requests."""
+        mine = range(self.index, len(requests), self.engines)
+        params = [
+            SamplingParams(
+                n=requests[i].samples,
+                temperature=requests[i].temperature,
+                seed=requests[i].seed,
+                max_tokens=self.max_completion_length,
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for i in mine
+        ]
+        prompts = [TokensPrompt(prompt_token_ids=requests[i].prompt_ids) for i in mine]
+        adapters = [self.adapter(requests[i].adapter) for i in mine]
+        outputs = self.llm.generate(prompts, params, lora_request=adapters, use_tqdm=False) if prompts else []
+        completions = [
+            Completion(
+                request=i,
+                token_ids=list(sample.token_ids),
+                logprobs=list(sample.logprobs.logprobs),
+                truncated=sample.finish_reason == "length",
+            )
+            for i, output in zip(mine, outputs)
+            for sample in output.outputs
+        ]
+        shares: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, completions if self.tensor_parallel_rank == 0 else [])
+        return sorted(chain.from_iterable(shares), key=lambda completion: completion.request)
+
+    def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
+        """Logprob of every token after the first, under the weights in vLLM, at temperature 1."""
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        (output,) = self.llm.generate([prompt], params, lora_request=self.adapter(adapter), use_tqdm=False)
+        return [entry[token].logprob for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:])]
+
+    def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces weights by a stream of (Hugging Face name, whole tensor); ranks of one engine pass the same.
+
+        Weights that are not in the stream stay as they are. Parts of one fused module must follow each other: a GPU's
+        weights are written in place (`copies_at_once`), but a CPU's are packed, a module at a time when it is complete.
+        """
+        if self.copies_at_once:
+            self.llm.apply_model(lambda model: model.load_weights(stream))
+        else:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.with_tied_head(stream)})
+        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def with_tied_head(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The stream, with a tied embedding under the head's name too: on a CPU, vLLM packs a copy for the head."""
+        tied = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings
+        for name, tensor in stream:
+            yield name, tensor
+            if tied and name.endswith("embed_tokens.weight"):
+                yield "lm_head.weight", tensor
+
+    def load_adapter(self, folder: str, name: str = lora.POLICY) -> None:
+        """Gives vLLM a peft folder, anew if it has an adapter of that name; vLLM has read it when this returns."""
+        known = self.adapters.get(name)
+        number = known.lora_int_id if known else len(self.adapters) + 1
+        self.llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
+        self.adapters[name] = LoRARequest(name, number, folder)  # not to be read again with every request
+        self.llm.reset_prefix_cache()
+
+    def adapter(self, name: str) -> LoRARequest | None:
+        """What vLLM calls an adapter; None for a policy that is in the weights. Raises ValueError for others."""
+        if name not in self.adapters and name != lora.POLICY:
+            raise ValueError(f"vLLM has no adapter {name!r}; there are: {', '.join(self.adapters) or 'none'}")
+        return self.adapters.get(name)
+
+    def sleep(self) -> None:
+        """Leaves the GPU's memory to training: the KV cache goes, the weights move to the host (level 1) or go (2)."""
+        if self.sleep_level:
+            self.llm.sleep(level=self.sleep_level)
+
+    def wake(self, part: Literal["weights", "kv_cache"]) -> None:
+        """Takes the memory of one part back. After level 2 the weights are undefined until they are loaded."""
+        if self.sleep_level:
+            self.llm.wake_up([part])
+
+
+def whole_modules(changed: Iterable[str]) -> set[str]:
+    """Module names, completed to all parts of the modules that vLLM fuses.
+
+    >>> sorted(whole_modules(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]))
+    ['layers.0.mlp.down_proj', 'layers.0.mlp.gate_proj', 'layers.0.mlp.up_proj']
+    """
+    whole = set()
+    for path in changed:
+        parent, _, name = path.rpartition(".")
+        parts = next((group for group in FUSED if name in group), (name,))
+        whole |= {f"{parent}.{part}" for part in parts}
+    return whole

@@ -1,0 +1,154 @@
+"""The weight stream: from shards to the sampler, one whole tensor at a time, adapters merged on the way.
+
+FSDP shards W and B alike, by rows, so W + s·B A is formed within the shard, from A whole; only the sum is gathered.
+W is never written: nothing has to be restored, and nothing can drift. What is held beyond the shards is the tensor
+that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+import lora
+import nf4
+from fsdp_utils import gather, local
+from nf4 import NF4Weight
+
+ELEMENTS_AT_ONCE = 1 << 20  # of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each
+
+
+@dataclass
+class SyncStats:
+    """What one pass of the stream moved and held, and how much of the update survived rounding to W's dtype."""
+
+    bytes: int = 0  # of the tensors streamed
+    peak_bytes: int = 0  # of those that were alive at one time, here or with whom they were given to
+    moments: Tensor | float = 0.0  # <realised, intended>, |realised|², |intended|², over this rank's shards
+    held: list[tuple[StorageWeakRef, int]] = field(default_factory=list)  # memory of tensors streamed, and its bytes
+
+    def hold(self, whole: Tensor) -> None:
+        """Counts a tensor for as long as its memory exists, whoever keeps it."""
+        storage = whole.untyped_storage()
+        self.held = [(reference, size) for reference, size in self.held if not reference.expired()]
+        self.held.append((StorageWeakRef(storage), storage.nbytes()))
+        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.held))
+
+    def release(self, whole: Tensor) -> None:
+        """Frees a tensor's memory, whoever keeps it."""
+        storage = whole.untyped_storage()
+        storage.resize_(0)
+        self.held = [(reference, size) for reference, size in self.held if reference.cdata != storage._cdata]
+
+    def compare(self, weight: Tensor, merged: Tensor, intended: Tensor) -> None:
+        """Compares what rounding left of an update, `merged - weight`, with the update itself."""
+        realised = merged.float() - weight.float()
+        self.moments = self.moments + torch.stack(
+            [(realised * intended).sum(), realised.square().sum(), intended.square().sum()]
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """`sync/update_survival` is the cosine between the two: 1 if nothing was lost. Collective."""
+        metrics: dict[str, float] = {"sync/bytes": self.bytes, "sync/peak_bytes": self.peak_bytes}
+        if isinstance(self.moments, Tensor):
+            dist.all_reduce(self.moments)
+            dot, realised, intended = self.moments.tolist()
+            if intended:
+                metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
+        return metrics
+
+
+@torch.no_grad()
+def summon_layers(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    modules: set[str] | None = None,
+    stats: SyncStats | None = None,
+    dtype: torch.dtype | None = None,
+    name: str = lora.POLICY,
+    prefetch: bool = True,
+    release: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights as the sampler needs them: (Hugging Face name, whole tensor on `device`), in the model's order.
+
+    `modules` limits the stream to the parameters of those modules; None streams all. `dtype`: of the stream, None: of
+    the model. `name`: the adapter that is merged.
+    `release` frees a tensor when the next one is asked for, for takers that have copied it by then: others may keep it
+    as long as they like. Collective: all ranks take the stream to its end.
+    """
+    stats = stats or SyncStats()
+    layers = dict(lora.lora_layers(model, name))
+
+    def gatherings() -> Iterator[tuple[str, Gathering]]:
+        for path, weight in lora.base_weights(model):
+            module, _, kind = path.rpartition(".")
+            if modules is None or module in modules:
+                adapter = layers[module].adapters[name] if kind == "weight" and module in layers else None
+                yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats)
+
+    upcoming = gatherings()
+    following = next(upcoming, None)
+    while following:
+        path, gathering = following
+        following = next(upcoming, None) if prefetch else None
+        whole = gathering.wait()
+        yield path, whole
+        if release:
+            stats.release(whole)
+        del whole, gathering  # or they would live on while the next one is made
+        following = following or next(upcoming, None)
+
+
+class Gathering:
+    """A whole tensor on its way: this rank's rows are in their place, those of the others are coming."""
+
+    def __init__(
+        self,
+        weight: Tensor | NF4Weight,
+        adapter: lora.Adapter | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        stats: SyncStats,
+    ):
+        sharded = weight.packed if isinstance(weight, NF4Weight) else weight
+        ranks, mine, group = 1, 0, None
+        if isinstance(sharded, DTensor):
+            mesh = sharded.device_mesh["shard"]
+            ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+        self.length, share = weight.shape[0], -(-weight.shape[0] // ranks)  # as torch.chunk: the last may have fewer
+        self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
+        own = self.buffer[mine * share : (mine + 1) * share]
+        write_rows(weight, adapter, own[: len(local(sharded))], stats)
+        self.work = dist.all_gather_single(self.buffer, own, group=group, async_op=True) if ranks > 1 else None
+        stats.bytes += self.length * self.buffer[0].nbytes
+        stats.hold(self.buffer)
+
+    def wait(self) -> Tensor:
+        """The whole tensor."""
+        if self.work:
+            self.work.wait()
+        return self.buffer[: self.length]
+
+
+def write_rows(weight: Tensor | NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats) -> None:
+    """This rank's rows of W, or of W + s·B A, into `target`; a part at a time, for float32 takes twice W's room."""
+    parameters = list(weight.parameters()) if isinstance(weight, NF4Weight) else [weight]
+    if adapter:
+        A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)
+    step = max(1, ELEMENTS_AT_ONCE // math.prod(weight.shape[1:]))
+    for start in range(0, len(target), step):
+        rows = slice(start, start + step)
+        parts = [local(parameter)[rows].to(target.device) for parameter in parameters]
+        W = nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, NF4Weight) else parts[0]
+        if adapter:
+            b = B[rows].to(target.device)
+            merged = lora.merge(W, A, b, adapter.scale)
+            stats.compare(W, merged, adapter.scale * (b @ A))
+            W = merged
+        target[rows] = W

@@ -1,0 +1,247 @@
+"""Loading into shards, and gradients that do not depend on how ranks, shards and micro-batches divide the work."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import on_ranks
+from transformers import AutoModelForCausalLM
+
+import fsdp_utils
+import lora
+from policy import Policy, pack
+
+SHAPES = dict(intermediate_size=90, vocab_size=161)  # rows that 4 ranks cannot share evenly
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class CountingSlice:
+    """A tensor on disk that notes how much of it is read."""
+
+    read: list[tuple[str, int]] = []
+
+    def __init__(self, source, name):
+        self.source, self.name = source, name
+
+    def get_shape(self):
+        return self.source.get_shape()
+
+    def get_dtype(self):
+        return self.source.get_dtype()
+
+    def __getitem__(self, rows):
+        tensor = self.source[rows]
+        self.read.append((self.name, tensor.numel()))
+        return tensor
+
+
+def read_counted(source, parameter, name, real=fsdp_utils.read_rows):
+    real(CountingSlice(source, name), parameter, name)
+
+
+def sharded(folder, world, dtype=torch.bfloat16, fsdp_size=0, checkpointing=False, **options):
+    model = fsdp_utils.meta_model(str(folder), dtype)
+    lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model).train()
+    fsdp_utils.shard(policy, model.base_model.layers, world.device, fsdp_size, **options)
+    fsdp_utils.load_weights(model, str(folder), world.device)
+    return policy
+
+
+def load_all(folders):
+    """For each folder: elements that this rank read by name; asserts that the model is that of from_pretrained."""
+    world, fsdp_utils.read_rows, counts = fsdp_utils.init_world(), read_counted, []
+    for folder in folders:
+        CountingSlice.read = []
+        model = sharded(folder, world).model
+        counts.append(CountingSlice.read)
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        for name, parameter in expected.named_parameters(remove_duplicate=False):
+            assert torch.equal(fsdp_utils.gather(model.get_parameter(name)), parameter), name
+        for name, buffer in expected.named_buffers():
+            assert torch.equal(model.get_buffer(name), buffer), name
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert tied == expected.config.tie_word_embeddings
+    return counts
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_loading_into_shards_equals_from_pretrained(ranks, model_folder, tmp_path):
+    folders = [
+        model_folder("qwen2", **SHAPES),
+        model_folder("llama", **SHAPES),
+        model_folder("qwen3", num_key_value_heads=1, head_dim=2, **SHAPES),  # 2 rows: fewer than ranks
+        in_several_files(model_folder("llama", **SHAPES), tmp_path / "sharded"),
+    ]
+    results = on_ranks(ranks, load_all, folders, folder=tmp_path)
+    for index, folder in enumerate(folders):
+        whole = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+        read = dict.fromkeys(whole, 0)
+        for counts in results:
+            for name, elements in counts[index]:
+                assert elements <= -(-len(whole[name]) // ranks) * whole[name][0].numel()  # a share of the rows
+                read[name] += elements
+        assert read == {
+            name: p.numel() for name, p in whole.items()
+        }  # every element by exactly one rank, and no tensor twice
+
+
+def in_several_files(folder, target):
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target, max_shard_size="50KB")
+    assert len(list(target.glob("*.safetensors"))) > 2
+    return target
+
+
+def load_errors(folders_by_rank):
+    """For each list of folders, one per rank: the error that this rank gets."""
+    world, errors = fsdp_utils.init_world(), []
+    for folders in folders_by_rank:
+        try:
+            sharded(folders[world.rank], world)
+            errors.append("")
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_broken_checkpoints_are_an_error_on_every_rank(model_folder, tmp_path):
+    good = in_several_files(model_folder("llama", **SHAPES), tmp_path / "good")
+    broken = {}
+    for fault in ("truncated", "missing", "shape"):
+        broken[fault] = tmp_path / fault
+        shutil.copytree(good, broken[fault])
+    first = sorted(broken["truncated"].glob("*.safetensors"))[0]
+    first.write_bytes(first.read_bytes()[:-100])
+    sorted(broken["missing"].glob("*.safetensors"))[0].unlink()
+    config = broken["shape"] / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 91}))
+
+    expected = {
+        "truncated": first.name,
+        "missing": "is no file of its folder",
+        "shape": "(64, 90) in the file, and (64, 91) in the model",
+    }
+    cases = [[broken[fault]] * 2 for fault in expected] + [[good, broken["truncated"]]]  # the last: on one host only
+    for errors in on_ranks(2, load_errors, cases, folder=tmp_path):
+        for error, part in zip(errors, [*expected.values(), first.name], strict=True):
+            assert part in error
+
+
+def use_shared_memory(folder):
+    """The files that this rank sees, whether any are left when the block has ended, and the error of no room."""
+    fsdp_utils.init_world()
+    with fsdp_utils.in_shared_memory(folder) as copy:
+        files = {path.name: path.stat().st_size for path in Path(copy).iterdir()}
+    torch.distributed.barrier()
+    left = [Path(copy).exists()]
+    try:
+        with fsdp_utils.in_shared_memory(folder) as copy:
+            raise KeyError
+    except KeyError:
+        torch.distributed.barrier()
+        left.append(Path(copy).exists())
+    fsdp_utils.shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=1000)
+    try:
+        with fsdp_utils.in_shared_memory(folder):
+            return files, copy, left, "no error"
+    except ValueError as error:
+        return files, copy, left, str(error)
+
+
+def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_path):
+    folder = model_folder("qwen2", **SHAPES)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    results = on_ranks(2, use_shared_memory, str(folder), folder=tmp_path)
+    for files, copy, left, error in results:
+        assert files == sizes and copy == results[0][1] and copy.startswith("/dev/shm/")
+        assert left == [False, False]
+        assert "use_shm needs" in error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gradients
+# ---------------------------------------------------------------------------------------------------------------
+
+TEXTS = [[(5 * i * i + 3 * k) % 150 + 5 for i in range(6 + 3 * k)] for k in range(8)]
+TOKEN_WEIGHTS = [torch.linspace(-1, 1, len(text) - 2) / (1 + k) for k, text in enumerate(TEXTS)]
+
+
+def fill_adapters(model, fill):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(model):
+            for parameter in layer.adapters[lora.POLICY].parameters():
+                fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def plain_gradients(folder):
+    """The reference: one ordinary model, a text at a time, softmax over all logits, peft-like y = xWᵀ + s(xAᵀ)Bᵀ."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
+    fill_adapters(model, torch.Tensor.copy_)
+    for _, layer in lora.lora_layers(model):
+        layer.forward = lambda x, layer=layer: (
+            torch.nn.functional.linear(x, layer.weight, layer.bias)
+            + 2.0 * (x @ layer.adapters.policy.lora_A.T @ layer.adapters.policy.lora_B.T)
+        )
+    loss = 0.0
+    for text, weights in zip(TEXTS, TOKEN_WEIGHTS):
+        logprobs = model(torch.tensor([text])).logits[0, 1:-1].log_softmax(-1)
+        loss = loss + (logprobs.gather(1, torch.tensor(text[2:])[:, None])[:, 0] * weights).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def sharded_gradients(folder, ways):
+    """For each way to shard and split: the loss over all ranks, and the largest relative error of a gradient."""
+    world, found = fsdp_utils.init_world(), []
+    expected_loss, expected = plain_gradients(folder)
+    for way in ways:
+        options = dict(way)
+        at_once = options.pop("at_once", 2)
+        policy = sharded(folder, world, torch.float32, **options)
+        fill_adapters(policy.model, fsdp_utils.fill)
+        mine = list(range(world.rank, len(TEXTS), world.size))[::-1]  # longest first
+        total = torch.zeros(())
+        for start in range(0, len(mine), at_once):
+            chosen = mine[start : start + at_once]
+            policy.set_requires_gradient_sync(start + at_once >= len(mine))
+            packed = pack([TEXTS[i][:2] for i in chosen], [TEXTS[i][2:] for i in chosen], world.device)
+            logprobs = policy(packed).logprobs
+            loss = (logprobs * torch.cat([TOKEN_WEIGHTS[i] for i in chosen])).sum()
+            (loss * world.size).backward()
+            total += loss.detach()
+        torch.distributed.all_reduce(total)
+        errors = [
+            (fsdp_utils.gather(policy.model.get_parameter(name).grad) - gradient).norm() / gradient.norm()
+            for name, gradient in expected.items()
+        ]
+        found.append((way, abs(total.item() - expected_loss), max(errors).item()))
+    return found
+
+
+WAYS = [
+    dict(),
+    dict(checkpointing=True, at_once=1),
+    dict(checkpointing=True, param_offload=True),
+    dict(reshard_after_forward=False),
+    dict(fsdp_size=1, at_once=1),
+    dict(fsdp_size=2, checkpointing=True, param_offload=True, reshard_after_forward=False),
+]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_gradients_equal_one_plain_process(ranks, model_folder, tmp_path):
+    folder = model_folder("qwen2", dtype=torch.float32, **SHAPES)
+    ways = [way for way in WAYS if way.get("fsdp_size", 1) <= ranks]
+    for found in on_ranks(ranks, sharded_gradients, folder, ways, folder=tmp_path):
+        for way, loss_error, gradient_error in found:
+            assert loss_error < 1e-4 and gradient_error < 1e-4, way

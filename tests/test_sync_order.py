@@ -1,0 +1,99 @@
+"""What happens around the stream, in which order; and settings that cannot work."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fsdp_utils
+from configs.base import Config
+
+
+class RecordingLLM:
+    """Stands where vLLM's `LLM` stands, and notes what it is asked to do: a CPU's vLLM ignores sleep."""
+
+    def __init__(self):
+        self.calls = []
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self, tags):
+        self.calls.append(f"wake {tags[0]}")
+
+    def collective_rpc(self, method, kwargs):
+        self.calls.append(f"load {len(list(kwargs['weights_iterator']))}")
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset_prefix_cache")
+
+
+def calls_of_a_step(sleep_level, monkeypatch):
+    """Of a run whose model is two linears, the second with an adapter, after one rollout, update and sync."""
+    import run
+    from rollout import Engine
+
+    engine = Engine.__new__(Engine)
+    engine.llm, engine.sleep_level, engine.adapters, engine.copies_at_once = RecordingLLM(), sleep_level, {}, False
+    engine.with_tied_head = iter
+    a = run.Run.__new__(run.Run)
+    a.config, a.engine = dataclasses.replace(Config(), sleep_level=sleep_level), engine
+    a.world = fsdp_utils.World(0, 1, torch.device("cuda"))
+    block = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4), "down": torch.nn.Linear(4, 4, bias=False)})
+    model = torch.nn.ModuleDict({"block": block})
+    run.lora.inject(model, ["down"], 2, 2.0)
+    run.lora.init_adapters(model, 0)
+    a.policy = torch.nn.Module()
+    a.policy.model, a.policy.home = model, torch.device("cpu")
+    streamed = run.summon_layers
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engine.llm.calls.append("empty_cache"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(
+        run, "summon_layers", lambda model, _, **options: streamed(model, torch.device("cpu"), **options)
+    )
+    engine.sleep()
+    engine.llm.calls.append("update")
+    a.sync()
+    return engine.llm.calls
+
+
+def test_sleep_and_wake_leave_each_other_room(monkeypatch):
+    around = ["update", "empty_cache"], ["reset_prefix_cache"]
+    assert calls_of_a_step(0, monkeypatch) == [*around[0], "load 1", *around[1]]
+    for level, weights in ((1, 1), (2, 3)):  # after level 2, vLLM has lost what does not change, too
+        assert calls_of_a_step(level, monkeypatch) == [
+            *(f"sleep {level}", *around[0], "wake weights", f"load {weights}", *around[1], "wake kv_cache")
+        ]
+
+
+def test_optimizer_state_is_on_the_gpu_only_for_its_step():
+    seen = []
+    with FakeTensorMode():
+        parameter = torch.nn.Parameter(torch.empty(4, device="cuda"))
+        optimizer = torch.optim.AdamW([parameter], foreach=False)
+        fsdp_utils.offload_state(optimizer)
+        for _ in range(2):
+            parameter.grad = torch.empty(4, device="cuda")
+            optimizer.step()  # raises if the state is not where the parameter is
+            seen.append({name: value.device.type for name, value in optimizer.state[parameter].items()})
+    assert seen == [{"step": "cpu", "exp_avg": "cpu", "exp_avg_sq": "cpu"}] * 2
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        (dict(sync="adapter", lora_rank=513), "vLLM's LoRA has ranks up to 512, not 513"),
+        (dict(sync="adapter", lora_rank=0), "there is no adapter"),
+        (dict(sync="adapter", sleep_level=2), "sleep_level 2 discards vLLM's weights"),
+        (dict(sync="adapter", base_dtype="nf4"), "base_dtype nf4 is not the base that vLLM has"),
+        (dict(sync="adapter", lora_forward="merged"), "lora_forward merged is the weight that sync merged sends"),
+        (dict(sleep_level=3), "sleep_level must be one of 0, 1, 2, not 3"),
+        (dict(sync="merge"), "sync must be one of merged, adapter, not 'merge'"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work_are_refused(settings, reason):
+    with pytest.raises(ValueError) as error:
+        Config(**settings)
+    assert reason in str(error.value) and "\n" not in str(error.value)
