@@ -1,0 +1,214 @@
+"""The model as RL sees it: packed tokens in, logprobs out. No padding, and no (tokens, vocabulary) matrix.
+
+Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
+layer works on tokens and never notices. Only the positions that predict a completion token reach the head.
+
+Shapes: T tokens of a packed row, R of them predicted (the completions' tokens), D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, PreTrainedModel
+
+# Elements of the logits that the head holds at a time, in float32: 128 MiB on a GPU, whose GEMMs need many rows;
+# 64 MiB on a CPU, which is 110 rows of Qwen2.5's vocabulary and was the fastest of 16 to 512 MiB there.
+LOGITS_AT_ONCE = 1 << (25 if torch.cuda.is_available() else 24)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packing
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences packed into one row, in the order given, which must be longest first."""
+
+    input_ids: Tensor  # (T,)
+    position_ids: Tensor  # (T,) each sequence counts from 0
+    lengths: list[int]  # of the sequences; their sum is T
+    rows: Tensor  # (R,) positions whose next token is a completion token
+    targets: Tensor  # (R,) those tokens
+
+
+def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+    """Packs prompt + completion of each sequence. What is predicted follows from lengths, never from token ids.
+
+    >>> packed = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], torch.device("cpu"))
+    >>> packed.input_ids.tolist(), packed.rows.tolist(), packed.targets.tolist()
+    ([1, 2, 3, 5, 6, 4, 7, 8], [2, 3, 5, 6], [5, 6, 7, 8])
+    """
+    input_ids, position_ids, rows, targets, lengths = [], [], [], [], []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        first = len(input_ids) + len(prompt) - 1  # the prompt's last token predicts the completion's first
+        rows += range(first, first + len(completion))
+        targets += completion
+        lengths.append(len(prompt) + len(completion))
+        input_ids += prompt + completion
+        position_ids += range(lengths[-1])
+    if lengths != sorted(lengths, reverse=True):
+        raise ValueError(f"sequences must be packed longest first, not {lengths}")
+    as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
+    return Packed(as_tensor(input_ids), as_tensor(position_ids), lengths, as_tensor(rows), as_tensor(targets))
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None, **_):
+    """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out."""
+    if query.is_cuda:
+        ends = torch.tensor(lengths, device=query.device).cumsum(0, dtype=torch.int32)
+        starts = F.pad(ends, (1, 0))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        out = varlen_attn(
+            q, k, v, starts, starts, lengths[0], lengths[0], scale=scaling, window_size=(-1, 0), enable_gqa=True
+        )
+        return out[None], None
+    # Sequences of one length stand together, so they are a batch without copying or padding anything. In float32,
+    # since PyTorch's CPU kernel needs ten times as long for the backward of short sequences in bfloat16.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    widened = [tensor.to(wide) for tensor in (query, key, value)]
+    outputs, start = [], 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        span = slice(start, start + count * length)
+        q, k, v = (tensor[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for tensor in widened)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        start = span.stop
+    return torch.cat(outputs)[None].to(query.dtype), None
+
+
+AttentionInterface.register("lorl_packed", packed_attention)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The logprob head
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class FrozenHead(torch.autograd.Function):
+    """Logprob and entropy of softmax(h Wᵀ / τ) for a W that is not trained, in two GEMMs and one pass.
+
+    With p = softmax(h Wᵀ / τ), the gradient of logprob_y with respect to h is v = (W_y - p W) / τ, which needs the
+    same p as the logprob does. So the forward computes both, for a chunk of rows at a time, and keeps v (R, D): the
+    backward is a product of two small things. The logits of all rows never exist. The entropy H has a gradient only
+    if asked for, since it costs one more GEMM: -(p ⊙ (log p + H)) W / τ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        entropy_directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] and entropy_gradient else None
+        for rows in chunks(len(hidden), len(weight)):
+            logp = (hidden[rows] @ weight.T).to(wide).div_(temperature)
+            p = logp.softmax(-1)  # one fused pass, where logsumexp and exp are several
+            largest = logp.amax(-1, keepdim=True)
+            logp = logp.sub_(largest - p.amax(-1, keepdim=True).log())  # in place: (chunk, V) is the largest thing here
+            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
+            entropy[rows] = -torch.einsum("rv,rv->r", p, logp)
+            if directions is not None:
+                directions[rows] = (weight[targets[rows]] - p.to(weight.dtype) @ weight) / temperature
+            if entropy_directions is not None:
+                dlogits = p.mul_(logp.add_(entropy[rows, None])).neg_()
+                entropy_directions[rows] = dlogits.to(weight.dtype) @ weight / temperature
+        ctx.save_for_backward(directions, entropy_directions)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, dlogprobs: Tensor, dentropy: Tensor):
+        directions, entropy_directions = ctx.saved_tensors
+        dhidden = directions * dlogprobs[:, None].to(directions.dtype)
+        if entropy_directions is not None:
+            dhidden.addcmul_(entropy_directions, dentropy[:, None].to(directions.dtype))
+        return dhidden, None, None, None, None
+
+
+def trained_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """As `FrozenHead`, for a W that is trained too: each chunk's logits are computed again in the backward."""
+
+    def logprobs_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logp = (hidden @ weight.T).float().div(temperature).log_softmax(-1)
+        seen = logp if entropy_gradient else logp.detach()
+        return logp.gather(1, targets[:, None])[:, 0], -torch.einsum("rv,rv->r", seen.exp(), seen)
+
+    parts = [
+        checkpoint(logprobs_of, hidden[rows], targets[rows], use_reentrant=False)
+        for rows in chunks(len(hidden), len(weight))
+    ]
+    logprobs, entropy = zip(*parts)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Slices of the rows, each holding about `LOGITS_AT_ONCE` logits."""
+    size = max(1, LOGITS_AT_ONCE // vocabulary)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def predicting_states(model: PreTrainedModel, batch: Packed) -> Tensor:
+    """(R, D) last hidden states at the positions that predict a completion token."""
+    hidden = model.base_model(
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], lengths=batch.lengths, use_cache=False
+    ).last_hidden_state[0]
+    return hidden[batch.rows]
+
+
+class Scores(NamedTuple):
+    """What the policy says of a packed row."""
+
+    logprobs: Tensor  # (R,) float32, of each target
+    entropy: Tensor  # (R,) float32, of the distribution it was drawn from
+    log_z: Tensor | None = None  # (S,) of each sequence's prompt, if the policy learns it
+
+
+class Policy(nn.Module):
+    """A causal language model whose `forward` gives the logprobs of completion tokens.
+
+    Backbone and head share one forward because FSDP gathers a weight for the forward of the module that holds it.
+    """
+
+    def __init__(self, model: PreTrainedModel, log_z: nn.Module | None = None):
+        super().__init__()
+        self.model, self.log_z = model, log_z
+        model.set_attn_implementation("lorl_packed")
+
+    def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> Scores:
+        """Scores the completions at that temperature; the entropy has a gradient only if asked for."""
+        hidden = predicting_states(self.model, batch)
+        head = self.model.get_output_embeddings()
+        score = trained_head if head.weight.requires_grad else FrozenHead.apply
+        logprobs, entropy = score(hidden, head.weight, batch.targets, temperature, entropy_gradient)
+        if self.log_z is None:
+            return Scores(logprobs, entropy)
+        starts = batch.rows.diff(prepend=batch.rows[:1] - 2) != 1  # a prompt's end; a sequence's rows are neighbours
+        states = hidden.detach()[starts]  # log Z reads the policy, it does not shape it
+        return Scores(logprobs, entropy, self.log_z(states.to(self.log_z[0].weight.dtype))[:, 0].float())
+
+
+def make_log_z(hidden_size: int, seed: int, device: torch.device) -> nn.Sequential:
+    """FlowRL's log Z(x): three linears, float32, on the state of the prompt's last token; 0 at first.
+
+    arXiv 2509.15207, section 3. Its authors' code reads the mean state of the prompt's tokens, and has dropout.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size)) for _ in range(2)]
+        log_z = nn.Sequential(*layers[0], *layers[1], nn.Linear(hidden_size, 1))
+    nn.init.zeros_(log_z[-1].weight)
+    nn.init.zeros_(log_z[-1].bias)
+    return log_z.to(device)

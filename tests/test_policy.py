@@ -1,0 +1,77 @@
+"""Packing leaves nothing out and lets nothing leak; the head is exact."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import policy
+from policy import FrozenHead, Policy, pack
+
+CPU = torch.device("cpu")
+
+
+def reference_head(hidden, weight, targets, temperature):
+    """Plain autograd through all logits."""
+    logp = F.log_softmax(hidden @ weight.T / temperature, dim=-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("logits_at_once", [1 << 25, 350])
+def test_frozen_head_is_exact_in_float64(monkeypatch, temperature, logits_at_once):
+    """The logprobs, the entropy and the gradient, whole and in chunks of seven rows (the last one short)."""
+    monkeypatch.setattr(policy, "LOGITS_AT_ONCE", logits_at_once)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(24, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    targets, upstream = torch.randint(50, (24,)), torch.randn(24, dtype=torch.float64)
+    ours, plain = (hidden.clone().requires_grad_() for _ in range(2))
+    logprobs, entropy = FrozenHead.apply(ours, weight, targets, temperature, False)
+    expected_logprobs, expected_entropy = reference_head(plain, weight, targets, temperature)
+    torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-13, rtol=1e-12)
+    torch.testing.assert_close(entropy, expected_entropy, atol=1e-13, rtol=1e-12)
+    logprobs.backward(upstream)
+    expected_logprobs.backward(upstream)
+    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-13, rtol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
+def test_packed_logprobs_equal_the_padded_models(model_folder, architecture):
+    """Each completion's logprobs, against the untouched Hugging Face model run on one sequence at a time."""
+    folder = model_folder(architecture, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    ours = Policy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    torch.manual_seed(1)
+    sizes = [(9, 12), (7, 14), (13, 8), (5, 9), (3, 1)]  # three of one length, two others
+    prompts, completions = ([torch.randint(160, (n,)).tolist() for n in column] for column in zip(*sizes))
+    packed = pack(prompts, completions, CPU)
+    logprobs = ours(packed, temperature=0.8).logprobs
+    assert len(packed.input_ids) == sum(map(sum, sizes)), "no token is padding"
+    expected = []
+    for prompt, completion in zip(prompts, completions):
+        logits = plain(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
+        expected.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    torch.testing.assert_close(logprobs, torch.cat(expected), atol=2e-5, rtol=1e-5)
+
+
+def test_neighbours_do_not_leak(model_folder):
+    """Changing one sequence leaves the logprobs of all others as they were, to the last bit."""
+    ours = Policy(AutoModelForCausalLM.from_pretrained(model_folder("qwen2"), dtype=torch.bfloat16))
+    prompts, completions = [[5] * 9, [6] * 9, [7] * 5], [[8] * 6, [9] * 6, [10] * 4]
+    before = ours(pack(prompts, completions, CPU)).logprobs
+    prompts[1], completions[1] = [11] * 9, [12] * 6
+    after = ours(pack(prompts, completions, CPU)).logprobs
+    assert torch.equal(before[:6], after[:6]) and torch.equal(before[12:], after[12:])
+    assert not torch.equal(before[6:12], after[6:12])
+
+
+def test_masks_come_from_lengths():
+    """Pad and end-of-sequence ids are tokens like any other."""
+    packed = pack([[0, 0], [1]], [[0, 1, 0], [1, 1]], CPU)
+    assert packed.targets.tolist() == [0, 1, 0, 1, 1]
+    assert packed.rows.tolist() == [1, 2, 3, 5, 6]
+
+
+def test_shorter_before_longer_is_refused():
+    with pytest.raises(ValueError, match="longest first"):
+        pack([[1], [1]], [[2], [2, 3]], CPU)
