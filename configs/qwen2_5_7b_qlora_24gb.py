@@ -1,0 +1,24 @@
+"""Qwen2.5-7B-Instruct on GSM8K with a four-bit base, on one GPU of 24 GB."""
+
+from configs.base import Config
+
+config = Config(
+    run_name="qwen2_5_7b_qlora_24gb",
+    task="gsm8k",
+    model="Qwen/Qwen2.5-7B-Instruct",
+    base_dtype="nf4",  # QLoRA: 15 GB of linears become 4; vLLM runs what the four bits stand for, in bf16
+    lora_rank=16,
+    lora_alpha=16.0,
+    learning_rate=3e-5,
+    steps=500,
+    prompts_per_step=16,
+    group_size=8,
+    max_prompt_length=384,
+    max_completion_length=640,
+    max_num_seqs=64,
+    gpu_memory_utilization=0.8,
+    sleep_level=1,  # vLLM's 15 GB move to the host while the update needs the GPU
+    param_offload=True,  # and the four bits are there while vLLM generates
+    tokens_per_microbatch=2048,
+    eval_problems=256,
+)

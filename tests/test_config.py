@@ -1,0 +1,132 @@
+"""The command line: what is wrong is said in one line, with exit code 2 and no traceback."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, on_ranks
+
+from configs.base import Config, parse_config
+
+ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
+
+
+def test_the_file_is_over_the_defaults_and_options_over_the_file():
+    config = parse_config([*ARITHMETIC, "--steps", "7", "--target_modules", "q_proj", "v_proj"], "")
+    assert (config.task, config.steps, config.target_modules) == ("arithmetic", 7, ["q_proj", "v_proj"])
+    assert config.weight_decay == Config().weight_decay
+
+
+def test_every_field_is_an_option_with_a_line_of_help():
+    for field in dataclasses.fields(Config):
+        assert 5 < len(field.metadata["help"]) < 110, field.name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_file_is_valid_and_short(path):
+    if path.stem == "base":
+        pytest.skip("not a configuration")
+    assert isinstance(parse_config(["--config", str(path)], ""), Config)
+    listed = path.read_text().split("\nconfig = ", 1)[1].strip().splitlines()
+    assert len(listed) <= 27, "at most 25 settings"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--stepz", "3"], ["'--stepz'", "--steps"]),
+        (["--learning-rat=3"], ["--learning-rat=3", "--learning_rate"]),
+        (["stray"], ["'stray'"]),
+        (["--steps", "many"], ["--steps", "'many'"]),
+        (["--steps", "0"], ["steps", "at least 1", "0"]),
+        (["--steps", "1.5"], ["--steps", "1.5"]),
+        (["--learning_rate", "nan"], ["learning_rate", "nan"]),
+        (["--learning_rate", "-1"], ["learning_rate", "-1"]),
+        (["--kl_coef", "nan"], ["kl_coef", "nan"]),
+        (["--temperature", "0"], ["temperature", "0"]),
+        (["--group_size", "1"], ["group_size", "at least 2", "1"]),
+        (["--wandb_mode", "on"], ["wandb_mode", "'on'", "offline"]),
+        (["--dtype", "float16"], ["dtype", "float16", "bfloat16"]),
+        (["--gradient_checkpointing", "perhaps"], ["gradient_checkpointing", "perhaps"]),
+        (["--gpu_memory_utilization", "1.5"], ["gpu_memory_utilization", "1.5"]),
+        (["--updates_per_rollout", "5"], ["updates_per_rollout", "5", "prompts_per_step"]),
+        (["--run_name", "../elsewhere"], ["run_name", "../elsewhere"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+    ],
+)
+def test_bad_options(arguments, words):
+    with pytest.raises(ValueError) as error:
+        parse_config([*ARITHMETIC, *arguments], "")
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", ["must define config", "NoneType"]),
+        ("config = {'steps': 3}", ["must define config", "dict"]),
+        ("from configs.base import Config\nconfig = Config(stepz=3)", ["TypeError", "stepz"]),
+        ("from configs.base import Config\nconfig = Config(steps='3')", ["steps must be int", "'3'"]),
+        ("from configs.base import Config\nconfig = Config(learning_rate=True)", ["learning_rate must be float"]),
+        ("config = 1 / 0", ["ZeroDivisionError"]),
+        ("config = (", ["SyntaxError"]),
+    ],
+)
+def test_bad_config_files(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        parse_config(["--config", str(path)], "")
+    assert str(path) in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
+
+
+def fails(*arguments: str) -> str:
+    """Runs the trainer as a user does, expecting one line on standard error and exit code 2."""
+    command = [sys.executable, "train_grpo.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+    return lines[0]
+
+
+def test_a_user_sees_one_line():
+    assert "--steps" in fails(*ARITHMETIC, "--stepz", "3")
+    assert "/no/such/model" in fails(*ARITHMETIC, "--model", "/no/such/model")
+
+
+def complaints(runs: list[list[str]]) -> list[str]:
+    """What each run's preparation says; in a process of its own."""
+    import train_grpo
+
+    said = []
+    for arguments in runs:
+        sys.argv[1:] = arguments
+        try:
+            train_grpo.prepare_grpo()
+            said.append("nothing")
+        except (ValueError, OSError) as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_only_a_run_can_find_out(tmp_path, tiny_folder):
+    (tmp_path / "train.jsonl").write_text('{"question": "q"}\n')
+    cases = {
+        "'sums'": ["--task", "sums"],
+        "'gpro'": ["--algorithm", "gpro"],
+        "'w_proj'": ["--target_modules", "w_proj"],
+        "tensor_parallel_size 3": ["--tensor_parallel_size", "3"],
+        "fsdp_size 3": ["--fsdp_size", "3"],
+        "max_prompt_length": ["--max_prompt_length", "2"],
+        "train.jsonl, line 1": ["--task", "gsm8k", "--data_dir", str(tmp_path)],
+        "test.jsonl": ["--task", "gsm8k", "--data_dir", str(tmp_path / "nowhere")],
+    }
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    run = [*ARITHMETIC, "--output_dir", str(tmp_path), "--cache_dir", str(tiny_folder.parent)]
+    (said,) = on_ranks(1, complaints, [run + more for more in cases.values()], folder=tmp_path)
+    for word, line in zip(cases, said, strict=True):
+        assert word in line and "\n" not in line
+    assert not (tmp_path / "arithmetic").exists(), "nothing is written before everything is right"

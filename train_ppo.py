@@ -1,0 +1,286 @@
+"""PPO with LoRA: train_grpo.py with a learned critic where that has groups. Read that first; this is what differs.
+
+    torchrun --nproc-per-node=2 train_ppo.py --config configs/arithmetic_cpu_ppo.py
+
+The critic says what reward is to be expected after each token, so that a token is praised or blamed for what it
+changed (GAE) and one completion per problem is enough. The price is a second model: as large as the policy, trained
+as a whole in float32 unless `critic_lora_rank` is set, and sharded like it.
+
+PPO: arXiv 1707.06347; for language models, with the KL penalty in each token's reward: arXiv 2009.01325. As in
+verl and TRL, advantages are normalised over the step, and the critic starts from the policy's base.
+
+Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its completions.
+"""
+
+import quiet  # noqa: F401, I001  before torch
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+import checkpoint
+import fsdp_utils
+import lora
+from batching import MicroBatch, batch_metrics, make_updates
+from configs.base import Config, parse_config
+from policy import Packed, predicting_states
+from prepare import on_disk, prepare
+from run import Run, launch, set_learning_rate
+from train_grpo import (
+    Algorithm,
+    Metrics,
+    all_tokens,
+    apply_gradients,
+    clip_token,
+    kl,
+    overlong_penalties,
+    rollout_metrics,
+    settle,
+    update_counts,
+    update_metrics,
+    update_policy,
+)
+
+PPO = Algorithm(advantage=None, loss=clip_token, weight=all_tokens)  # the advantage is the critic's, see `judge`
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The critic
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Critic(nn.Module):
+    """A language model with one linear in place of its head: the value of what precedes each completion token."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        super().__init__()
+        model.set_attn_implementation("lorl_packed")
+        model.set_output_embeddings(nn.Identity())
+        self.model = model
+        self.value = nn.Linear(model.config.hidden_size, 1, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.value.weight)  # at first it expects nothing of anything
+
+    def forward(self, batch: Packed) -> Tensor:
+        """(R,) float32."""
+        return predicting_states(self.model, batch).float() @ self.value.weight[0].float()
+
+
+def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
+    """The critic, sharded and loaded: float32 parameters that are multiplied in `dtype`, or a frozen base with LoRA."""
+    dtype, full = getattr(torch, config.dtype), config.critic_lora_rank == 0
+    model = fsdp_utils.meta_model(folder, torch.float32 if full else dtype)
+    critic = Critic(model, world.device).train()
+    if not full:
+        lora.inject(model, config.target_modules, config.critic_lora_rank, config.lora_alpha)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = model.base_model.layers
+    fsdp_utils.shard(critic, layers, world.device, config.fsdp_size, compute_dtype=dtype if full else None)
+    fsdp_utils.load_weights(model, folder, world.device)
+    if not full:
+        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+    return critic
+
+
+@dataclass
+class Learners:
+    """What PPO trains: the run's policy, and a critic."""
+
+    run: Run
+    critic: Critic
+    optimizer: torch.optim.Optimizer  # the critic's
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def gae(rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, lam: float) -> Tensor:
+    """(R,) advantages A_t = δ_t + γλ A_{t+1} with δ_t = r_t + γ V_{t+1} - V_t. GAE, arXiv 1506.02438, equation 16.
+
+    After a completion's last token, V and A are 0: completions that were cut off count as ended.
+
+    >>> rewards, values = torch.tensor([0.0, 1.0, 3.0]), torch.tensor([0.5, 0.25, 2.0])
+    >>> gae(rewards, values, lengths=[2, 1], gamma=1.0, lam=0.5)
+    tensor([0.1250, 0.7500, 1.0000])
+    """
+    r, v = (pad_sequence(x.split(lengths), batch_first=True) for x in (rewards, values))  # (S, longest)
+    deltas = r + gamma * F.pad(v, (0, 1))[:, 1:] - v
+    advantages, following = torch.zeros_like(deltas), torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        following = deltas[:, t] + gamma * lam * following
+        advantages[:, t] = following
+    return torch.cat([row[:length] for row, length in zip(advantages, lengths)])
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: Config) -> tuple[Tensor, Metrics]:
+    """(R,) ½ max((V - R)², (clip(V) - R)²): a value that has moved `value_clip` from the old one is left alone.
+
+    As in OpenAI's baselines (arXiv 2005.12729, section 3), TRL and verl; the paper itself does not clip values.
+    """
+    errors = (values - returns).square()
+    if not config.value_clip:
+        return errors / 2, {"critic/error": errors.detach()}
+    clipped = (old_values + (values - old_values).clamp(-config.value_clip, config.value_clip) - returns).square()
+    clip_frac = (clipped > errors).float()
+    return torch.maximum(errors, clipped) / 2, {"critic/error": errors.detach(), "critic/clip_frac": clip_frac}
+
+
+@torch.no_grad()
+def judge(learners: Learners, batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+    """Gives the step's micro-batches their advantages; returns the old values and the returns of each, (R,) float32.
+
+    On entry, `advantages` holds on each token the reward of its whole completion.
+    """
+    run, config = learners.run, learners.run.config
+    targets = []
+    for batch in batches:
+        values = learners.critic(batch.packed)
+        ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
+        rewards = torch.where(ends, batch.advantages, 0.0)
+        if config.kl_coef:
+            with lora.reference(run.policy):
+                batch.ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
+            if config.kl_in == "reward":
+                rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
+        lengths = batch.sequences.bincount().tolist()
+        batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+        targets.append((values, values + batch.advantages))
+    normalize(batches, run.world)
+    return targets
+
+
+def normalize(batches: list[MicroBatch], world: fsdp_utils.World) -> None:
+    """Gives the advantages mean 0 and standard deviation 1 over the tokens of all ranks."""
+    moments = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for batch in batches:
+        mine = batch.advantages[batch.weights > 0].double()  # not a filler's
+        moments += torch.stack([mine.new_tensor(len(mine)), mine.sum(), mine.square().sum()])
+    dist.all_reduce(moments)
+    count, total, squares = moments.tolist()
+    mean = total / count
+    std = max(squares / count - mean**2, 0.0) ** 0.5
+    for batch in batches:
+        batch.advantages = (batch.advantages - mean) / (std + 1e-6)
+
+
+def update_critic(
+    learners: Learners, batches: list[MicroBatch], targets: list[tuple[Tensor, Tensor]], may_stop: bool
+) -> dict[str, float]:
+    """One optimizer update of the critic; as `update_policy`."""
+    critic, config, world = learners.critic, learners.run.config, learners.run.world
+    sums: dict[str, float] = defaultdict(float)
+    for i, (batch, (old_values, returns)) in enumerate(zip(batches, targets)):
+        if may_stop:
+            learners.run.check_stop()
+        critic.set_requires_gradient_sync(i == len(batches) - 1)
+        values = critic(batch.packed)
+        losses, info = value_loss(values, old_values, returns, config)
+        loss = (losses * batch.weights).sum()
+        (loss * world.size).backward()  # FSDP averages over ranks, see `update_policy`
+        counts = (batch.weights > 0).float()
+        sums["tokens"] += counts.sum().item()
+        sums["critic/loss"] += loss.item()
+        for name, numbers in (info | {"critic/value": values.detach(), "critic/return": returns}).items():
+            sums[name] += (numbers * counts).sum().item()
+    norm = apply_gradients(learners.optimizer, config.max_grad_norm, sums["critic/loss"])
+    return dict(sums) | {f"critic/{name}": value for name, value in update_counts(norm, world).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def train(learners: Learners) -> None:
+    """Everything between the first rollout and the last evaluation."""
+    run = learners.run
+    config, log, policy = run.config, run.log, run.policy
+    run.begin()
+
+    for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
+        # 1. rollout
+        log.phase("rollout")
+        prompts = run.take(config.prompts_per_step)
+        completions = run.sample(prompts, step)
+        run.engine.sleep()  # until the sync
+
+        # 2. reward
+        log.phase("reward")
+        scores = run.score(prompts, completions)
+        run.log_samples(step, "train", prompts, completions, scores)
+
+        # 3. advantage, out of values; and 4. logprobs
+        log.phase("logprobs")
+        updates = make_updates(
+            [prompts[completion.request].token_ids for completion in completions],
+            completions,
+            scores + overlong_penalties(completions, config),
+            weight=lambda lengths: all_tokens(lengths, config),
+            updates=config.updates_per_rollout,
+            budget=config.tokens_per_microbatch,
+            drop_useless=False,
+            world=run.world,
+        )
+        targets = iter(judge(learners, list(chain.from_iterable(updates))))
+        updates = [(batches, [next(targets) for _ in batches]) for batches in updates]
+        if len(updates) * config.epochs_per_rollout > 1:
+            with torch.no_grad():
+                for batch in chain.from_iterable(batches for batches, _ in updates):
+                    batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+
+        # 5. update
+        log.phase("update")
+        set_learning_rate(learners.optimizer, config.critic_learning_rate, step, config)
+        lr = set_learning_rate(run.optimizer, config.learning_rate, step, config)
+        critic_sums, policy_sums = [], []
+        for batches, batch_targets in updates * config.epochs_per_rollout:
+            critic_sums.append(update_critic(learners, batches, batch_targets, may_stop=not critic_sums))
+            if step > config.critic_warmup_steps:
+                policy_sums.append(update_policy(run, batches, PPO.loss))
+
+        # 6. sync
+        log.phase("sync")
+        sync_metrics = run.sync(verify=bool(config.verify_every) and step % config.verify_every == 0)
+
+        # 7. log, evaluate, save
+        log.phase("eval")
+        metrics = rollout_metrics(completions, scores) | {"lr": lr, **sync_metrics}
+        metrics |= batch_metrics([batches for batches, _ in updates], len(completions), run.world)
+        run.conclude(step, metrics | update_metrics(critic_sums) | update_metrics(policy_sums))
+
+    run.end()
+
+
+def prepare_ppo() -> Learners:
+    """The command line's run and its critic."""
+    config = parse_config(sys.argv[1:], description=__doc__)
+    if config.algorithm != "ppo":
+        raise ValueError(f"train_ppo.py has one algorithm, ppo, not {config.algorithm!r}: run train_grpo.py")
+    config = settle(config, PPO)
+    if config.max_rollouts > 1:
+        raise ValueError("max_rollouts > 1 looks for groups whose rewards differ, and ppo has no groups: set it to 1")
+    if config.critic_warmup_steps >= config.steps:
+        raise ValueError(f"critic_warmup_steps must be fewer than the {config.steps} steps, or the policy never learns")
+    run = prepare(config)
+    critic = build_critic(config, on_disk(config), run.world)
+    trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.critic_learning_rate, weight_decay=config.weight_decay)
+    run.learners["critic"] = (critic, optimizer)
+    if run.saved:
+        checkpoint.restore_state(run.saved.folder, {"critic": (critic, optimizer)})
+    run.log.print(f"critic {sum(parameter.numel() for parameter in trained) / 1e6:,.2f}M parameters trained")
+    return Learners(run, critic, optimizer)
+
+
+if __name__ == "__main__":
+    launch(prepare_ppo, train)
