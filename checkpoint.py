@@ -1,0 +1,253 @@
+"""Checkpoints: everything a run needs to go on as if nothing had happened, written whole or not at all.
+
+    checkpoints/step_000010/state.safetensors   trained parameters and optimizer moments, whole tensors, float32
+    checkpoints/step_000010/state.json          step, random states, how far the logs had come, configuration
+    checkpoints/step_000010/adapter/            the same adapter as a peft folder, for everybody else
+    checkpoints/step_000010/checksums.json      SHA-256 of every file above; written last
+    latest, best                                files that name the newest one, and the one with the best evaluation
+
+Nothing depends on how many ranks there were. Files are safetensors and JSON: reading one runs no code.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fsdp_utils import fill, gather, reading, reshard
+
+# What a resumed run may not change: the checkpoint's tensors, or its place in the data, would not fit.
+FIXED = "model task dtype base_dtype target_modules lora_rank lora_alpha use_rslora algorithm seed prompts_per_step "
+FIXED += "group_size max_prompt_length critic_lora_rank"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tensors
+# ---------------------------------------------------------------------------------------------------------------
+
+
+Learners = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # what is trained, by name, and by which optimizer
+
+
+def trained_state(learners: Learners) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter and every tensor of the optimizer's state of it, by name; shards stay shards."""
+    for learner, (module, optimizer) in learners.items():
+        for name, parameter in module.named_parameters(prefix=learner):
+            if parameter.requires_grad:
+                yield name, parameter
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    yield f"{name}/{key}", value
+
+
+def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
+    """The same, whole and on the CPU, on the rank that has `keep`. Collective."""
+    tensors = {}
+    for module, _ in learners.values():
+        reshard(module)  # a run that stops within a step has whole parameters, which the optimizer does not know
+    for name, tensor in trained_state(learners):
+        whole = gather(tensor.detach())
+        if keep:
+            tensors[name] = whole.cpu().clone()
+    return tensors
+
+
+@torch.no_grad()
+def restore_state(folder: Path, learners: Learners) -> None:
+    """Puts a checkpoint's tensors into the learners and their optimizers, however they are sharded."""
+    where = f"checkpoint {str(folder)!r}"
+    with reading(where), safe_open(folder / "state.safetensors", framework="pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        for learner, (module, optimizer) in learners.items():
+            names = module.named_parameters(prefix=learner)
+            allocate_state(optimizer, [parameter for name, parameter in names if f"{name}/exp_avg" in found])
+        for name, tensor in trained_state(learners):
+            if found.get(name) != list(tensor.shape):
+                raise ValueError(f"it has {name!r} of shape {found.get(name)}, not {list(tensor.shape)}")
+            fill(tensor, file.get_tensor(name))
+
+
+def allocate_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Makes the optimizer create its state of those parameters, by a step of which only that remains."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Random numbers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """Of all that this process may draw from, dropout and rewards included, as JSON can hold it."""
+    kind, keys, *numpy_rest = np.random.get_state()
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else "",
+        "numpy": [kind, keys.tobytes().hex(), *numpy_rest],
+        "python": [version, list(words), gauss],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Goes on from such a state."""
+
+    def unpack(text: str) -> np.ndarray:
+        return np.frombuffer(bytearray.fromhex(text), dtype=np.uint8)
+
+    torch.set_rng_state(torch.from_numpy(unpack(state["torch"])))
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(torch.from_numpy(unpack(state["cuda"])))
+    kind, keys, *numpy_rest = state["numpy"]
+    np.random.set_state((kind, unpack(keys).view(np.uint32), *numpy_rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def write(
+    run: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], more: Callable[[Path], None]
+) -> Path:
+    """Writes `checkpoints/step_N`. `more(folder)` adds files of its own.
+
+    Whatever happens in between, a folder of that name is complete: it is written under another name, flushed to the
+    disk, and renamed. Raises OSError if the disk is full; what was there before is then still there.
+    """
+    target = run / "checkpoints" / f"step_{step:06d}"
+    partial = target.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / "state.safetensors")
+        (partial / "state.json").write_text(json.dumps(state) + "\n")
+        more(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        checksums = {str(path.relative_to(partial)): digest(path) for path in files}
+        (partial / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
+        for path in [*files, partial / "checksums.json", *{path.parent for path in files}]:
+            flush(path)
+        partial.rename(target)
+        flush(target.parent)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # its name for what the system says of the disk
+            raise OSError(str(error)) from error
+        raise
+    shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)  # see `rewind`
+    return target
+
+
+def set_pointers(run: Path, latest: int, best: int) -> None:
+    """Makes the files `latest` and `best` name the checkpoints of those steps; there is no best one below 0."""
+    for name, step in (("latest", latest), ("best", best)):
+        if step < 0:
+            (run / name).unlink(missing_ok=True)
+            continue
+        partial = run / f"{name}.partial"
+        partial.write_text(f"checkpoints/step_{step:06d}\n")
+        flush(partial)
+        partial.rename(run / name)
+    flush(run)
+
+
+def rewind(run: Path, step: int, best: int) -> None:
+    """Makes the folder what it was when the checkpoint of that step was new. What came later is renamed to `.old`,
+    and goes when the run comes there again; what a killed process left half-written goes now.
+    """
+    for path in (run / "checkpoints").glob("*.partial"):
+        shutil.rmtree(path)
+    for later, path in written(run).items():
+        if later > step:
+            shutil.rmtree(path.with_suffix(".old"), ignore_errors=True)
+            path.rename(path.with_suffix(".old"))
+    set_pointers(run, step, best)
+
+
+def flush(path: Path) -> None:
+    """Returns when a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if all its files are as they were written."""
+    try:
+        checksums = json.loads((folder / "checksums.json").read_text())
+        for name, expected in checksums.items():
+            path = (folder / name).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                return f"it names a file outside itself, {name!r}"
+            if digest(path) != expected:
+                return f"{name} is not what was written"
+        if not {"state.safetensors", "state.json"} <= checksums.keys():
+            return "it has no state"
+    except (OSError, ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def written(run: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints by their steps, in that order; only `find` looks inside."""
+    names = (re.fullmatch(r"step_(\d{6,})", path.name) for path in (run / "checkpoints").glob("step_*"))
+    steps = sorted(int(name[1]) for name in names if name)
+    return {step: run / "checkpoints" / f"step_{step:06d}" for step in steps}
+
+
+def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint to go on from: `which` is a folder, or "latest" for the newest one of the run that is whole.
+
+    None if the run has written none yet. Raises ValueError if there are some, but none to go on from.
+    """
+    if which != "latest":
+        wrong = damage(Path(which))
+        if wrong:
+            raise ValueError(f"checkpoint {which!r} cannot be used: {wrong}")
+        own = [path.resolve() for path in written(run).values()]
+        if Path(which).resolve() not in own:
+            raise ValueError(
+                f"{which!r} is no checkpoint of the run {str(run)!r}; set output_dir and run_name to its own"
+            )
+        return Path(which)
+    folders = written(run)
+    for folder in reversed(folders.values()):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        say(f"checkpoint {folder} is damaged ({wrong}); trying the one before it")
+    if folders:
+        raise ValueError(f"no checkpoint in {str(run / 'checkpoints')!r} is whole; start anew without --resume")
+    return None
+
+
+def prune(run: Path, keep: int, best: int) -> None:
+    """Deletes all but the newest `keep` checkpoints (0: none), sparing that of the step `best`."""
+    folders = written(run)
+    for step in list(folders)[:-keep] if keep else []:
+        if step != best:
+            shutil.rmtree(folders[step])

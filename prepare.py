@@ -1,0 +1,238 @@
+"""From a configuration to a `Run`: the model's folder, the prompts, the sharded policy, the engine, a checkpoint."""
+
+import json
+import math
+import os
+from contextlib import nullcontext
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import checkpoint
+import fsdp_utils
+import lora
+import reward
+import tiny_model
+from adapter_files import open_adapter
+from configs.base import Config
+from policy import Policy, make_log_z
+from rollout import Engine
+from run import Progress, Prompt, Run, Saved
+from tracking import RunLog
+
+
+def prepare(config: Config) -> Run:
+    """Builds all parts of a run. Raises ValueError or OSError, of one line, for what the user can mend."""
+    reward.find_task(config.task)
+    world = fsdp_utils.init_world()
+    fsdp_utils.on_first_rank(lambda: check_writable(Path(config.output_dir, config.run_name)))
+    folder = on_disk(config)
+    with fsdp_utils.reading(f"model {folder!r}"):
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with fsdp_utils.reading(f"the tokenizer of model {folder!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    prompts = load_prompts(config, tokenizer)
+    check_fit(config, model_config, prompts)
+    saved = resume(config) if config.resume else None
+    with fsdp_utils.in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
+        policy = build_policy(config, fast_folder, world)
+        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
+        if saved:
+            checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
+        engine = build_engine(config, fast_folder)
+    if config.optimizer_offload:
+        fsdp_utils.offload_state(optimizer)
+    log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
+    run = Run(config, world, tokenizer, *prompts, policy, optimizer, engine, log, saved)
+    run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
+    base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(policy.model)) / 1e6
+    trained = sum(parameter.numel() for parameter in trainable) / 1e6
+    log.print(f"model  {config.model}, {base:,.1f}M parameters; {trained:,.2f}M ({trained / base:.1%}) are trained")
+    log.print(f"task   {config.task}, {len(prompts[0]):,} problems to train on, {len(prompts[1]):,} held out")
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    log.print(f"world  {world.size} x {device}, {engine.engines} vLLM engine(s)")
+    if saved:
+        log.print(f"resumed after step {run.progress.step}")
+    return run
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ValueError if the folder could not be made or written."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"cannot write to {str(folder)!r}, for {str(parent)!r} is no folder one may write to")
+
+
+def resume(config: Config) -> Saved | None:
+    """The checkpoint to go on from; None for a run that has not written any yet: it starts anew."""
+
+    def find() -> tuple[Path, Progress, list, dict[str, Any]] | None:
+        run = Path(config.output_dir, config.run_name)
+        folder = checkpoint.find(run, config.resume, say=print)
+        if folder is None:
+            print(f"{str(run)!r} has no checkpoint to resume from: this run starts at the beginning")
+            return None
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            progress, settings = Progress(**state["progress"]), dict(state["config"])
+            random_states, log = list(state["random_states"]), dict(state["log"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
+        for name in checkpoint.FIXED.split():
+            before, now = settings.get(name), getattr(config, name)
+            if before != now:
+                raise ValueError(
+                    f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep"
+                )
+        return folder, progress, random_states, log
+
+    found = fsdp_utils.on_first_rank(find)
+    if found is None:
+        return None
+    folder, progress, random_states, log = found
+    same_ranks = len(random_states) == dist.get_world_size()
+    return Saved(folder, progress, random_states[dist.get_rank()] if same_ranks else None, log)
+
+
+def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
+    """The run's folder, with its logs; that of a resumed run as it was when the checkpoint was written."""
+    if write and saved:
+        run = Path(config.output_dir, config.run_name)
+        checkpoint.rewind(run, saved.progress.step, saved.progress.best_step)
+    return RunLog(config, write, saved and saved.log)
+
+
+def on_disk(config: Config) -> str:
+    """The folder of the configured model; the tiny one is made, one of the hub downloaded, if need be."""
+    if config.model == "tiny":
+        return str(fsdp_utils.on_first_rank(lambda: tiny_model.ensure(f"{config.cache_dir}/tiny")))
+    return fsdp_utils.on_first_rank(lambda: fsdp_utils.find_model(config.model))
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
+    """Training and held-out prompts that fit; rank 0 reads the problems, and downloads them if need be."""
+
+    def load(split: str) -> list[reward.Problem]:
+        return reward.load_problems(config.task, split, config.data_dir, config.cache_dir)
+
+    train, test = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")[: config.eval_problems]))
+    with fsdp_utils.reading(f"the tokenizer of model {tokenizer.name_or_path!r}"):
+        prompts = [tokenize(problems, tokenizer, config.max_prompt_length) for problems in (train, test)]
+    if not all(prompts):
+        raise ValueError(f"no prompt fits in max_prompt_length, {config.max_prompt_length} tokens")
+    return prompts
+
+
+def check_fit(config: Config, model: PretrainedConfig, prompts: list[list[Prompt]]) -> None:
+    """Raises ValueError for prompts without tokens or with such as the model lacks, or too long for it altogether."""
+    for prompt in chain(*prompts):
+        if not prompt.token_ids:
+            raise ValueError(f"the tokenizer of {config.model!r} makes no token of prompt {prompt.problem.prompt!r}")
+        if max(prompt.token_ids) >= model.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {config.model!r} makes token {max(prompt.token_ids)} of prompt "
+                f"{prompt.problem.prompt!r}, but the model has only {model.vocab_size}"
+            )
+    longest = getattr(model, "max_position_embeddings", None) or math.inf
+    stretched = (getattr(model, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if config.max_model_len > longest and not stretched:  # how far it can be stretched, vLLM knows
+        raise ValueError(
+            f"max_prompt_length {config.max_prompt_length} and max_completion_length {config.max_completion_length} "
+            f"make {config.max_model_len} tokens, but model {config.model!r} bears {longest}; lower one of them"
+        )
+
+
+def tokenize(problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Prompt]:
+    """Puts the tokenizer's chat template, if it has one, around each problem; leaves out those that are too long."""
+    texts = [problem.prompt for problem in problems]
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
+    else:
+        ids = tokenizer(texts)["input_ids"]
+    return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids) if len(tokens) <= longest]
+
+
+def build_policy(config: Config, folder: str, world: fsdp_utils.World) -> Policy:
+    """The model, sharded and loaded, with its adapters; without any, trained as a whole from float32 parameters."""
+    dtype, full = getattr(torch, config.dtype), config.lora_rank == 0
+    model = fsdp_utils.meta_model(folder, torch.float32 if full else dtype)
+    if not full:
+        inject_adapters(model, config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    flow = config.algorithm == "flowrl"  # it learns log Z beside the policy
+    log_z = make_log_z(model.config.hidden_size, config.seed, world.device) if flow else None
+    policy = Policy(model, log_z).train()
+    fsdp_utils.shard(
+        policy,
+        model.base_model.layers,
+        world.device,
+        config.fsdp_size,
+        compute_dtype=dtype if full else None,
+        reshard_after_forward=config.reshard_after_forward,
+        param_offload=config.param_offload,
+    )
+    home = torch.device("cpu") if config.param_offload else world.device
+    fsdp_utils.load_weights(model, folder, world.device, home)
+    if not full:
+        fill_adapters(model, config, world)
+    return policy
+
+
+def inject_adapters(model: PreTrainedModel, config: Config) -> None:
+    """Gives the model, still without memory, the policy's adapter, and the reference's if there is one."""
+    for path in filter(None, (config.lora_adapter_path, config.ref_adapter_path)):
+        with open_adapter(path):
+            pass  # a bad folder is refused now, before the weights are read
+    if config.base_dtype == "nf4":
+        lora.quantize_base(model)
+    if config.ref_adapter_path:
+        with open_adapter(config.ref_adapter_path) as file:
+            scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
+            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
+    lora.inject(
+        model,
+        config.target_modules,
+        config.lora_rank,
+        config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+        merged=config.lora_forward == "merged",
+    )
+
+
+def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
+    """Puts values into the adapters: from their folders, or those that change nothing."""
+    if config.ref_adapter_path:
+        lora.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
+    if not config.lora_adapter_path:
+        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+        return
+    lost = lora.load_adapter(model, config.lora_adapter_path, seed=config.seed, fill=fsdp_utils.fill)
+    if world.rank == 0:
+        less = f", cut to rank {config.lora_rank}: {lost:.2%} of its update is lost" if lost else ""
+        print(f"starts from adapter {config.lora_adapter_path}{less}")
+
+
+def build_engine(config: Config, folder: str) -> Engine:
+    """The sampler, with the weights of the model's folder."""
+    return Engine(
+        folder,
+        dtype=config.dtype,
+        tensor_parallel_size=config.tensor_parallel_size,
+        max_model_len=config.max_model_len,
+        max_completion_length=config.max_completion_length,
+        max_num_seqs=config.max_num_seqs,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        kv_cache_gb=config.kv_cache_gb,
+        enforce_eager=config.enforce_eager,
+        sleep_level=config.sleep_level,
+        max_lora_rank=config.lora_rank if config.sync == "adapter" else 0,
+        seed=config.seed,
+    )

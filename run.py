@@ -1,0 +1,411 @@
+"""A run: what every trainer here is made of, and what does not depend on the algorithm.
+
+`prepare` turns a configuration into a `Run`: prompts, the sharded policy, its optimizer, the vLLM engine, the log.
+A trainer samples, learns, and calls `score`, `sync`, `evaluate` and `save` in between.
+"""
+
+import faulthandler
+import json
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from numbers import Real
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+import export
+import fsdp_utils
+import lora
+import reward
+import sync
+from configs.base import Config
+from policy import Policy
+from rollout import Completion, Engine, Request, whole_modules
+from stream import SyncStats, summon_layers
+from tracking import RunLog
+
+T = TypeVar("T")
+SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
+SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
+FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
+LAST_WORDS = 20.0  # seconds that a failing process may take to end
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the model is asked it."""
+
+    problem: reward.Problem
+    token_ids: list[int]
+
+
+@dataclass
+class Progress:
+    """How far a run has come, in whole steps; a checkpoint holds it."""
+
+    step: int = 0
+    prompts_taken: int = 0  # from the endless stream of training prompts
+    updates_skipped: int = 0  # in a row, for a loss or gradients that were not finite
+    best_accuracy: float = -1.0  # of the checkpoints that were evaluated,
+    best_step: int = -1  # and which of them has it
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, for a run to go on from."""
+
+    folder: Path
+    progress: Progress
+    random_state: dict[str, Any] | None  # this rank's; None if there were more or fewer ranks
+    log: dict[str, Any]  # how far the log had come
+
+
+class Stopped(Exception):
+    """The run, its argument, was asked to stop (SIGTERM, SIGINT), and every rank has agreed to."""
+
+
+@dataclass
+class Run:
+    config: Config
+    world: fsdp_utils.World
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: list[Prompt]
+    test_prompts: list[Prompt]
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    engine: Engine
+    log: RunLog
+    saved: Saved | None = None  # what it goes on from
+    asked_to_stop: float = math.inf  # when, if it was
+
+    def __post_init__(self) -> None:
+        self.learners = {"policy": (self.policy, self.optimizer)}  # what a checkpoint holds; a trainer may add to it
+        self.progress = self.saved.progress if self.saved else Progress()
+        self.stream = islice(endless(self.train_prompts, self.config.seed), self.progress.prompts_taken, None)
+        self.taken = self.progress.prompts_taken
+        self.saved_step = self.progress.step if self.saved else None
+        texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
+        self.verifier = sync.Verifier(texts, merged=self.config.sync == "merged")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask_to_stop)
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next training prompts."""
+        self.taken += count
+        return list(islice(self.stream, count))
+
+    def ask_to_stop(self, number: int, _frame) -> None:
+        """Signal handler: the run ends at its next `check_stop`; asked again after some seconds, at once.
+
+        Not sooner, for of one Ctrl-C a rank hears twice: from the terminal, and from torchrun, which passes it on.
+        """
+        if time.monotonic() > self.asked_to_stop + SAME_SIGNAL:
+            os._exit(128 + number)
+        self.asked_to_stop = min(self.asked_to_stop, time.monotonic())
+
+    def check_stop(self) -> None:
+        """Raises Stopped on every rank if any of them was asked to stop. Collective."""
+        asked = torch.tensor(int(self.asked_to_stop < math.inf))
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked:
+            raise Stopped(self)
+
+    def sample(self, prompts: list[Prompt], step: int, attempt: int = 0) -> list[Completion]:
+        """`group_size` completions of each prompt; the run's seed, the step and the place in it decide the tokens."""
+        config, first = self.config, attempt * len(prompts)
+        requests = [
+            Request(prompt.token_ids, config.group_size, config.temperature, request_seed(config.seed, step, place))
+            for place, prompt in enumerate(prompts, start=first)
+        ]
+        return self.engine.generate(requests)
+
+    def score(self, prompts: list[Prompt], completions: list[Completion]) -> Tensor:
+        """(N,) rewards, float64. Each completion is scored by one rank, so that all agree even on a fickle reward."""
+        rank, size = self.world.rank, self.world.size
+        mine = fsdp_utils.on_every_rank(
+            lambda: [self.score_one(prompts[c.request].problem, self.decode(c)) for c in completions[rank::size]]
+        )
+        shares: list = [None] * size
+        dist.all_gather_object(shares, mine)
+        rewards = torch.empty(len(completions), dtype=torch.float64)
+        for rank, share in enumerate(shares):
+            rewards[rank::size] = torch.tensor(share, dtype=torch.float64)
+        return rewards
+
+    def score_one(self, problem: reward.Problem, text: str) -> float:
+        """A finite reward, or ValueError naming the problem and the completion."""
+        try:
+            value = reward.score(self.config.task, text, problem.answer)
+            if isinstance(value, Real) and math.isfinite(value):
+                return float(value)
+            cause = f"returned {value!r}, which is no finite number"
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise ValueError(f"the reward of task {self.config.task!r} {cause}, on {problem!r} and completion {text!r}")
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Accuracy on held-out problems, of sampled and of greedy completions, in one call of the engine.
+
+        The seeds do not depend on the step: two evaluations differ by the policy alone.
+        """
+        config, prompts = self.config, self.test_prompts
+        seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
+        sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
+        greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
+        completions = self.engine.generate(sampled + greedy)
+        rewards = self.score(prompts + prompts, completions)
+        self.log_samples(step, "eval", prompts + prompts, completions, rewards)
+        split = len(prompts) * config.eval_samples
+        return {"eval/accuracy": rewards[:split].mean().item(), "eval/accuracy_greedy": rewards[split:].mean().item()}
+
+    def log_samples(self, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: Tensor):
+        """The first few completions, as a person reads them."""
+        records = [
+            {
+                "step": step,
+                "kind": kind,
+                "prompt": prompts[completion.request].problem.prompt,
+                "completion": (text := self.decode(completion)),
+                "extracted": reward.extract_answer(text),
+                "answer": prompts[completion.request].problem.answer,
+                "reward": value,
+                "truncated": completion.truncated,
+            }
+            for completion, value in zip(completions[:SAMPLES_LOGGED], rewards.tolist())
+        ]
+        self.log.samples(records)
+
+    def decode(self, completion: Completion) -> str:
+        """The text of a completion, without its end-of-sequence token."""
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+    def sync(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
+        """Wakes vLLM with the policy as it is now; returns `sync/*` metrics. Raises RuntimeError if `verify` fails.
+
+        Sent is what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
+        """
+        start = time.perf_counter()
+        fsdp_utils.reshard(self.policy)
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()  # or what training has freed would still be torch's, not vLLM's
+        self.engine.wake("weights")
+        if self.config.sync == "adapter":
+            metrics = sync.send_adapter(self.policy, self.engine)
+        else:
+            adapted = [path for path, _ in lora.lora_layers(self.policy.model)]
+            all_of_it = everything or self.engine.sleep_level == 2 or not adapted
+            stats = SyncStats()
+            self.engine.load_weights(self.weights(None if all_of_it else whole_modules(adapted), stats))
+            metrics = stats.metrics()
+        self.engine.wake("kv_cache")
+        metrics["sync/seconds"] = time.perf_counter() - start
+        if verify:
+            metrics |= self.verifier.check(self.policy, self.engine, self.world.device)
+        return metrics
+
+    def weights(self, modules: set[str] | None = None, stats: SyncStats | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights as vLLM runs them, see `summon_layers`."""
+        return summon_layers(
+            self.policy.model,
+            self.world.device,
+            modules=modules,
+            stats=stats,
+            dtype=getattr(torch, self.config.dtype),
+            prefetch=self.config.sync_prefetch,
+            release=self.engine.copies_at_once,
+        )
+
+    def begin(self) -> None:
+        """Evaluates before the first step; a resumed run has its random numbers go on instead."""
+        if self.saved and self.saved.random_state:
+            checkpoint.set_random_state(self.saved.random_state)
+        if not self.saved:
+            metrics = self.evaluate(step=0)
+            self.log.record({"step": 0, **metrics})
+            self.log.print(f"before training: held-out accuracy {metrics['eval/accuracy']:.1%}")
+        self.finish_step(self.progress.step)
+        if self.progress.step >= self.config.steps:
+            self.log.print(f"all {self.config.steps} steps are done; to go on, add --steps to the command")
+
+    def finish_step(self, step: int) -> None:
+        """From here on, a checkpoint is one of this step, also if the next one has begun when it is written."""
+        self.progress = replace(self.progress, step=step, prompts_taken=self.taken)
+        self.random_state, self.position = checkpoint.random_state(), self.log.position()
+
+    def conclude(self, step: int, metrics: dict[str, float]) -> None:
+        """Ends a step: evaluates and saves if it is time, logs, and stops the run if it was asked to stop."""
+        config, last = self.config, step == self.config.steps
+        if last or (config.eval_every and step % config.eval_every == 0):
+            metrics |= self.evaluate(step)
+        self.log.step(step, metrics)
+        self.check_health(metrics)
+        self.finish_step(step)
+        self.log.phase("save")  # counted in the next step
+        if last or (config.save_every and step % config.save_every == 0):
+            self.save(metrics.get("eval/accuracy"))
+        if not last:
+            self.check_stop()
+
+    def check_health(self, metrics: dict[str, float]) -> None:
+        """Raises RuntimeError for what training on would only make worse."""
+        skipped = metrics.get("skipped_updates", 0) + metrics.get("critic/skipped_updates", 0)
+        self.progress.updates_skipped = self.progress.updates_skipped + skipped if skipped else 0
+        if self.progress.updates_skipped > self.config.max_skipped:
+            names = ("loss", "grad_norm", "critic/loss", "critic/grad_norm")
+            seen = ", ".join(f"{name} {metrics[name]}" for name in names if name in metrics)
+            raise RuntimeError(
+                f"loss or gradients were NaN or infinite in {self.progress.updates_skipped:.0f} updates in a row, more "
+                f"than max_skipped {self.config.max_skipped}; the last step had {seen}"
+            )
+        limit, mismatch = self.config.max_mismatch, metrics.get("mismatch/kl", 0.0)
+        if limit and mismatch > limit:
+            raise RuntimeError(
+                f"sampler and trainer differ by {mismatch:.3g} nats per token, above max_mismatch {limit}"
+            )
+
+    def end(self) -> None:
+        """Closes the log, and says where everything is."""
+        self.log.close()
+        folder, kind = self.log.folder, "adapter" if self.config.lora_rank else "model"
+        self.log.print(f"\n{kind:<8} {folder / 'checkpoints' / f'step_{self.progress.step:06d}' / kind}")
+        self.log.print(f"metrics  {folder / 'metrics.jsonl'}")
+        self.log.print(f"samples  {folder / 'samples.jsonl'}")
+        self.log.print(f"next     python plot.py {folder}")
+
+    def save(self, accuracy: float | None = None) -> None:
+        """Writes a checkpoint of all finished steps; `accuracy`, if just measured, may make it the best so far.
+
+        A disk that is full is said, and the run goes on.
+        """
+        progress = self.progress
+        if accuracy is not None and accuracy > progress.best_accuracy:
+            progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
+        tensors = checkpoint.gather_state(self.learners, keep=self.world.rank == 0)
+        random_states: list = [None] * self.world.size
+        dist.all_gather_object(random_states, self.random_state)
+        state = {
+            "progress": asdict(progress),
+            "random_states": random_states,
+            "log": self.position,
+            "config": asdict(self.config),
+        }
+        if fsdp_utils.on_first_rank(lambda: self.write_checkpoint(progress, state, tensors)):
+            self.progress, self.saved_step = progress, progress.step
+
+    def write_checkpoint(self, progress: Progress, state: dict[str, Any], tensors: dict[str, Tensor]) -> bool:
+        """Whether there was room on the disk for it."""
+        folder, more = self.log.folder, lambda to: self.export(to, tensors)
+        try:
+            self.log.flush()
+            checkpoint.write(folder, progress.step, state, tensors, more)
+            checkpoint.set_pointers(folder, progress.step, progress.best_step)
+            checkpoint.prune(folder, self.config.keep_checkpoints, progress.best_step)
+        except OSError as error:
+            self.log.print(f"no checkpoint of step {progress.step}: {error}. The run goes on; older ones are whole.")
+            return False
+        return True
+
+    def leave(self) -> None:
+        """Saves what is not saved yet, for a run that was asked to stop, and says how to go on."""
+        if self.saved_step != self.progress.step:
+            self.save()
+        self.log.close()
+        saved = "saved" if self.saved_step == self.progress.step else "could not save"
+        self.log.print(f"stopped after step {self.progress.step}, and {saved}. To go on, add --resume to the command.")
+
+    def export(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """The policy for everybody else, out of its whole tensors: a peft folder, or without adapters a model's."""
+        model, base = self.policy.model, self.tokenizer.name_or_path
+        whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
+        if self.config.lora_rank:
+            source = base if self.config.model == "tiny" else self.config.model
+            lora.save_adapter(model, folder / "adapter", source, gather=whole.get)
+        else:
+            dtype = getattr(torch, self.config.dtype)
+            weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))
+            export.write_model(weights, folder / "model", like=Path(base))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order, seeds and learning rate: functions of the configuration and the step alone
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
+    """All prompts in a random order, then all again in another, and so on."""
+    epoch = 0
+    while True:
+        yield from random.Random(f"{seed}/{epoch}").sample(prompts, len(prompts))
+        epoch += 1
+
+
+def request_seed(*numbers: int) -> int:
+    """One number out of several, well mixed; vLLM gives sample i of a request this plus i."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def schedule(step: int, config: Config) -> float:
+    """The share of the learning rate that step 1, 2, ... gets: a linear warm-up, then constant, linear or cosine."""
+    if step <= config.warmup_steps:
+        return step / (config.warmup_steps + 1)
+    done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)  # 0 at first, 1 after the last step
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_schedule]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, config: Config) -> float:
+    """Gives the optimizer the step's learning rate, and returns it."""
+    for group in optimizer.param_groups:
+        group["lr"] = peak * schedule(step, config)
+    return peak * schedule(step, config)
+
+
+def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
+    """Runs a trainer. A mistake of the user's ends it before it begins, with one line and exit code 2."""
+    try:
+        run = prepare()
+    except (ValueError, OSError) as error:
+        give_up(error, code=2)
+    except Exception as error:
+        give_up(error, code=1)
+    try:
+        train(run)
+    except Stopped as stopped:
+        stopped.args[0].leave()
+    except Exception as error:
+        give_up(error, code=1)
+
+
+def give_up(error: Exception, code: int) -> NoReturn:
+    """Ends this process, and all others with it. The first rank to fail says why, in one last line.
+
+    The others fail for want of the first, in whatever words their libraries have; they are not asked.
+    """
+    faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=open(os.devnull, "w"))  # should it hang in the end
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    if fsdp_utils.first_to_fail():
+        if code != 2:
+            traceback.print_exc()
+        line = "error: " + (" ".join(str(error).split()) or type(error).__name__)
+        print(line, file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # with it, torchrun's report ends in the same line
+            cause = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": cause}))
+    else:
+        time.sleep(FIRST_CAUSE)
+    sys.exit(code)

@@ -1,0 +1,556 @@
+"""Every door, knocked on wrongly: whatever is wrong is said in one line that names it, and nothing is written.
+
+Each case is a bad input and words that its line must have: what is wrong, and mostly what would be right.
+"""
+
+import dataclasses
+import json
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, on_ranks
+from safetensors.torch import load_file, save_file
+
+import adapter_files
+import checkpoint
+import reward
+from configs.base import LEAST, Config, parse_config
+
+ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
+FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
+NUMBERS = [name for name, kind in FIELDS.items() if kind in (int, float, int | None, float | None)]
+
+
+def check(line: str, words: list[str]) -> None:
+    """That it is one line, of a length that one reads, with those words in it."""
+    assert "\n" not in line and len(line) < 700, line
+    assert all(word in line for word in words), (words, line)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line and configurations
+# ---------------------------------------------------------------------------------------------------------------
+
+too_small = [(f"--{name}={least - 1}", [name, f"at least {least}"]) for name, least in LEAST.items()]
+not_finite = [
+    (f"--{name}={value}", [name, value]) for name in NUMBERS if "float" in str(FIELDS[name]) for value in ("nan", "inf")
+]
+no_number = [(f"--{name}=many", [name, "'many'"]) for name in NUMBERS]
+too_large = [(f"--{name}={10**12}", [name, "at most 2147483647"]) for name in NUMBERS if "int" in str(FIELDS[name])]
+no_choice = [
+    (f"--{name}=bogus", [name, "bogus"]) for name, kind in FIELDS.items() if "Literal" in str(kind) or kind is bool
+]
+control = [(f"--{name}=a\x00b", [name, "printable", "'a\\x00b'"]) for name, kind in FIELDS.items() if kind is str]
+
+OPTIONS = [
+    *((f"--{name}=0", [name, "more than 0"]) for name in ("temperature", "learning_rate", "lora_alpha")),
+    ("--gpu_memory_utilization=1.01", ["gpu_memory_utilization", "at most 1", "1.01"]),
+    ("--clip_low=1.5", ["clip_low", "at most 1", "1.5"]),
+    ("--gamma=1.5", ["gamma", "at most 1"]),
+    ("--gae_lambda=2", ["gae_lambda", "at most 1"]),
+    ("--overlong_buffer=1.2", ["overlong_buffer", "at most 1"]),
+    ("--dual_clip=0.5", ["dual_clip", "more than 1"]),
+    ("--lora_dropout=1", ["lora_dropout", "less than 1"]),
+    ("--lora_dropout=0.1 --lora_forward=merged", ["lora_dropout", "lora_forward factored"]),
+    ("--group_size=1", ["group_size", "at least 2"]),
+    ("--warmup_steps=200", ["warmup_steps", "fewer than the 60"]),
+    ("--updates_per_rollout=5", ["updates_per_rollout", "divide prompts_per_step", "5"]),
+    ("--lora_rank=0 --lora_dropout=0.1", ["lora_dropout", "lora_rank above 0"]),
+    ("--lora_rank=0 --use_rslora=1", ["use_rslora", "lora_rank above 0"]),
+    ("--lora_rank=0 --lora_adapter_path=x", ["lora_adapter_path", "lora_rank above 0"]),
+    ("--lora_rank=0 --ref_adapter_path=x", ["ref_adapter_path", "lora_rank above 0"]),
+    ("--lora_rank=0 --lora_forward=merged", ["lora_forward", "lora_rank above 0"]),
+    ("--lora_rank=0 --base_dtype=nf4", ["base_dtype", "lora_rank above 0"]),
+    ("--lora_rank=0 --kl_coef=0.1", ["kl_coef", "set kl_coef 0"]),
+    ("--lora_rank=0 --sync=adapter", ["sync adapter", "use sync merged"]),
+    ("--lora_rank=600 --sync=adapter", ["600", "use sync merged"]),
+    ("--base_dtype=nf4 --sync=adapter", ["nf4", "use sync merged"]),
+    ("--lora_forward=merged --sync=adapter", ["lora_forward merged", "lora_forward factored"]),
+    ("--sleep_level=2 --sync=adapter", ["sleep_level 2", "use sleep_level 1"]),
+    ("--ref_adapter_path=x", ["ref_adapter_path", "kl_coef above 0"]),
+    ("--run_name=a/b", ["run_name", "'a/b'"]),
+    ("--run_name=..", ["run_name", "'..'"]),
+    ("--run_name=", ["run_name", "''"]),
+    (f"--run_name={'x' * 200}", ["run_name", "128"]),
+    ("--run_name=\udcff", ["run_name", "printable"]),
+    ("--wandb_project=a/b", ["wandb_project", "'a/b'"]),
+    ("--wandb_project=", ["wandb_project", "''"]),
+    ("--model=", ["model", "''"]),
+    ("--target_modules", ["--target_modules"]),
+    ("--target_modules=", ["target_modules", "['']"]),
+    ("--sleep_level=3", ["sleep_level", "3"]),
+    ("--stepz=3", ["--stepz", "--steps"]),
+    ("--Steps=3", ["--Steps", "--steps"]),
+    ("--step=3", ["--step", "--steps"]),
+    ("--", ["--"]),
+    ("-x", ["-x"]),
+    ("stray", ["'stray'"]),
+    ("=", ["'='"]),
+    ("--steps", ["--steps", "expected one argument"]),
+    ("--steps=", ["--steps", "''"]),
+    ("--steps=1e3", ["--steps", "'1e3'"]),
+    ("--steps=0x10", ["--steps", "'0x10'"]),
+    ("--steps=三", ["--steps", "'三'"]),
+    ("--learning_rate=1,5", ["--learning_rate", "'1,5'"]),
+    ("--seed=None", ["--seed", "'None'"]),
+    ("--config=nowhere.py", ["nowhere.py", "configs/"]),
+    ("--config=configs", ["configs"]),
+    ("--config=a\x00b.py", ["a\\x00b.py"]),
+]
+
+
+@pytest.mark.parametrize(
+    "options, words", [*too_small, *not_finite, *no_number, *too_large, *no_choice, *control, *OPTIONS]
+)
+def test_options(options, words):
+    with pytest.raises((ValueError, OSError)) as error:
+        parse_config([*ARITHMETIC, *options.split(" ")], "")
+    check(str(error.value), words)
+
+
+CONFIG = "from configs.base import Config\n"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"", ["must define config = Config(...)", "NoneType"]),
+        (b"config = None", ["must define config", "NoneType"]),
+        (b"config = {'steps': 3}", ["must define config", "dict"]),
+        (b"config = (", ["SyntaxError"]),
+        (b"\xff\xfe\x00", ["Error"]),
+        (b"a\x00b", ["null bytes"]),
+        (b"import nothing_of_that_name", ["ModuleNotFoundError", "nothing_of_that_name"]),
+        (b"import sys; sys.exit(3)", ["SystemExit", "3"]),
+        (b"raise KeyError('x')", ["KeyError", "x"]),
+        (b"def f(): f()\nf()", ["RecursionError"]),
+        (b"open('/nowhere/at/all')", ["FileNotFoundError", "/nowhere/at/all"]),
+        (CONFIG.encode() + b"config = Config", ["must define config", "type"]),
+        (CONFIG.encode() + b"config = Config(3, 4)", ["run_name must be str, not 3"]),
+        (CONFIG.encode() + b"config = Config(steps=None)", ["steps must be int, not None"]),
+        (CONFIG.encode() + b"config = Config(steps=True)", ["steps must be int, not True"]),
+        (CONFIG.encode() + b"config = Config(steps=3.0)", ["steps must be int, not 3.0"]),
+        (CONFIG.encode() + b"config = Config(learning_rate='1')", ["learning_rate must be float, not '1'"]),
+        (CONFIG.encode() + b"config = Config(learning_rate=10**400)", ["learning_rate must be a number of at most"]),
+        (CONFIG.encode() + b"config = Config(use_rslora=1)", ["use_rslora must be bool, not 1"]),
+        (CONFIG.encode() + b"config = Config(target_modules='q_proj')", ["target_modules must be", "'q_proj'"]),
+        (CONFIG.encode() + b"config = Config(target_modules=[])", ["target_modules must be a list", "[]"]),
+        (CONFIG.encode() + b"config = Config(target_modules=[1])", ["target_modules must be a list", "[1]"]),
+        (CONFIG.encode() + b"config = Config(dtype=None)", ["dtype must be one of", "None"]),
+        (CONFIG.encode() + b"config = Config(clip_low='a')", ["clip_low must be float, not 'a'"]),
+        (CONFIG.encode() + b"config = Config(tis_mode=3)", ["tis_mode", "3"]),
+        (CONFIG.encode() + b"config = Config(run_name='a\\nb')", ["run_name must be printable"]),
+    ],
+)
+def test_config_files(tmp_path, text, words):
+    path = tmp_path / "mine.py"
+    path.write_bytes(text)
+    with pytest.raises(ValueError) as error:
+        parse_config(["--config", str(path)], "")
+    check(" ".join(str(error.value).split()), [str(path), *words])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------
+
+GOOD = b'{"question": "q", "answer": "#### 1"}\n'
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        (b"{", ["not JSON"]),
+        (b"}", ["not JSON"]),
+        (b"question: q", ["not JSON"]),
+        (b"{'question': 'q', 'answer': '#### 1'}", ["not JSON"]),
+        (GOOD.strip() + b"," + GOOD.strip(), ["not JSON"]),
+        (GOOD.strip() + GOOD.strip(), ["not JSON"]),
+        (b'{"question": "q", "answer": "#### 1"', ["not JSON"]),
+        (b'{"question": "q", "answer": "#### \n1"}', ["not JSON"]),
+        (b"[" * 100_000, ["not JSON"]),
+        (b'{"question": ' + b"9" * 5000 + b"}", ["not JSON"]),
+        (b"\x00", ["not JSON"]),
+        (b"\xff\xfe{", ["not UTF-8", "byte 1"]),
+        ('{"question": "é", "answer": "#### 1"}'.encode("latin-1"), ["not UTF-8", "byte 15"]),
+        (GOOD.decode().encode("utf-16"), ["not UTF-8"]),
+        (b'{"question": "\xed\xa0\x80", "answer": "#### 1"}', ["not UTF-8"]),
+        (b'{"question": "\\ud800", "answer": "#### 1"}', ["'question'", "half a surrogate pair"]),
+        (b'{"question": "q", "answer": "\\udfff #### 1"}', ["'answer'", "half a surrogate pair"]),
+        (b"null", ["text field 'question'", "None"]),
+        (b"3", ["text field 'question'", "3"]),
+        (b'"q"', ["text field 'question'", "q"]),
+        (b"[]", ["text field 'question'", "[]"]),
+        (b"{}", ["text field 'question'", "{}"]),
+        (b'{"Question": "q", "answer": "#### 1"}', ["text field 'question'", "Question"]),
+        (b'{"question": "q"}', ["text field 'answer'"]),
+        (b'{"answer": "#### 1"}', ["text field 'question'"]),
+        (b'{"question": null, "answer": "#### 1"}', ["text field 'question'", "None"]),
+        (b'{"question": ["q"], "answer": "#### 1"}', ["text field 'question'"]),
+        (b'{"question": "q", "answer": 1}', ["text field 'answer'"]),
+        (b'{"question": "q", "answer": ""}', ["must end in '#### N'", "''"]),
+        (b'{"question": "q", "answer": "1"}', ["must end in '#### N'", "'1'"]),
+        (b'{"question": "q", "answer": "### 1"}', ["must end in '#### N'"]),
+        (b'{"question": "q", "answer": "#### none"}', ["must end in '#### N'", "none"]),
+        (b'{"question": "q", "answer": "' + b"x" * 10_000_000 + b'"}', ["must end in '#### N'"]),
+        (b'{"question": "' + b"x" * 10_000_000 + b'"}', ["text field 'answer'"]),
+        (b"x" * 10_000_000, ["not JSON"]),
+    ],
+    ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else "",
+)
+def test_data_lines(tmp_path, line, words):
+    (tmp_path / "train.jsonl").write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
+    with pytest.raises(ValueError) as error:
+        reward.load_problems("gsm8k", "train", str(tmp_path))
+    check(str(error.value), ["train.jsonl, line 3", *words])
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n\n", b"\xef\xbb\xbf", b" \t\r\n"])
+def test_data_files_without_problems(tmp_path, content):
+    (tmp_path / "train.jsonl").write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        reward.load_problems("gsm8k", "train", str(tmp_path))
+    check(str(error.value), ["gsm8k", "no train problems", str(tmp_path)])
+
+
+def test_data_folders(tmp_path):
+    with pytest.raises(OSError) as error:
+        reward.load_problems("gsm8k", "train", str(tmp_path))
+    check(str(error.value), [str(tmp_path / "train.jsonl")])
+    (tmp_path / "train.jsonl").mkdir()
+    with pytest.raises(OSError) as error:
+        reward.load_problems("gsm8k", "train", str(tmp_path))
+    check(str(error.value), [str(tmp_path / "train.jsonl")])
+
+
+def test_odd_but_good_data(tmp_path):
+    """A byte order mark, carriage returns, no last newline, any script, a line of 10 MB."""
+    texts = ["q", "日本語 🦊 \u0000 ﷽", "x" * 10_000_000]
+    lines = [json.dumps({"question": text, "answer": "#### ١٢"}, ensure_ascii=i < 2) for i, text in enumerate(texts)]
+    (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    problems = reward.load_problems("gsm8k", "train", str(tmp_path))
+    assert [problem.prompt.removesuffix(reward.GSM8K_INSTRUCTION) for problem in problems] == texts
+    assert {problem.answer for problem in problems} == {"12"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What only a run's preparation can find out: models, adapters, checkpoints, and how all of it goes together
+# ---------------------------------------------------------------------------------------------------------------
+
+Case = tuple[list[str], list[str]]  # options, and the words of what is said
+
+
+def complaints(runs: list[list[str]]) -> list[str]:
+    """What each run's preparation says, in a process of its own."""
+    import train_grpo
+
+    said = []
+    for arguments in runs:
+        sys.argv[1:] = arguments
+        try:
+            train_grpo.prepare_grpo()
+            said.append("nothing")
+        except (ValueError, OSError) as error:
+            said.append(str(error))
+        except Exception:
+            said.append(traceback.format_exc())
+    return said
+
+
+@pytest.mark.slow
+def test_what_only_a_run_can_find_out(tmp_path, tiny_folder):
+    """One process prepares run after run; not one of them comes so far as to start vLLM or to write anything."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    cases = [
+        *bad_settings(bad),
+        *bad_data(bad),
+        *bad_models(bad, tiny_folder),
+        *bad_adapters(bad, tiny_folder),
+        *bad_checkpoints(tmp_path / "runs" / "r", bad),
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    run = [*ARITHMETIC, "--output_dir", str(tmp_path / "runs"), "--run_name", "r"]
+    run += ["--cache_dir", str(tiny_folder.parent), "--wandb_mode", "disabled"]
+    (said,) = on_ranks(1, complaints, [run + options for options, _ in cases], folder=tmp_path)
+    wrong = []
+    for (options, words), line in zip(cases, said, strict=True):
+        try:
+            check(line, words)
+        except AssertionError:
+            wrong.append((options, words, line))
+    assert not wrong, "\n".join(map(str, wrong))
+    after = {path for path in tmp_path.rglob("*") if not path.name.startswith(("call.pickle", "worker.py"))}
+    assert after == set(before), "nothing is written before everything is right"
+
+
+def bad_settings(bad: Path) -> list[Case]:
+    """What contradicts the world, the task or the algorithm."""
+    (bad / "file").write_text("")
+    return [
+        (["--task", "sums"], ["'sums'", "there are: arithmetic, gsm8k"]),
+        (["--algorithm", "gpro"], ["'gpro'", "there are: grpo"]),
+        (["--algorithm", "ppo"], ["run train_ppo.py"]),
+        (["--algorithm", "dapo", "--max_rollouts", "1"], ["max_rollouts must exceed 1"]),
+        (["--algorithm", "gspo", "--tis_mode", "token"], ["gspo", "tis_mode must be sequence", "'token'"]),
+        (["--algorithm", "reinforce_pp", "--group_size", "1", "--max_rollouts", "2"], ["group_size must exceed 1"]),
+        (["--algorithm", "rloo", "--kl_coef", "0.1", "--kl_estimator", "k1"], ["k1", "k2 or k3"]),
+        (["--algorithm", "cispo", "--dual_clip", "3"], ["dual_clip must be 0", "3"]),
+        (["--algorithm", "flowrl", "--kl_coef", "0.1"], ["kl_coef must be 0", "0.1"]),
+        (["--algorithm", "flowrl", "--lora_rank", "0"], ["set lora_rank above 0"]),
+        (["--algorithm", "bnpo", "--overlong_buffer", "0.2"], ["overlong_buffer must be 0"]),
+        (["--target_modules", "w_proj"], ["'w_proj'", "q_proj", "all-linear"]),
+        (["--target_modules", "q_proj", "nothing"], ["'nothing'", "q_proj"]),
+        (["--fsdp_size", "3"], ["fsdp_size 3", "1"]),
+        (["--tensor_parallel_size", "3"], ["tensor_parallel_size 3", "1"]),
+        (["--max_prompt_length", "2"], ["max_prompt_length, 2 tokens"]),
+        (["--max_prompt_length", "1000", "--max_completion_length", "25"], ["1000", "25", "1025", "1024"]),
+        (["--output_dir", str(bad / "file")], ["cannot write", str(bad / "file")]),
+        (["--model", "/no/such/model"], ["/no/such/model"]),
+        (["--model", "no such model"], ["'no such model'"]),
+        (["--model", str(bad)], ["config.json", str(bad)]),
+        (["--model", str(bad / "file")], ["config.json", str(bad / "file")]),
+    ]
+
+
+def bad_data(bad: Path) -> list[Case]:
+    """A folder in which one file is right and the other is not."""
+    cases = []
+    for name, files, words in (
+        ("no test", {"train": GOOD}, ["test.jsonl"]),
+        ("bad test", {"train": GOOD, "test": b"{"}, ["test.jsonl, line 1", "not JSON"]),
+        ("empty test", {"train": GOOD, "test": b""}, ["no test problems"]),
+        ("bad train", {"train": b"[]", "test": GOOD}, ["train.jsonl, line 1", "'question'"]),
+        (
+            "too long",
+            {"train": GOOD.replace(b'"q"', b'"' + b"q" * 600 + b'"'), "test": GOOD},
+            ["max_prompt_length, 512 tokens"],
+        ),
+    ):
+        folder = bad / "data" / name
+        folder.mkdir(parents=True)
+        for split, content in files.items():
+            (folder / f"{split}.jsonl").write_bytes(content)
+        cases.append((["--task", "gsm8k", "--max_prompt_length", "512", "--data_dir", str(folder)], words))
+    return cases
+
+
+def bad_models(bad: Path, tiny_folder: Path) -> list[Case]:
+    """The tiny model's folder with one thing wrong."""
+    config = json.loads((tiny_folder / "config.json").read_text())
+    weights = load_file(tiny_folder / "model.safetensors")
+    first = "model.layers.0.mlp.down_proj.weight"
+    whole = (tiny_folder / "model.safetensors").read_bytes()
+    cases = []
+
+    def case(name: str, files: dict[str, bytes | dict | None], words: list[str]) -> None:
+        folder = bad / "model" / name
+        shutil.copytree(tiny_folder, folder)
+        for file, content in files.items():
+            if content is None:
+                (folder / file).unlink()
+            elif file.endswith(".safetensors") and isinstance(content, dict):
+                save_file(content, folder / file)
+            else:
+                (folder / file).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        cases.append((["--model", str(folder)], [str(folder), *words] if words else [str(folder)]))
+
+    def configured(name: str, words: list[str], **changes: object) -> None:
+        case(name, {"config.json": config | changes}, words)
+
+    case("empty config", {"config.json": b""}, [])
+    case("config not JSON", {"config.json": b"{"}, [])
+    case("config a list", {"config.json": b"[]"}, [])
+    case("config without anything", {"config.json": b"{}"}, ["model_type"])
+    case("config not text", {"config.json": b"\xff\xfe\x00"}, [])
+    configured("unknown type", ["hal9000"], model_type="hal9000")
+    configured("numeric type", [], model_type=3)
+    configured("encoder-decoder", ["T5"], model_type="t5")
+    configured("other blocks", ["GPT2LMHeadModel", "layers"], model_type="gpt2", n_embd=128, n_head=4, n_positions=1024)
+    code = {"AutoConfig": "code.MyConfig", "AutoModelForCausalLM": "code.MyModel"}
+    configured("own code", ["never run"], model_type="mine", auto_map=code)
+    configured("size a word", ["hidden_size"], hidden_size="large")
+    configured("size null", ["hidden_size"], hidden_size=None)
+    configured("size 0", [], hidden_size=0)
+    configured("negative layers", [], num_hidden_layers=-1)
+    configured("no heads", [], num_attention_heads=0)
+    configured("vocabulary a word", [], vocab_size="many")
+    configured("other vocabulary", ["embed_tokens", "1000"], vocab_size=1000)
+    configured("small vocabulary", ["tokenizer", "only 10"], vocab_size=10)
+    configured("short", ["16", "24", "40", "bears 32"], max_position_embeddings=32)
+    configured("other width", ["mlp", "999"], intermediate_size=999)
+    configured("more layers", ["num_hidden_layers", "layer_types"], num_hidden_layers=4)
+    layers = ["full_attention"] * 4
+    configured("layers that are not there", ["model.layers.3."], num_hidden_layers=4, layer_types=layers)
+
+    case("no tokenizer", {"tokenizer.json": None, "tokenizer_config.json": None}, ["tokenizer"])
+    case("empty tokenizer", {"tokenizer.json": b""}, ["tokenizer"])
+    case("tokenizer not JSON", {"tokenizer.json": b"{"}, ["tokenizer"])
+    case("tokenizer without anything", {"tokenizer.json": b"{}"}, ["tokenizer"])
+    case("tokenizer a list", {"tokenizer.json": b"[]"}, ["tokenizer"])
+    case("tokenizer settings not JSON", {"tokenizer_config.json": b"{"}, ["tokenizer"])
+    case("template not Jinja", {"chat_template.jinja": b"{% if %}"}, ["tokenizer"])
+    case("template raises", {"chat_template.jinja": b"{{ raise_exception('no users here') }}"}, ["no users here"])
+    case("template empty", {"chat_template.jinja": b"{# nothing #}"}, ["no token of prompt"])
+
+    file = "model.safetensors"
+    case("no weights", {file: None}, ["lacks", "embed_tokens"])
+    case("a pickle", {file: None, "pytorch_model.bin": b"\x80\x04."}, ["lacks", "embed_tokens"])
+    case("empty weights", {file: b""}, ["not a whole safetensors file"])
+    case("half the weights", {file: whole[: len(whole) // 2]}, ["not a whole safetensors file"])
+    case("weights too long", {file: whole + b"x"}, ["not a whole safetensors file"])
+    case("no header", {file: b"\xff" * 100}, ["not a whole safetensors file"])
+    case("header not JSON", {file: b"\x08" + b"\x00" * 7 + b"{{{{{{{{"}, ["not a whole safetensors file"])
+    case("a tensor less", {file: {name: weights[name] for name in weights if name != first}}, ["lacks", first])
+    case("a tensor too short", {file: weights | {first: weights[first][1:].clone()}}, [first, "(127, 384)"])
+    case("a tensor too flat", {file: weights | {first: weights[first].flatten()}}, [first, "(49152,)"])
+    case("a tensor of integers", {file: weights | {first: weights[first].to(torch.int8)}}, [first, "I8", "BF16"])
+    index = "model.safetensors.index.json"
+    case("index not JSON", {index: b"{"}, [index, "JSON"])
+    case("index a list", {index: []}, [index])
+    case("index without a map", {index: {}}, [index, "weight_map"])
+    case("index with a bad map", {index: {"weight_map": {first: 3}}}, [index, "3"])
+    case("index of other files", {index: {"weight_map": {first: "no.safetensors"}}}, [index, "'no.safetensors'"])
+    outside = f"../config without anything/{file}"
+    case("index of files outside", {index: {"weight_map": dict.fromkeys(weights, outside)}}, [index, outside])
+    return cases
+
+
+def bad_adapters(bad: Path, tiny_folder: Path) -> list[Case]:
+    """An adapter of the tiny model's MLPs with one thing wrong."""
+    sizes = {"gate_proj": (128, 384), "up_proj": (128, 384), "down_proj": (384, 128)}
+    tensors = {}
+    for layer in range(3):
+        for name, (inside, outside) in sizes.items():
+            path = f"model.layers.{layer}.mlp.{name}"
+            tensors[adapter_files.peft_key(path, "lora_A")] = torch.ones(4, inside)
+            tensors[adapter_files.peft_key(path, "lora_B")] = torch.ones(outside, 4)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": list(sizes)}
+    a = adapter_files.peft_key("model.layers.1.mlp.up_proj", "lora_A")
+    cases = []
+
+    def case(name: str, words: list[str], settings: object = config, values: object = tensors) -> None:
+        folder = bad / "adapter" / name
+        folder.mkdir(parents=True)
+        if settings is not None:
+            text = settings if isinstance(settings, bytes) else json.dumps(settings).encode()
+            (folder / "adapter_config.json").write_bytes(text)
+        if isinstance(values, bytes):
+            (folder / "adapter_model.safetensors").write_bytes(values)
+        elif values is not None:
+            save_file(values, folder / "adapter_model.safetensors")
+        targets = ["--target_modules", *sizes]
+        cases.append(([*targets, "--lora_adapter_path", str(folder)], [str(folder), *words]))
+        cases.append(([*targets, "--kl_coef", "0.1", "--ref_adapter_path", str(folder)], [str(folder), *words]))
+
+    case("empty", ["no adapter_config.json"], None, None)
+    case("no settings", ["no adapter_config.json"], None)
+    case("no tensors", ["no adapter_model.safetensors"], config, None)
+    case("settings empty", [], b"")
+    case("settings not JSON", [], b"{")
+    case("settings not text", [], b"\xff\xfe")
+    case("settings deep", [], b"[" * 100_000)
+    case("settings a list", ["peft_type"], [])
+    case("settings of another kind", ["peft_type"], config | {"peft_type": "IA3"})
+    case("settings without a kind", ["peft_type"], {"r": 4, "lora_alpha": 8})
+    for value in (None, 0, -4, 1.5, "4", True, [4]):
+        case(f"rank {value}", ["r in its adapter_config.json", repr(value)], config | {"r": value})
+    for value in (None, 0, -1, "8", False, float("nan"), float("inf")):
+        case(f"alpha {value}", ["lora_alpha in its", repr(value)], config | {"lora_alpha": value})
+    case("rslora a word", ["use_rslora", "'no'"], config | {"use_rslora": "no"})
+    case("base a number", ["base_model_name_or_path", "3"], config | {"base_model_name_or_path": 3})
+    for key, value in (
+        ("bias", "all"),
+        ("use_dora", True),
+        ("fan_in_fan_out", True),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+    ):
+        case(key, [key, repr(value), "not supported"], config | {key: value})
+    case("pissa", ["pissa_niter_4", "convert"], config | {"init_lora_weights": "pissa_niter_4"})
+    case("tensors empty", [], config, b"")
+    case("tensors no file of their kind", [], config, b"\xff" * 64)
+    case("a tensor less", ["lacks", a], config, {name: tensors[name] for name in tensors if name != a})
+    case("a tensor more", ["unexpected", "'x'"], config, tensors | {"x": torch.ones(1)})
+    case("no tensor at all", ["no matrices"], config, {})
+    case(
+        "other prefix",
+        ["model.layers.0"],
+        config,
+        {name.removeprefix("base_model."): tensors[name] for name in tensors},
+    )
+    case("other rank", ["at rank 4", "(3, 128)"], config, tensors | {a: torch.ones(3, 128)})
+    case("three dimensions", ["(4, 128, 1)"], config, tensors | {a: torch.ones(4, 128, 1)})
+    case("other width", ["127", "another base model"], config, tensors | {a: torch.ones(4, 127)})
+    case("NaN", ["not finite"], config, tensors | {a: torch.full((4, 128), float("nan"))})
+    case("integers", ["not finite"], config, tensors | {a: torch.ones(4, 128, dtype=torch.int8)})
+    few = {name: tensors[name] for name in tensors if "layers.0" in name}
+    other = {name.replace("mlp", "ffn"): tensors[name] for name in tensors}
+    for name, values, words in (
+        ("a layer less", few, ["lacks", "model.layers.1"]),
+        ("other modules", other, ["model.layers.0"]),
+    ):
+        case(name, words, config, values)
+    cases.remove(next(case for case in cases if "ref" in str(case[0]) and "a layer less" in str(case[0])))  # may be
+    return cases
+
+
+def bad_checkpoints(run: Path, bad: Path) -> list[Case]:
+    """A run's checkpoint with one thing wrong, the run's only one or of another run."""
+    now = parse_config([*ARITHMETIC, "--run_name", "r"], "")
+    progress = {"step": 1, "prompts_taken": 8}
+    state = {
+        "progress": progress,
+        "config": dataclasses.asdict(now),
+        "log": {"metrics": 0, "samples": 0, "wandb": None},
+        "random_states": [checkpoint.random_state()],
+    }
+    cases = []
+
+    def case(where: Path, words: list[str], content: object = state, tensors: dict = {}, **files: bytes) -> Path:  # noqa: B006
+        step = len(cases) + 1
+        folder = checkpoint.write(where, step, content, tensors, lambda folder: None)
+        for name, text in files.items():
+            (folder / name.replace("_", ".")).write_bytes(text)
+        cases.append((["--resume", str(folder)], words))
+        return folder
+
+    def without(key: str) -> dict:
+        return {name: value for name, value in state.items() if name != key}
+
+    for name, text in (
+        ("checksums_json", b""),
+        ("checksums_json", b"{"),
+        ("checksums_json", b"[]"),
+        ("checksums_json", b"{}"),
+        ("checksums_json", b'{"../../latest": "0"}'),
+        ("checksums_json", b'{"/etc/passwd": "0"}'),
+        ("checksums_json", b'{"state.json": 3}'),
+        ("state_json", b"{}"),
+        ("state_safetensors", b""),
+    ):
+        case(run, ["cannot be used"], **{name: text})
+    case(run, ["another version"], [])
+    for key in state:
+        case(run, ["another version", key], without(key))
+    case(run, ["another version", "moon"], state | {"progress": progress | {"moon": 1}})
+    case(run, ["another version"], state | {"progress": 3})
+    for name in checkpoint.FIXED.split():
+        case(run, [name, "'was'", "must keep"], state | {"config": state["config"] | {name: "was"}})
+    case(run, ["lora_A", "None"])
+    name = "policy.model.model.layers.0.self_attn.q_proj.adapters.policy.lora_A"
+    case(run, [name, "[3, 3]"], state, {name: torch.zeros(3, 3)})
+    case(bad / "runs" / "other", ["no checkpoint of the run", "set output_dir and run_name"])
+    cases.append((["--resume", str(run / "checkpoints" / "step_000777")], ["step_000777"]))
+    cases.append((["--resume", str(run)], ["checksums.json"]))
+    shutil.copytree(run, bad / "runs" / "harmed")
+    for path in (bad / "runs" / "harmed").rglob("state.json"):
+        path.write_text("{}")
+    harmed = ["--output_dir", str(bad / "runs"), "--run_name", "harmed", "--resume"]
+    cases.append((harmed, ["is whole", "without --resume"]))
+    return cases

@@ -1,0 +1,249 @@
+"""What goes wrong while a run runs: on real processes, with a fault put into one of them."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, on_ranks, torchrun
+
+import fsdp_utils
+import reward
+import run
+import train_grpo
+from batching import make_updates
+from configs.base import Config
+from rollout import Completion
+
+WITHIN = 60  # seconds in which one rank's failure must end all
+
+FAULTY = """
+import os, resource, signal, sys
+sys.path[:0] = [{root!r}]
+import torch
+import checkpoint, fsdp_utils, reward, run, train_grpo
+
+fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
+steps = 0
+
+
+def score(completion, answer):
+    if rank == 1 and "+" not in answer:
+        raise KeyError("no such answer")
+    return 0.0
+
+
+class Poison(torch.autograd.Function):
+    "The identity, whose gradient is infinite."
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * float("inf")
+
+
+honest = train_grpo.policy_loss
+
+
+def poisoned(*arguments):
+    "On one rank alone: in step 2 an infinite loss, whose gradients are finite; from step 4 on infinite gradients."
+    global steps
+    loss, info = honest(*arguments)
+    steps += 1
+    if rank == 1 and steps == 2:
+        loss = loss + float("inf")
+    if rank == 1 and steps >= 4:
+        loss = Poison.apply(loss)
+    if fault == "killed" and rank == 1 and steps == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return loss, info
+
+
+if fault == "reward":
+    reward.TASKS["arithmetic"] = reward.Task(reward.arithmetic_problems, score)
+else:
+    train_grpo.policy_loss = poisoned
+
+
+def train(run):
+    if fault == "numbers":  # no file may be larger, as if the disk were full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    train_grpo.train(run)
+
+
+run.launch(train_grpo.prepare_grpo, train)
+"""
+
+
+def start(fault: str, folder: Path, tiny_folder: Path, *options: str) -> subprocess.Popen:
+    """A short run on two ranks, one of which has a fault."""
+    (folder / "faulty.py").write_text(FAULTY.format(root=str(ROOT)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(folder / "faulty.py"), fault, "--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
+    command += ["--output_dir", str(folder), "--run_name", "r", "--cache_dir", str(tiny_folder.parent)]
+    command += (
+        "--wandb_mode disabled --steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *options], cwd=ROOT, process_group=0, **pipes)
+
+
+def end(process: subprocess.Popen) -> tuple[str, str]:
+    """What a failing run printed, and what torchrun's report gives as the root cause, in its last line."""
+    first = None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if first is None and ("error: " in line or "SIGKILL" in line):
+            first = time.time()
+    assert process.wait() != 0
+    assert time.time() - first < WITHIN, "one rank's failure ends all"
+    report = [line.strip() for line in lines if line.strip(" =\n")]
+    return "".join(lines), report[-1].removeprefix("traceback : ")
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_on_one_rank_ends_all(tmp_path, tiny_folder):
+    output, cause = end(start("reward", tmp_path, tiny_folder, "--prompts_per_step", "4"))
+    assert cause.startswith("error: the reward of task 'arithmetic' raised KeyError: 'no such answer' (")
+    assert "faulty.py, line " in cause and "on Problem(prompt=" in cause and "and completion '" in cause
+    assert output.count("\nerror: ") == 1, "the other rank has nothing to add"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_all(tmp_path, tiny_folder):
+    """As by the kernel, for want of memory."""
+    output, cause = end(start("killed", tmp_path, tiny_folder))
+    assert cause.startswith("Signal 9 (SIGKILL) received by PID")
+    leftovers = subprocess.run(["pgrep", "-f", str(tmp_path / "faulty.py")], capture_output=True, text=True).stdout
+    assert not leftovers, "no process stays behind"
+
+
+@pytest.mark.slow
+def test_what_a_run_survives_and_what_stops_it(tmp_path, tiny_folder):
+    """A full disk, and on one rank an infinite loss, are passed over; endless infinite gradients are not."""
+    options = ["--max_skipped", "2", "--save_every", "1"]
+    output, cause = end(start("numbers", tmp_path, tiny_folder, *options))
+    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][1:]
+    assert [row["skipped_updates"] for row in metrics] == [0, 1, 0, 1, 1, 1]
+    assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None, "JSON has no infinity"
+    assert all(row["loss"] is not None for row in metrics[3:]), "only the gradients were infinite"
+    assert metrics[2]["sync/update_survival"] > 0.9, "the update before it was not touched"
+    assert "were NaN or infinite in 3 updates in a row, more than max_skipped 2" in cause and "grad_norm" in cause
+    for step in range(1, 6):
+        assert f"no checkpoint of step {step}: " in output and "File too large" in output
+    assert list((tmp_path / "r" / "checkpoints").iterdir()) == [], "nothing half-written stays"
+
+
+@pytest.mark.parametrize(
+    "result, words",
+    [
+        (math.nan, "returned nan"),
+        (math.inf, "returned inf"),
+        (None, "returned None"),
+        ("1.0", "returned '1.0'"),
+        ([1.0], "returned [1.0]"),
+        (1j, "returned 1j"),
+        (torch.ones(2), "returned tensor([1., 1.])"),
+        (10**400, "raised OverflowError"),
+        (ZeroDivisionError("x"), "raised ZeroDivisionError: x"),
+    ],
+)
+def test_what_a_reward_may_not_return(monkeypatch, result, words):
+    def score(completion: str, answer: str) -> object:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
+    someone = SimpleNamespace(config=Config(task="mine"))
+    with pytest.raises(ValueError) as error:
+        run.Run.score_one(someone, reward.Problem("1+1=", "2"), "it is 3")
+    assert "\n" not in str(error.value) and words in str(error.value)
+    assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
+
+
+@pytest.mark.parametrize("value", [True, 1, 0.5, -3])
+def test_what_a_reward_may_return(monkeypatch, value):
+    monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, lambda *_: value))
+    assert run.Run.score_one(SimpleNamespace(config=Config(task="mine")), reward.Problem("1+1=", "2"), "3") == value
+
+
+def test_a_mismatch_stops_a_run():
+    someone = SimpleNamespace(config=Config(max_mismatch=0.1), progress=run.Progress())
+    run.Run.check_health(someone, {"mismatch/kl": 0.09})
+    with pytest.raises(RuntimeError, match="differ by 0.11 nats per token, above max_mismatch 0.1"):
+        run.Run.check_health(someone, {"mismatch/kl": 0.11})
+    someone.progress.updates_skipped = 5
+    with pytest.raises(RuntimeError, match="6 updates in a row.*critic/loss nan"):
+        run.Run.check_health(someone, {"critic/skipped_updates": 1.0, "critic/loss": math.nan})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nothing wrong, only unusual: it must simply work
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def empty_updates(tiny: str) -> dict[str, list[float]]:
+    """Of every algorithm, gradient norms of updates in which some completions, or all, have no token."""
+    from prepare import build_policy
+
+    world, norms = fsdp_utils.init_world(), {}
+    for name, algorithm in train_grpo.ALGORITHMS.items():
+        config = Config(model=tiny, algorithm=name, group_size=2, lora_rank=4, dtype="float32")
+        config = train_grpo.settle(config, algorithm)
+        policy = build_policy(config, tiny, world)
+        optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
+        session = SimpleNamespace(policy=policy, config=config, optimizer=optimizer, world=world)
+        steps = [[3, 0, 0, 0], [0, 0, 0, 0], [0, 2, 5, 1]]
+        norms[name] = [update_norm(session, algorithm, lengths) for lengths in steps]
+    return norms
+
+
+def update_norm(session: SimpleNamespace, algorithm: train_grpo.Algorithm, lengths: list[int]) -> float:
+    """The gradient norm of an update over two groups of two completions of those lengths."""
+    config, world = session.config, session.world
+    completions = [Completion(i // 2, [7] * n, [-1.0] * n, truncated=False) for i, n in enumerate(lengths)]
+    advantages = algorithm.advantage(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)).flatten()
+    weight = lambda lengths: algorithm.weight(lengths, config)  # noqa: E731
+    useless = train_grpo.only_advantages(config)
+    plan = {"updates": 1, "budget": 64, "drop_useless": useless, "world": world}
+    (batches,) = make_updates([[5, 6]] * 4, completions, advantages, weight, **plan)
+    for batch in batches if algorithm.flow else []:
+        batch.ref_logprobs = session.policy(batch.packed).logprobs.detach()
+    return train_grpo.update_policy(session, batches, algorithm.loss)["grad_norm"]
+
+
+@pytest.mark.slow
+def test_completions_without_a_token_teach_nothing(tmp_path, tiny_folder):
+    """One, a whole group, and all of a step."""
+    (norms,) = on_ranks(1, empty_updates, str(tiny_folder), folder=tmp_path)
+    for name, found in norms.items():
+        assert len(found) == 3 and all(math.isfinite(norm) for norm in found), (name, found)
+        assert found[0] > 0 and found[1] == 0 and found[2] > 0, (name, found)
+
+
+@pytest.mark.slow
+def test_fewer_problems_than_a_batch(tmp_path, tiny_folder):
+    """Three problems in every script, eight prompts a step, four evaluated; prompts that are too long are left out."""
+    questions = ["2+2?", "¿Cuánto son 2 más 2? 🦊", "二加二 \u0000\u200f", "long " * 200]
+    for split in ("train", "test"):
+        rows = [json.dumps({"question": question, "answer": "#### 4"}) for question in questions]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    done = torchrun(
+        2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data_dir", str(tmp_path), "--steps", "2",
+        "--output_dir", str(tmp_path), "--run_name", "r", "--cache_dir", str(tiny_folder.parent),
+        "--wandb_mode", "disabled", "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "3 problems to train on, 3 held out" in done.stdout
+    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    assert {sample["prompt"].removesuffix(reward.GSM8K_INSTRUCTION) for sample in samples} == set(questions[:3])

@@ -1,0 +1,347 @@
+"""A run that dies goes on as if it had not: on real processes, killed for real."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, on_ranks
+from torch import nn
+
+import checkpoint
+from configs.base import Config
+from tracking import RunLog
+
+NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may differ between two equal runs
+GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"
+
+
+def start(folder: Path, tiny_folder: Path, *options: str, ranks: int = 2, **environment: str) -> subprocess.Popen:
+    """A short run of the arithmetic default, or of PPO, in a process group of its own."""
+    program = "train_ppo.py --config configs/arithmetic_cpu_ppo.py" if "critic_lora_rank" in str(options) else GRPO
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += [
+        *program.split(),
+        "--output_dir",
+        str(folder),
+        "--run_name",
+        "r",
+        "--cache_dir",
+        str(tiny_folder.parent),
+    ]
+    command += "--wandb_mode disabled --prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16".split()
+    command += ["--steps", "8", "--save_every", "2", "--eval_every", "4", *options]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    """Waits for a run to end; what it printed."""
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output[-6000:]
+    return output
+
+
+def rows(folder: Path, name: str = "metrics") -> list[dict]:
+    """A log of a run, without what may differ."""
+    lines = (folder / "r" / f"{name}.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith(NOISE)} for line in lines]
+
+
+def await_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """Returns as soon as a step is logged; its save, if it has one, follows at once."""
+    path, deadline = folder / "r" / "metrics.jsonl", time.time() + 240
+    while not path.exists() or f'"step": {step},' not in path.read_text():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.001)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """SIGKILL to all of a run's processes."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_run_resumes_bit_identically(tmp_path, tiny_folder):
+    """Killed in the first step, in another step, in a save, then let to end: every metric and sample is that of a
+    quiet run.
+    """
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    checkpoints = killed / "r" / "checkpoints"
+    finish(start(quiet, tiny_folder))
+
+    process = start(killed, tiny_folder)
+    await_step(process, killed, 0)
+    time.sleep(random.uniform(0, 0.2))
+    kill(process)
+    # whether a checkpoint is there yet or not, it goes on
+
+    process = start(killed, tiny_folder, "--resume")
+    await_step(process, killed, 3)
+    time.sleep(random.uniform(0, 0.5))
+    kill(process)
+
+    process = start(killed, tiny_folder, "--resume")
+    await_step(process, killed, 6)
+    while not list(checkpoints.glob("*6.partial")) and not (checkpoints / "step_000006").exists():
+        pass
+    kill(process)
+
+    output = finish(start(killed, tiny_folder, "--resume"))
+    assert "resumed after step" in output
+    assert rows(killed) == rows(quiet)
+    assert rows(killed, "samples") == rows(quiet, "samples")
+    assert not list(checkpoints.glob("*.partial")) and (killed / "r" / "latest").read_text().endswith("step_000008\n")
+    assert (killed / "r" / "best").read_text() == (quiet / "r" / "best").read_text()
+
+    # A flipped bit is noticed; the checkpoint before it is used, on another number of ranks.
+    damaged = checkpoints / "step_000008" / "state.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-5] ^= 1
+    damaged.write_bytes(content)
+    output = finish(start(killed, tiny_folder, "--resume", ranks=1))
+    assert "step_000008 is damaged (state.safetensors is not what was written)" in output
+    assert "resumed after step 6" in output
+    for one, two in zip(rows(killed), rows(quiet), strict=True):
+        assert one["step"] == two["step"]
+        if one["step"]:
+            assert one["loss"] == pytest.approx(two["loss"], abs=5e-3)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_bit_identically(tmp_path, tiny_folder):
+    """PPO, whose critic and dropout must go on too, stopped by Ctrl-C, which a terminal sends to all processes.
+
+    The wandb run goes on as well, and no secret of the environment is written anywhere.
+    """
+    options = [
+        "--critic_lora_rank",
+        "4",
+        "--lora_dropout",
+        "0.1",
+        "--wandb_mode",
+        "offline",
+        "--optimizer_offload",
+        "1",
+    ]
+    secrets = {"WANDB_API_KEY": "5ec4e7" * 6 + "cafe", "HF_TOKEN": "hf_5ec4e7canary"}
+    quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"
+    finish(start(quiet, tiny_folder, *options, ranks=1))
+
+    process = start(stopped, tiny_folder, *options, ranks=1, **secrets)
+    await_step(process, stopped, 3)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    last = rows(stopped)[-1]["step"]
+    assert f"stopped after step {last}, and saved. To go on, add --resume to the command." in output
+    assert last < 8 and max(sample["step"] for sample in rows(stopped, "samples")) >= last
+
+    output = finish(start(stopped, tiny_folder, *options, "--resume", ranks=1, **secrets))
+    assert f"resumed after step {last}" in output
+    assert rows(stopped) == rows(quiet)
+    assert rows(stopped, "samples") == rows(quiet, "samples")
+    written = [path for path in (stopped / "r").rglob("*") if path.is_file()]
+    ids = {path.parent.name.rpartition("-")[2] for path in written if path.suffix == ".wandb"}
+    assert len(ids) == 1, "one wandb run"
+    for secret in secrets.values():
+        assert not [path for path in written if secret.encode() in path.read_bytes()] and secret not in output
+
+
+def test_a_scheduler_stops_a_run(tmp_path, tiny_folder):
+    """SIGTERM to the ranks themselves ends all in good order, with exit code 0."""
+    process = start(tmp_path, tiny_folder, "--steps", "1000")
+    await_step(process, tmp_path, 2)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    output = finish(process)
+    assert "--resume" in output and "Traceback" not in output
+    last = rows(tmp_path)[-1]["step"]
+    state = json.loads((tmp_path / "r" / "checkpoints" / f"step_{last:06d}" / "state.json").read_text())
+    assert state["progress"]["step"] == last
+
+
+def variants(base: list[str], cases: list[list[str]]) -> list[list]:
+    """Of each variant, the last steps of a quiet run and of one that went on from its middle; in one process."""
+    import train_grpo
+
+    alive = []  # an engine takes the process groups with it when it goes
+
+    def run(*arguments: str) -> tuple[list[dict], list[dict]]:
+        sys.argv[1:] = [*base, *arguments]
+        run = train_grpo.prepare_grpo()
+        train_grpo.train(run)
+        alive.append(run)
+        return rows(run.log.folder.parent), rows(run.log.folder.parent, "samples")
+
+    compared = []
+    for case in cases:
+        quiet = run(*case, "--save_every", "2", "--keep_checkpoints", "0")
+        resumed = run(*case, "--resume", f"{base[base.index('--output_dir') + 1]}/r/checkpoints/step_000002")
+        compared.append([quiet, resumed])
+    return compared
+
+
+@pytest.mark.slow
+def test_every_kind_of_run_goes_on(tmp_path, tiny_folder):
+    """Full fine-tuning, four-bit bases, adapter sync, FlowRL's log Z and dynamic sampling's place in the data."""
+    cases = {
+        "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
+        "nf4": ["--base_dtype", "nf4", "--lora_forward", "merged"],
+        "adapter": ["--sync", "adapter", "--lora_dropout", "0.2", "--use_rslora", "1"],
+        "flowrl": ["--algorithm", "flowrl", "--lr_schedule", "cosine"],
+        "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--param_offload", "1"],
+    }
+    base = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py"), "--output_dir", str(tmp_path), "--run_name", "r"]
+    base += ["--cache_dir", str(tiny_folder.parent), "--wandb_mode", "disabled", "--steps", "4", "--eval_every", "2"]
+    base += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 8 --kv_cache_gb 0.05".split()
+    (compared,) = on_ranks(1, variants, base, list(cases.values()), folder=tmp_path, timeout=600)
+    for name, (quiet, resumed) in zip(cases, compared, strict=True):
+        assert resumed == quiet and [row["step"] for row in quiet[0]] == [0, 1, 2, 3, 4], name
+        assert sum(row.get("grad_norm", 0) for row in quiet[0][3:]) > 0, name
+
+
+def small_model() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model with one frozen and one trained layer, and an optimizer with state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 2))
+    optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def save_small(run: Path, step: int) -> Path:
+    model, optimizer = small_model()
+    tensors = checkpoint.gather_state({"policy": (model, optimizer)}, keep=True)
+    return checkpoint.write(run, step, {"progress": {}}, tensors, lambda folder: None)
+
+
+def test_state_survives_the_disk(tmp_path):
+    """Parameters and both moments come back to the bit, into a model that has gone elsewhere."""
+    folder = save_small(tmp_path, 3)
+    model, optimizer = small_model()
+    learners = {"policy": (model, optimizer)}
+    expected = checkpoint.gather_state(learners, keep=True)
+    for _ in range(3):
+        model(torch.randn(1, 3)).sum().backward()
+        optimizer.step()
+    checkpoint.restore_state(folder, learners)
+    found = checkpoint.gather_state(learners, keep=True)
+    assert len(expected) == 8 and expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.json"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "delete"])
+def test_any_harm_is_noticed_and_the_one_before_is_used(tmp_path, file, harm):
+    save_small(tmp_path, 1)
+    path = save_small(tmp_path, 2) / file
+    content = path.read_bytes()
+    if harm == "flip":
+        path.write_bytes(content[:10] + bytes([content[10] ^ 4]) + content[11:])
+    elif harm == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.unlink()
+    said: list[str] = []
+    assert checkpoint.find(tmp_path, "latest", said.append).name == "step_000001"
+    assert len(said) == 1 and "step_000002" in said[0]
+    with pytest.raises(ValueError, match="step_000002"):
+        checkpoint.find(tmp_path, str(path.parent), said.append)
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path):
+    """As on a full disk: nothing half-written stays, and the older checkpoint is still the newest."""
+    save_small(tmp_path, 1)
+
+    def disk_full(folder: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError):
+        checkpoint.write(tmp_path, 2, {}, {"a": torch.zeros(2)}, disk_full)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+    assert checkpoint.find(tmp_path, "latest", print).name == "step_000001"
+
+
+def test_what_a_disk_is_too_full_for_fails_and_leaves_nothing(tmp_path):
+    """A real file system of 64 KiB."""
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        save_small(tmp_path, 1)
+        with pytest.raises(OSError, match="space"):
+            checkpoint.write(tmp_path, 2, {}, {"a": torch.zeros(50_000)}, lambda folder: None)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
+
+        log = RunLog(Config(output_dir=str(tmp_path), run_name="r", wandb_mode="disabled"), write=True)
+        for step in range(100):
+            log.append("samples", [{"step": step, "text": "x" * 1000}])
+        with pytest.raises(OSError, match="samples.jsonl are not on the disk"):
+            log.flush()
+        shutil.rmtree(tmp_path / "checkpoints")
+        (tmp_path / "r" / "samples.jsonl").write_text("")  # somebody has made room
+        log.flush()
+        kept = [json.loads(line)["step"] for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()[1:]]
+        assert kept == list(range(100 - len(kept), 100)) and len(kept) > 20
+        log.close()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_resuming_an_older_checkpoint_sets_the_newer_aside(tmp_path):
+    for step in (1, 2, 3):
+        save_small(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_000004.partial").mkdir()
+    checkpoint.rewind(tmp_path, step=1, best=1)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_000001", "step_000002.old", "step_000003.old"]
+    assert (tmp_path / "latest").read_text() == (tmp_path / "best").read_text() == "checkpoints/step_000001\n"
+    assert checkpoint.find(tmp_path, "latest", print).name == "step_000001"
+    save_small(tmp_path, 2)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step_000001", "step_000002", "step_000003.old"]
+
+
+def test_random_numbers_go_on():
+    """Through JSON, of torch, numpy and Python."""
+    state = json.dumps(checkpoint.random_state())
+    draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1))  # noqa: E731
+    expected = [draw() for _ in range(3)]
+    checkpoint.set_random_state(json.loads(state))
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_names_cannot_leave_the_folder(tmp_path):
+    folder = save_small(tmp_path, 1)
+    (folder / "checksums.json").write_text(json.dumps({"../../outside": "0"}))
+    with pytest.raises(ValueError, match="outside itself"):
+        checkpoint.find(tmp_path, str(folder), print)
+
+
+def test_old_checkpoints_go_but_the_best_stays(tmp_path):
+    """Also beyond a million steps, whose names are longer."""
+    for step in (1, 2, 999_999, 1_000_000):
+        save_small(tmp_path, step)
+    checkpoint.set_pointers(tmp_path, latest=1_000_000, best=1)
+    checkpoint.prune(tmp_path, keep=2, best=1)
+    assert list(checkpoint.written(tmp_path)) == [1, 999_999, 1_000_000]
+    assert (tmp_path / "latest").read_text() == "checkpoints/step_1000000\n"
+    assert checkpoint.find(tmp_path, "latest", print).name == "step_1000000"

@@ -1,0 +1,45 @@
+"""The timeline of a step: its seconds add up, its memory is that of the phase, its trace has what ran."""
+
+import gzip
+import json
+import time
+
+import pytest
+import torch
+
+from configs.base import Config
+from tracking import RunLog
+
+
+def test_timeline(tmp_path):
+    config = Config(output_dir=str(tmp_path), run_name="run", wandb_mode="disabled", steps=3, profile=2)
+    log = RunLog(config, write=True)
+    for step in log.traced(range(1, 4)):
+        start = time.perf_counter()
+        log.phase("rollout")
+        time.sleep(0.05)
+        log.phase("update")
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        torch.ones(100 << 18 if step == 2 else 1)  # 100 MiB
+        log.phase("rollout")
+        time.sleep(0.05)
+        log.step(step, {"reward/mean": 0.0, "completion/length_mean": 1.0, "rollout/tokens": 7})
+        elapsed = time.perf_counter() - start
+        log.phase("save")
+        (row,) = [row for row in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if row["step"] == step]
+        phases = sum(value for name, value in row.items() if name.startswith("time/") and name != "time/step")
+        assert row["time/step"] == pytest.approx(phases)
+        assert 0.1 <= row["time/rollout"] <= row["time/step"] <= elapsed + row.get("time/save", 0.0)
+        if step == 2:
+            assert 90 < 1024 * (row["memory/update_gib"] - row["memory/rollout_gib"]) < 130
+            assert row["memory/peak_gib"] == row["memory/update_gib"]
+        if step == 3:
+            assert abs(row["memory/peak_gib"] - row["memory/rollout_gib"]) < 0.05, "what was before is forgotten"
+    log.close()
+    assert [path.name for path in (tmp_path / "run").glob("trace*")] == ["trace_2.json.gz"]
+    with gzip.open(tmp_path / "run" / "trace_2.json.gz") as file:
+        events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
+    spans = {event["name"]: event for event in events}
+    assert {"rollout", "update", "save"} <= spans.keys()
+    update, mm = spans["update"], spans["aten::mm"]
+    assert update["ts"] <= mm["ts"] <= update["ts"] + update["dur"]

