@@ -1,0 +1,359 @@
+"""Whole GRPO steps: lorl beside TRL's GRPOTrainer with peft and colocated vLLM, on the CPU.
+
+    pip install --no-deps trl==1.16.0 datasets pyarrow pandas multiprocess dill xxhash
+    python benchmarks/vs_trl.py [--steps 10] [--threads 2] [--sides lorl trl] [--rounds 1] [--clock wall]
+
+Each side runs in a process of its own, one after the other; with several rounds they take turns. Both get the same
+random Qwen2 model (41M parameters, 8 blocks, bfloat16), tokenizer, prompts in the same order, group size, rewards,
+LoRA (rank 16 on every linear, float32), constant AdamW, GRPO loss, token-wise truncated importance sampling, and
+the same vLLM, eager. A micro-batch holds at most 2,560 tokens: 8 of the longest sequences, which is TRL's default.
+
+- A random model does not end its answers, so the lengths are forced, on both sides the same: the k-th completion of
+  step s is cut after `completion_lengths(s)[k]` tokens, log-normal, most short and a few long, as reasoning is.
+- TRL writes weights into vLLM's own tensors, which oneDNN would have packed away: it is off, on both sides.
+- The reward is the share of words with an even number. Their embeddings share a direction, so it can be learned.
+
+On a machine that others use too, `--clock cpu --threads 1` counts the seconds that a processor worked for the process;
+with several threads that would include what they wait for each other.
+
+`peak` is the process's largest resident memory while it trains, vLLM and all libraries included.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+PROMPTS, GROUP, SEED, RANK, ALPHA, LEARNING_RATE = 8, 8, 0, 16, 32.0, 1e-4
+LONGEST_PROMPT, LONGEST_COMPLETION, ROWS = 64, 256, 8
+WORDS = 32000
+TASK = "even words"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same for both
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_model(folder: Path) -> None:
+    """Random weights and a tokenizer that has numbered words, `<17><4>`."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    import tiny_model
+
+    tokenizer = tiny_model.make_tokenizer()
+    first_word = len(tokenizer)
+    tokenizer.add_tokens([f"<{number}>" for number in range(WORDS)])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(SEED)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[first_word::2] += 0.02 * torch.randn(512)
+    model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def prompt_texts() -> list[str]:
+    """A thousand prompts of 8 to 64 words."""
+    rng = random.Random(SEED)
+    word = lambda: f"<{rng.randrange(WORDS)}>"  # noqa: E731
+    return ["".join(word() for _ in range(rng.randint(8, LONGEST_PROMPT))) for _ in range(1000)]
+
+
+def score(completion: str, answer: str = "") -> float:
+    """The share of words with an even number."""
+    numbers = re.findall(r"<(\d+)>", completion)
+    return sum(int(number) % 2 == 0 for number in numbers) / max(1, len(numbers))
+
+
+def completion_lengths(step: int) -> list[int]:
+    """Of all completions of a step; their median is about 48, their mean about 70."""
+    rng = random.Random(f"{SEED}/{step}")
+    return [max(4, min(LONGEST_COMPLETION, int(rng.lognormvariate(3.9, 1.0)))) for _ in range(PROMPTS * GROUP)]
+
+
+def force_lengths() -> None:
+    """Makes vLLM's `generate` cut the completions of a step where `completion_lengths` says, evaluations at once."""
+    import vllm
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
+    generate, step = vllm.LLM.generate, iter(range(1, 1 << 30))
+
+    def forced(self, prompts, sampling_params, **options):
+        each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
+        if sum(params.n for params in each) != PROMPTS * GROUP:
+            for params in each:
+                params.max_tokens = 1
+            return generate(self, prompts, each, **options)
+        options.pop("lora_request", None)  # lorl's, one None per prompt
+        lengths = iter(completion_lengths(next(step)))
+        single_prompts, single_params = [], []
+        for prompt, params in zip(prompts, each):
+            for sample in range(params.n):
+                single = params.clone()
+                single.n, single.max_tokens, single.ignore_eos = 1, next(lengths), True
+                single.seed = None if params.seed is None else params.seed + sample
+                single_prompts.append(prompt)
+                single_params.append(single)
+        singles = iter(generate(self, single_prompts, single_params, **options))
+        outputs = []
+        for params in each:
+            first, *others = islice(singles, params.n)
+            first.outputs += [other.outputs[0] for other in others]
+            outputs.append(first)
+        return outputs
+
+    vllm.LLM.generate = forced
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# lorl
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def run_lorl(model: Path, steps: int, folder: Path) -> dict:
+    """Its steps as `report` wants them, and the peak of memory."""
+    force_lengths()
+    import reward
+    from configs.base import Config
+    from prepare import prepare
+    from train_grpo import ALGORITHMS, settle, train
+
+    problems = [reward.Problem(text, "") for text in prompt_texts()]
+    reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
+    config = Config(
+        run_name="lorl",
+        output_dir=str(folder),
+        wandb_mode="disabled",
+        task=TASK,
+        model=str(model),
+        steps=steps,
+        seed=SEED,
+        eval_every=0,
+        eval_problems=1,
+        verify_every=0,
+        prompts_per_step=PROMPTS,
+        group_size=GROUP,
+        max_prompt_length=LONGEST_PROMPT,
+        max_completion_length=LONGEST_COMPLETION,
+        lora_rank=RANK,
+        lora_alpha=ALPHA,
+        learning_rate=LEARNING_RATE,
+        tokens_per_microbatch=ROWS * (LONGEST_PROMPT + LONGEST_COMPLETION),
+        gradient_checkpointing=False,
+        enforce_eager=True,
+    )
+    train(prepare(settle(config, ALGORITHMS[config.algorithm])))
+    rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]
+    records = [
+        {phase: row[f"time/{phase}"] for phase in ("rollout", "reward", "logprobs", "update", "sync")}
+        | {"step": row["time/step"] - row["time/eval"] - row.get("time/save", 0.0), "score": row["reward/mean"]}
+        for row in rows
+    ]
+    return {"steps": records, "peak": max(row["memory/peak_gib"] for row in rows)}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TRL
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> None:
+    """Adds what a method takes to `seconds[phase]`."""
+    call = getattr(owner, method)
+
+    def wrapper(*arguments, **options):
+        start = time.perf_counter()
+        try:
+            return call(*arguments, **options)
+        finally:
+            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    setattr(owner, method, wrapper)
+
+
+def run_trl(model: Path, steps: int, folder: Path) -> dict:
+    """As `run_lorl`."""
+    force_lengths()
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.generation import vllm_generation
+
+    from run import endless
+    from tracking import reset_peak_memory
+
+    engine = vllm_generation.LLM
+    vllm_generation.LLM = lambda **options: engine(**options, enforce_eager=True, disable_log_stats=True)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+    seconds: dict[str, float] = {}
+    timed(vllm_generation.VLLMGeneration, "generate", "rollout", seconds)
+    timed(vllm_generation.VLLMGeneration, "sync_weights", "sync", seconds)
+    timed(GRPOTrainer, "_calculate_rewards", "reward", seconds)
+    scored = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def logprobs(*arguments, **options):
+        start = time.perf_counter()
+        result = scored(*arguments, **options)
+        if not torch.is_grad_enabled():  # the pass before the update
+            seconds["logprobs"] = seconds.get("logprobs", 0.0) + time.perf_counter() - start
+        return result
+
+    GRPOTrainer._get_per_token_logps_and_entropies = logprobs
+    records: list[dict] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            reset_peak_memory()
+            self.since = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            now = time.perf_counter()
+            records.append({"step": now - self.since, **seconds})
+            seconds.clear()
+            self.since = now
+
+        def on_log(self, args, state, control, logs=None, **_):
+            if "reward" in (logs or {}):
+                records[-1]["score"] = logs["reward"]
+
+    config = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        seed=SEED,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        model_init_kwargs={"dtype": "bfloat16"},
+        shuffle_dataset=False,
+        per_device_train_batch_size=ROWS,
+        gradient_accumulation_steps=PROMPTS * GROUP // ROWS,
+        num_generations=GROUP,
+        max_completion_length=LONGEST_COMPLETION,
+        gradient_checkpointing=False,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        loss_type="grpo",
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=LONGEST_PROMPT + LONGEST_COMPLETION,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
+    )
+    ordered = islice(endless(prompt_texts(), SEED), steps * PROMPTS)
+    trainer = GRPOTrainer(
+        model=str(model),
+        reward_funcs=lambda completions, **_: [score(completion) for completion in completions],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": list(ordered)}),
+        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    for record in records:
+        record["update"] = record["step"] - sum(record.get(p, 0.0) for p in ("rollout", "reward", "logprobs", "sync"))
+    return {"steps": records, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Side by side
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
+    """Runs one side in a fresh process."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(arguments.steps)]
+    command += ["--clock", arguments.clock]
+    subprocess.run(command, env=environment, check=True)
+    return json.loads((work / f"{side}.json").read_text())
+
+
+def report(results: dict[str, list[dict]], clock: str) -> None:
+    """Medians over the steps but for each process's first, which warms up."""
+    print(f"| {clock + ' s per step':<16} | {' | '.join(f'{side:>8}' for side in results)} |")
+    print(f"|{'-' * 18}|{'|'.join('-' * 9 + ':' for _ in results)}|")
+
+    def row(name: str, values: Iterator[float], digits: int = 2) -> None:
+        print(f"| {name:<16} | {' | '.join(f'{value:>8,.{digits}f}' for value in values)} |")
+
+    steps = {side: [step for run in runs for step in run["steps"][1:]] for side, runs in results.items()}
+    for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
+        row(phase, (statistics.median(step.get(phase, 0.0) for step in rows) for rows in steps.values()))
+    for runs in results.values():
+        for run in runs:
+            for number, step in enumerate(run["steps"], start=1):
+                step["speed"] = sum(completion_lengths(number)) / step["step"]
+    row("tokens/s", (statistics.median(step["speed"] for step in rows) for rows in steps.values()), 0)
+    row("peak, GiB", (max(run["peak"] for run in runs) for runs in results.values()))
+    for side, runs in results.items():
+        print(f"rewards of {side}: " + " ".join(f"{step['score']:.3f}" for step in runs[0]["steps"]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--sides", nargs="+", default=["lorl", "trl"], choices=["lorl", "trl"])
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"])
+    parser.add_argument("--side", help=argparse.SUPPRESS)  # the rest is for the processes it starts itself
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        work = Path(arguments.work)
+        if arguments.clock == "cpu":
+            time.perf_counter = time.process_time  # the one that tracking.py reads, too
+        result = {"lorl": run_lorl, "trl": run_trl}[arguments.side](work / "model", arguments.steps, work)
+        (work / f"{arguments.side}.json").write_text(json.dumps(result))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        make_model(Path(work, "model"))
+        results: dict[str, list[dict]] = {side: [] for side in arguments.sides}
+        for _ in range(arguments.rounds):
+            for side in arguments.sides:
+                results[side].append(measure(side, arguments, Path(work)))
+    report(results, arguments.clock)
+
+
+if __name__ == "__main__":
+    main()

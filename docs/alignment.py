@@ -1,0 +1,77 @@
+"""Which number belongs to which token: one completion of a real step, as the table of docs/learn.md.
+
+python docs/alignment.py [--config configs/arithmetic_cpu.py ...]
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import quiet  # noqa: E402, F401, I001  before torch
+import torch  # noqa: E402
+
+from batching import make_updates  # noqa: E402
+from run import Run  # noqa: E402
+from train_grpo import ALGORITHMS, prepare_grpo  # noqa: E402
+
+COLUMNS = ("position", "token", "id", "predicts", "target id", "row", "sampler", "trainer", "advantage", "weight")
+
+
+@torch.no_grad()
+def align(run: Run) -> tuple[list[int], list[dict[str, Any]]]:
+    """Takes a step's data to its update, without the update; the tokens of one completion's prompt, and the table."""
+    config, algorithm = run.config, ALGORITHMS[run.config.algorithm]
+    asked = run.take(config.prompts_per_step)
+    completions = run.sample(asked, step=1)
+    rewards = run.score(asked, completions)
+    advantages = algorithm.advantage(rewards.view(-1, config.group_size)).flatten()
+    (batches,) = make_updates(
+        [asked[completion.request].token_ids for completion in completions],
+        completions,
+        advantages,
+        weight=lambda lengths: algorithm.weight(lengths, config),
+        updates=1,
+        budget=config.tokens_per_microbatch,
+        drop_useless=True,
+        world=run.world,
+    )
+    batch = max(batches, key=lambda batch: batch.weights.sum())
+    logprobs = run.policy(batch.packed, config.temperature).logprobs
+    which = int(advantages[batch.completions].argmax())  # of the batch; one that is to become likelier
+    prompt = asked[completions[batch.completions[which]].request].token_ids
+    start, ids = sum(batch.packed.lengths[:which]), batch.packed.input_ids.tolist()
+    table = []
+    for position in range(start, start + batch.packed.lengths[which]):
+        cells: dict[str, Any] = {"position": position - start, "id": ids[position]}
+        cells["token"] = run.tokenizer.convert_ids_to_tokens(ids[position])
+        for row in (batch.packed.rows == position).nonzero().flatten().tolist():  # none, or the one that predicts next
+            target = batch.packed.targets[row].item()
+            cells |= {
+                "predicts": run.tokenizer.convert_ids_to_tokens(target),
+                "target id": target,
+                "row": row,
+                "sampler": batch.sampler_logprobs[row].item(),
+                "trainer": logprobs[row].item(),
+                "advantage": batch.advantages[row].item(),
+                "weight": batch.weights[row].item(),
+            }
+        table.append(cells)
+    return prompt, table
+
+
+def markdown(table: list[dict[str, Any]]) -> str:
+    """The table, empty where a token predicts nothing that was sampled."""
+
+    def show(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, str) else str(value)
+
+    rows = [[show(cells[name]) if name in cells else "" for name in COLUMNS] for cells in table]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [COLUMNS, ["---"] * len(COLUMNS), *rows])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 1:
+        sys.argv += ["--config", "configs/arithmetic_cpu.py", "--wandb_mode", "disabled", "--run_name", "alignment"]
+    print(markdown(align(prepare_grpo())[1]))

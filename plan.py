@@ -1,0 +1,413 @@
+"""Does a configuration fit, before anything is rented or downloaded: memory per phase of a step and GPU.
+
+    python plan.py --config configs/qwen2_5_72b_gsm8k.py --gpus 8 --gpu_memory_gb 80
+    python plan.py --config configs/qwen2_5_7b_gsm8k.py --gpus 4 --gpu_memory_gb 24 --tokens_per_microbatch 4096
+
+Any field of the configuration can be given, too. The model's shapes come from its config.json, are known here for
+the Qwen2.5 sizes that configs/ names, or are given: `--hidden_size 4096 --num_hidden_layers 32 ...`.
+
+The trainer's part is counted, not guessed: the real model, adapters and FSDP2 make a forward, a backward and an
+optimizer step among fake ranks, with tensors that have shapes and no memory. vLLM's part is arithmetic: its weights,
+its share of the GPU, and a KV cache in what that leaves. GB are 10⁹ bytes, as on the box that a GPU comes in.
+
+The critic of train_ppo.py, a second model, is not in it.
+"""
+
+import argparse
+import copy
+import math
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _FSDPState
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+import fsdp_utils
+import lora
+from configs.base import Config, parse_config
+from policy import Packed, Policy, pack
+
+GB = 1e9
+RESERVED = 2.5 * GB  # CUDA contexts, NCCL's buffers, kernels' workspaces, and what torch cannot use of its blocks
+ENGINE_TOKENS = 8192  # that vLLM pushes through the model at once; it sets memory for their activations aside
+
+FEW = (3, 4)  # layers of the models that are run; what a larger one needs lies on the line through them
+
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {  # from the models' config.json; the last two: vocabulary, and whether the head is the embedding
+    "Qwen/Qwen2.5-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
+}
+ROWS = (
+    *("base shard", "adapters", "gradients", "optimizer", "gathered weights", "activations", "logprob chunk"),
+    *("vLLM weights", "vLLM working memory", "KV cache", "streamed weights", "reserved"),
+)
+KNOBS = {  # what makes a row smaller, in the order to try
+    "base shard": "param_offload true, base_dtype nf4, or more GPUs",
+    "adapters": "a smaller lora_rank",
+    "gradients": "a smaller lora_rank",
+    "optimizer": "optimizer_offload true",
+    "gathered weights": "reshard_after_forward true; what is left is the largest block, and embedding and head",
+    "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
+    "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
+    "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
+    "vLLM working memory": "a smaller max_num_seqs",
+    "KV cache": "a smaller gpu_memory_utilization; outside of the rollout: sleep_level 1",
+    "streamed weights": "sync_prefetch false, or sleep_level 1 in place of 2",
+    "reserved": "nothing",
+}
+LABELS = {  # the tracker's, and the rows they are counted in; shards are counted apart
+    "gradients": (_FSDPRefType.SHARDED_GRAD, _FSDPRefType.UNSHARDED_GRAD, _FSDPRefType.REDUCE_SCATTER),
+    "optimizer": (_FSDPRefType.OPT,),
+    "gathered weights": (_FSDPRefType.UNSHARDED_PARAM, _FSDPRefType.ALL_GATHER),
+    "activations": (_FSDPRefType.ACT, _FSDPRefType.TEMP, _FSDPRefType.BUFFER),
+    "logprob chunk": (_FSDPRefType.INP,),  # inputs are a few kB and not tracked: their label is free
+}
+
+Ledger = dict[str, float]  # row -> bytes of one GPU
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The trainer
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Trainer:
+    """What one rank of the trainer holds, in bytes."""
+
+    base: float  # shards
+    adapters: float
+    trained: float  # shards of whatever is trained
+    logprobs: dict[str, Ledger]  # moments of a forward without gradients, each at its peak
+    update: dict[str, Ledger]  # and of a forward, a backward and an optimizer step
+    model: float  # whole, as vLLM has it
+    engine: float  # one GPU's share of that
+    streamed: float  # by a sync
+    streamed_peak: float  # of that, at a time
+
+
+class Tracker(FSDPMemTracker):
+    """Torch's tracker, which follows every tensor's memory; here with two more labels, and a peak for each moment.
+
+    A moment is a decoder block's forward or backward, or what is before, between and after the blocks.
+    """
+
+    def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer):
+        super().__init__(policy, optimizer)
+        self.vocabulary, self.layers = policy.model.config.vocab_size, len(policy.model.base_model.layers)
+        self.moments: dict[str, Ledger] = {}
+
+    def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
+        if tensor.shape[-1:] == (self.vocabulary,):
+            label = _FSDPRefType.INP
+        elif self._fsdp_state in (_FSDPState.PRE_FW, _FSDPState.PRE_BW):  # nothing but FSDP runs then
+            label = _FSDPRefType.UNSHARDED_PARAM
+        super()._track(label, tensor)
+
+    def _update_peak_stats(self, state) -> None:  # after each operation
+        super()._update_peak_stats(state)
+        (snapshot,) = self._curr_mem_snap.values()
+        ledger = {row: sum(snapshot[label] for label in labels) for row, labels in LABELS.items()}
+        block = next(filter(None, (re.search(r"layers\.(\d+)$", path) for path in self._mod_tracker.parents)), None)
+        if block:  # counted from the end, but for the first: the same block has the same name in deeper models
+            where = f"block {int(block[1]) - self.layers if int(block[1]) else 0}"
+        else:
+            where = "optimizer" if self._in_opt else "head" if ledger["logprob chunk"] else "between"
+        moment = f"{where}, {'backward' if self._mod_tracker.is_bw else 'forward'}"
+        if sum(ledger.values()) > sum(self.moments.get(moment, {}).values()):
+            self.moments[moment] = ledger
+
+
+def shard_policy(config: Config, shape: PretrainedConfig, device: torch.device) -> Policy:
+    """As `prepare.build_policy`, without files and values."""
+    full, dtype = config.lora_rank == 0, getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32 if full else dtype)
+    if config.base_dtype == "nf4":
+        lora.quantize_base(model)
+    if not full:
+        options = {"dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
+        lora.inject(model, config.target_modules, config.lora_rank, config.lora_alpha, **options)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model).train()
+    fsdp_utils.shard(
+        policy,
+        model.base_model.layers,
+        device,
+        config.fsdp_size,
+        compute_dtype=dtype if full else None,
+        reshard_after_forward=config.reshard_after_forward,
+    )
+    return policy
+
+
+def full_batch(config: Config, device: torch.device) -> Packed:
+    """The largest micro-batch: as many sequences of full length as its budget holds, or one."""
+    count = max(1, config.tokens_per_microbatch // config.max_model_len)
+    prompt, completion = [1] * config.max_prompt_length, [1] * config.max_completion_length
+    return pack([prompt] * count, [completion] * count, device)
+
+
+def run_trainer(config: Config, policy: Policy, device: torch.device) -> tuple[dict[str, Ledger], dict[str, Ledger]]:
+    """The moments of a logprob pass and of an update, over the largest micro-batch."""
+    policy.model.to_empty(device=device)
+    fsdp_utils.compute_buffers(policy.model, device)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # so that its state is there, as in every step but the first
+    optimizer.zero_grad()
+    batch = full_batch(config, device)
+    with Tracker(policy, optimizer) as logprobs, torch.no_grad():
+        policy(batch)
+    fsdp_utils.reshard(policy)
+    with Tracker(policy, optimizer) as update:
+        policy(batch).logprobs.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return logprobs.moments, update.moments
+
+
+def measure(config: Config, shape: PretrainedConfig, fake: bool = True) -> Trainer:
+    """Runs the policy among the ranks of the process group that there is; `fake`: with tensors without memory."""
+    device = torch.device("cpu")  # shapes and lifetimes are those of a GPU
+    policy = shard_policy(config, shape, device)  # outside of the fake mode: a mesh holds ranks, not data
+    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
+        logprobs, update = run_trainer(config, policy, device)
+    parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in policy.named_parameters()}
+    adapters = sum(size for name, size in parameters.items() if ".adapters." in name)
+    width = getattr(torch, config.dtype).itemsize
+    whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
+    sent = [whole[name] for name in whole if name in sent_by_sync(policy, config, list(whole))]
+    at_once = [a + b for a, b in pairwise(sent)] if config.sync_prefetch else sent
+    return Trainer(
+        base=sum(parameters.values()) - adapters,
+        adapters=adapters,
+        trained=sum(fsdp_utils.local(p).nbytes for p in policy.parameters() if p.requires_grad),
+        logprobs=logprobs,
+        update=update,
+        model=sum(whole.values()),
+        engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
+        streamed=sum(sent),
+        streamed_peak=max(at_once),
+    )
+
+
+def sent_by_sync(policy: Policy, config: Config, names: list[str]) -> set[str]:
+    """The names of the weights that `Run.sync` streams to vLLM."""
+    adapted = {path for path, _ in lora.lora_layers(policy.model)}
+    if not adapted or config.sleep_level == 2:
+        return set(names)
+    if config.target_modules != ["all-linear"]:
+        from rollout import whole_modules  # brings vLLM with it, which takes its time
+
+        adapted = whole_modules(adapted)
+    return {name for name in names if name.rpartition(".")[0] in adapted}
+
+
+@contextmanager
+def fake_ranks(count: int) -> Iterator[None]:
+    """Within it, this process is the first of so many that do not exist."""
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int) -> Trainer:
+    """One of so many ranks. Each block adds the same: few are run, and the rest of a deep model is a straight line."""
+    layers = shape.num_hidden_layers
+    with fake_ranks(gpus):
+        if layers <= max(FEW):
+            return measure(config, shape)
+        few, more = (measure(config, with_layers(shape, count)) for count in FEW)
+    return line(few, more, layers - max(FEW))
+
+
+def with_layers(shape: PretrainedConfig, count: int) -> PretrainedConfig:
+    """The same model with fewer layers."""
+    shape = copy.deepcopy(shape)
+    shape.num_hidden_layers = count
+    if getattr(shape, "layer_types", None):
+        shape.layer_types = shape.layer_types[:count]
+    return shape
+
+
+def line(few, more, steps: int):
+    """`more`, and as many times what it has more than `few`, for each number in them."""
+    if isinstance(more, Trainer):
+        return Trainer(**line(vars(few), vars(more), steps))
+    if isinstance(more, dict):
+        return {key: line(few[key], more[key], steps) for key in more if key in few}
+    return more + steps * (more - few)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# vLLM, and the phases
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def engine_share(name: str, config: Config, shape: PretrainedConfig) -> float:
+    """The share of a weight that one GPU of an engine has: a head's keys and values are not cut further."""
+    if name.endswith("norm.weight"):
+        return 1.0
+    ranks = config.tensor_parallel_size
+    keys = re.search(r"\b[kv]_proj\.", name)
+    return 1 / (min(ranks, shape.num_key_value_heads) if keys else ranks)
+
+
+def working_memory(config: Config, shape: PretrainedConfig) -> float:
+    """vLLM's activations of one block and its logits, which it sets aside when it starts. An estimate."""
+    width, ranks = getattr(torch, config.dtype).itemsize, config.tensor_parallel_size
+    block = ENGINE_TOKENS * (4 * shape.hidden_size + 3 * shape.intermediate_size / ranks) * width
+    logits = config.max_num_seqs * shape.vocab_size * (width + 3 * 4)  # and float32 for sampling
+    return block + logits
+
+
+def bytes_per_token(config: Config, shape: PretrainedConfig) -> float:
+    """Of KV cache, on one GPU."""
+    head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    heads = max(1, shape.num_key_value_heads // config.tensor_parallel_size)
+    return 2 * shape.num_hidden_layers * heads * head * getattr(torch, config.dtype).itemsize
+
+
+def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float) -> dict[str, Ledger]:
+    """What one GPU of `gpu` bytes holds at the peak of each phase."""
+    working = working_memory(config, shape)
+    kv_cache = config.kv_cache_gb * 2**30 or config.gpu_memory_utilization * gpu - trainer.engine - working
+    engine = {"vLLM weights": trainer.engine, "KV cache": max(kv_cache, 0.0)}
+    awake = {} if config.sleep_level else engine
+    shards = {} if config.param_offload else {"base shard": trainer.base, "adapters": trainer.adapters}
+    away = config.param_offload or config.optimizer_offload
+    state = {} if away else {"optimizer": 2 * trainer.trained}
+    reserved = {"reserved": RESERVED}
+
+    def on_gpu(moment: str, ledger: Ledger) -> Ledger:
+        ledger = dict(ledger)
+        if config.param_offload or (config.optimizer_offload and not moment.startswith("optimizer")):
+            ledger["optimizer"] = 0.0
+        if config.param_offload:
+            ledger["gradients"] = max(0.0, ledger["gradients"] - trainer.trained)
+        return ledger
+
+    def peak(moments: dict[str, Ledger]) -> Ledger:
+        return max((on_gpu(*moment) for moment in moments.items()), key=lambda ledger: sum(ledger.values()))
+
+    streamed = {"streamed weights": trainer.streamed_peak}
+    return {
+        "rollout": shards | state | engine | {"vLLM working memory": working} | reserved,
+        "logprobs": shards | peak(trainer.logprobs) | awake | reserved,
+        "update": shards | peak(trainer.update) | awake | reserved,
+        "sync": shards | state | streamed | {"vLLM weights": trainer.engine} | awake | reserved,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float) -> tuple[str, bool]:
+    """The text, and whether it all fits."""
+    trainer = plan_trainer(config, shape, gpus)
+    ledgers = phases(config, shape, trainer, gpu_gb * GB)
+    totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
+    lines = [
+        f"{config.model}, {trainer.model / getattr(torch, config.dtype).itemsize / GB:.1f}B parameters, "
+        f"on {gpus} x {gpu_gb:g} GB; at its peak, each GPU holds (GB)",
+        "",
+        f"{'':<22}" + "".join(f"{phase:>10}" for phase in ledgers),
+    ]
+    for row in ROWS:
+        values = [ledger.get(row, 0.0) / GB for ledger in ledgers.values()]
+        if any(values):
+            lines.append(f"{row:<22}" + "".join(f"{value:>10.2f}" if value else f"{'-':>10}" for value in values))
+    lines.append(f"{'together':<22}" + "".join(f"{total:>10.2f}" for total in totals.values()))
+
+    sequences = ledgers["rollout"]["KV cache"] / bytes_per_token(config, shape) / config.max_model_len
+    moved = trainer.streamed * (1 - 1 / (config.fsdp_size or gpus))
+    host = host_memory(config, trainer, gpus)
+    lines += [
+        "",
+        f"KV cache  holds {sequences:,.0f} sequences of {config.max_model_len:,} tokens; {config.max_num_seqs} at once",
+        f"sync      streams {trainer.streamed / GB:.2f} GB, of which {moved / GB:.2f} come from other GPUs: "
+        f"{moved / GB / bandwidth_gb:.1f} s at {bandwidth_gb:g} GB/s",
+        f"host      {host / GB:.0f} GB for what is offloaded, asleep, or copied to /dev/shm",
+        "",
+    ]
+    worst = max(totals, key=totals.get)
+    fits = totals[worst] <= gpu_gb and sequences >= 1
+    if fits:
+        lines.append(f"It fits: {worst}, the fullest phase, leaves {gpu_gb - totals[worst]:.1f} GB.")
+    elif totals[worst] > gpu_gb:
+        row = max(ledgers[worst], key=ledgers[worst].get)
+        lines.append(f"It does not fit: {worst} lacks {totals[worst] - gpu_gb:.1f} GB. Most is {row}: {KNOBS[row]}.")
+    else:
+        lines.append(
+            "It does not fit: no KV cache for one sequence; a larger gpu_memory_utilization or tensor_parallel_size."
+        )
+    return "\n".join(lines), fits
+
+
+def host_memory(config: Config, trainer: Trainer, gpus: int) -> float:
+    """Of all ranks together, on one host."""
+    shards = (trainer.base + trainer.adapters + trainer.trained) * config.param_offload
+    state = 2 * trainer.trained * (config.param_offload or config.optimizer_offload)
+    asleep = trainer.engine * (config.sleep_level == 1)
+    return gpus * (shards + state + asleep) + trainer.model * config.use_shm
+
+
+def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig:
+    """The model's configuration: from what was given, a folder, `SHAPES`, or the hub (its config.json alone)."""
+    if config.model in SHAPES and not Path(config.model).is_dir():
+        known = dict(zip((*SIZES, "vocab_size", "tie_word_embeddings"), SHAPES[config.model]))
+    else:
+        known = {}
+    if known or len(given) == len(SIZES) + 2:
+        return AutoConfig.for_model("qwen2", **known | given)
+    folder = str(Path(config.cache_dir, "tiny")) if config.model == "tiny" else config.model
+    shape = AutoConfig.from_pretrained(folder)
+    shape.update(given)
+    return shape
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu_memory_gb", type=float, default=80.0)
+    parser.add_argument("--bandwidth_gb", type=float, default=200.0)
+    for name in (*SIZES, "vocab_size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--tie_word_embeddings", type=lambda text: text.lower() == "true")
+    own, others = parser.parse_known_args()
+    machine = {name: vars(own).pop(name) for name in ("gpus", "gpu_memory_gb", "bandwidth_gb")}
+    given = {name: value for name, value in vars(own).items() if value is not None}
+    try:
+        config = parse_config(others, description=__doc__)
+        text, fits = report(
+            config, find_shape(config, given), machine["gpus"], machine["gpu_memory_gb"], machine["bandwidth_gb"]
+        )
+    except (ValueError, OSError) as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    print(text)
+    sys.exit(not fits)
+
+
+if __name__ == "__main__":
+    main()
