@@ -94,6 +94,7 @@ class Engine:
             kv_cache_memory_bytes=int((kv_cache_gb or on_cpu) * 2**30) or None,
             enforce_eager=enforce_eager or on_cpu,
             enable_sleep_mode=sleep_level > 0 and not on_cpu,  # vLLM's allocator for it is CUDA's
+            enable_chunked_prefill=not on_cpu,  # half a prompt of a seeded request needs a CUDA generator's offset
             enable_lora=max_lora_rank > 0,
             max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max_lora_rank),
             max_loras=max_loras,

@@ -57,7 +57,7 @@ OPTIONS = [
     ("--lora_dropout=1", ["lora_dropout", "less than 1"]),
     ("--lora_dropout=0.1 --lora_forward=merged", ["lora_dropout", "lora_forward factored"]),
     ("--group_size=1", ["group_size", "at least 2"]),
-    ("--warmup_steps=200", ["warmup_steps", "fewer than the 60"]),
+    ("--warmup_steps=200", ["warmup_steps", "fewer than the 200 steps"]),
     ("--updates_per_rollout=5", ["updates_per_rollout", "divide prompts_per_step", "5"]),
     ("--lora_rank=0 --lora_dropout=0.1", ["lora_dropout", "lora_rank above 0"]),
     ("--lora_rank=0 --use_rslora=1", ["use_rslora", "lora_rank above 0"]),
