@@ -27,20 +27,10 @@ def train(ranks: int, config: str, folder: Path, tiny_folder: Path, *options: st
 
 def test_arithmetic_learns(tmp_path, tiny_folder):
     """Held-out accuracy climbs well above where the teacher left it, and everything promised is on disk."""
-    (before, *metrics), run = train(
-        2,
-        "configs/arithmetic_cpu.py",
-        tmp_path,
-        tiny_folder,
-        "--steps",
-        "30",
-        "--eval_every",
-        "15",
-        "--save_every",
-        "15",
-    )
+    options = ["--steps", "30", "--eval_every", "15", "--save_every", "15"]
+    (before, *metrics), run = train(2, "configs/arithmetic_cpu.py", tmp_path, tiny_folder, *options)
     assert before["eval/accuracy"] < 0.4
-    assert metrics[-1]["eval/accuracy"] > 0.65
+    assert metrics[-1]["eval/accuracy"] > before["eval/accuracy"] + 0.2
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert all(row["mismatch/kl"] < 0.01 for row in metrics), "trainer and sampler run the same weights"
     assert all(row["sync/update_survival"] > 0.9 for row in metrics)
