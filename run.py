@@ -36,7 +36,7 @@ from configs.base import Config
 from policy import Policy
 from rollout import Completion, Engine, Request, whole_modules
 from stream import SyncStats, summon_layers
-from tracking import RunLog
+from tracking import RunLog, accuracy
 
 T = TypeVar("T")
 SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
@@ -237,7 +237,7 @@ class Run:
         if not self.saved:
             metrics = self.evaluate(step=0)
             self.log.record({"step": 0, **metrics})
-            self.log.print(f"before training: held-out accuracy {metrics['eval/accuracy']:.1%}")
+            self.log.print("before training: held-out " + accuracy(metrics))
         self.finish_step(self.progress.step)
         if self.progress.step >= self.config.steps:
             self.log.print(f"all {self.config.steps} steps are done; to go on, add --steps to the command")

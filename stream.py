@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 import lora
 import nf4
@@ -30,20 +30,17 @@ class SyncStats:
     bytes: int = 0  # of the tensors streamed
     peak_bytes: int = 0  # of those that were alive at one time, here or with whom they were given to
     moments: Tensor | float = 0.0  # <realised, intended>, |realised|², |intended|², over this rank's shards
-    held: list[tuple[StorageWeakRef, int]] = field(default_factory=list)  # memory of tensors streamed, and its bytes
+    held: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # buffer -> bytes, while anyone has it
 
-    def hold(self, whole: Tensor) -> None:
-        """Counts a tensor for as long as its memory exists, whoever keeps it."""
-        storage = whole.untyped_storage()
-        self.held = [(reference, size) for reference, size in self.held if not reference.expired()]
-        self.held.append((StorageWeakRef(storage), storage.nbytes()))
-        self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.held))
+    def hold(self, buffer: Tensor) -> None:
+        """Counts a buffer for as long as anyone keeps it or a view of it."""
+        self.held[buffer] = buffer.nbytes
+        self.peak_bytes = max(self.peak_bytes, sum(self.held.values()))
 
-    def release(self, whole: Tensor) -> None:
-        """Frees a tensor's memory, whoever keeps it."""
-        storage = whole.untyped_storage()
-        storage.resize_(0)
-        self.held = [(reference, size) for reference, size in self.held if reference.cdata != storage._cdata]
+    def release(self, buffer: Tensor) -> None:
+        """Frees a buffer's memory, whoever keeps it."""
+        buffer.untyped_storage().resize_(0)
+        self.held.pop(buffer)
 
     def compare(self, weight: Tensor, merged: Tensor, intended: Tensor) -> None:
         """Compares what rounding left of an update, `merged - weight`, with the update itself."""
@@ -63,7 +60,6 @@ class SyncStats:
         return metrics
 
 
-@torch.no_grad()
 def summon_layers(
     model: nn.Module,
     device: torch.device,
@@ -100,7 +96,7 @@ def summon_layers(
         whole = gathering.wait()
         yield path, whole
         if release:
-            stats.release(whole)
+            stats.release(gathering.buffer)
         del whole, gathering  # or they would live on while the next one is made
         following = following or next(upcoming, None)
 
@@ -108,6 +104,7 @@ def summon_layers(
 class Gathering:
     """A whole tensor on its way: this rank's rows are in their place, those of the others are coming."""
 
+    @torch.no_grad()  # here, for around a generator it would keep what was yielded last
     def __init__(
         self,
         weight: Tensor | NF4Weight,
@@ -123,9 +120,10 @@ class Gathering:
             ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
         self.length, share = weight.shape[0], -(-weight.shape[0] // ranks)  # as torch.chunk: the last may have fewer
         self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
-        own = self.buffer[mine * share : (mine + 1) * share]
-        write_rows(weight, adapter, own[: len(local(sharded))], stats)
-        self.work = dist.all_gather_single(self.buffer, own, group=group, async_op=True) if ranks > 1 else None
+        # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
+        self.own = self.buffer[mine * share : (mine + 1) * share]
+        write_rows(weight, adapter, self.own[: len(local(sharded))], stats)
+        self.work = dist.all_gather_single(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
         stats.bytes += self.length * self.buffer[0].nbytes
         stats.hold(self.buffer)
 

@@ -156,7 +156,7 @@ class RunLog:
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
         ]
         if "eval/accuracy" in metrics:
-            parts.append(f"held-out accuracy {metrics['eval/accuracy']:.1%}")
+            parts.append("held-out " + accuracy(metrics))
         self.print(" | ".join(parts))
 
     def samples(self, records: list[dict[str, Any]]) -> None:
@@ -187,6 +187,11 @@ class RunLog:
             for file in self.files.values():
                 file.close()
             self.wandb.finish()
+
+
+def accuracy(metrics: dict[str, float]) -> str:
+    """Of an evaluation, for the console."""
+    return f"accuracy {metrics['eval/accuracy']:.1%} sampled, {metrics['eval/accuracy_greedy']:.1%} greedy"
 
 
 def peak_memory() -> int:

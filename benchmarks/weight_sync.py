@@ -33,14 +33,14 @@ from stream import SyncStats, summon_layers  # noqa: E402
 DRIFT_SYNCS = 100
 
 
-def stream(model, load: Callable[[str, Tensor], None], stats: SyncStats, device) -> None:
-    for name, tensor in summon_layers(model, device, stats=stats, prefetch=False, release=True):
+def stream(model, load: Callable[[str, Tensor], None], stats: SyncStats, device, prefetch: bool = False) -> None:
+    for name, tensor in summon_layers(model, device, stats=stats, prefetch=prefetch):
         load(name, tensor)
+        del tensor  # or it would live on while the next one is made
 
 
 def stream_ahead(model, load, stats: SyncStats, device) -> None:
-    for name, tensor in summon_layers(model, device, stats=stats, release=True):
-        load(name, tensor)
+    stream(model, load, stats, device, prefetch=True)
 
 
 def collect(model, load, stats: SyncStats, device) -> None:

@@ -8,21 +8,27 @@ Every field below is an option of the same name; its text here is its `--help`. 
 those that you trust.
 """
 
+import argparse
 import dataclasses
 import difflib
 import runpy
 import sys
+from collections.abc import Iterator
+from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from transformers import HfArgumentParser
 
+LIMITS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le), "below": ("less than", lt)}
 
-def option(default: Any, help: str, **argument: Any) -> Any:
-    """A field with its default, its one-line explanation, and what else argparse should know of it."""
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field with its default, its explanation, the `LIMITS` of its value, and what argparse should know of it."""
+    metadata = {"help": help, **more}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"help": help, **argument})
-    return dataclasses.field(default=default, metadata={"help": help, **argument})
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +36,23 @@ class Config:
     # The run
     run_name: str = option("grpo", "the run's folder is OUTPUT_DIR/RUN_NAME; an older run there is moved aside")
     output_dir: str = option("runs", "where the folders of runs are")
-    steps: int = option(100, "training steps; each is one rollout and one update")
-    seed: int = option(0, "decides the order of problems, the adapter's start and every sampled token")
-    eval_every: int = option(10, "steps between evaluations on held-out problems; 0: only at the end")
-    eval_problems: int = option(256, "held-out problems per evaluation")
-    eval_samples: int = option(1, "sampled completions per held-out problem, beside one greedy completion")
-    save_every: int = option(50, "steps between checkpoints; 0: only at the end")
-    keep_checkpoints: int = option(2, "so many newest checkpoints are kept, and the best one; 0: all")
+    steps: int = option(100, "training steps; each is one rollout and one update", least=1)
+    seed: int = option(0, "decides the order of problems, the adapter's start and every sampled token", least=0)
+    eval_every: int = option(10, "steps between evaluations on held-out problems; 0: only at the end", least=0)
+    eval_problems: int = option(256, "held-out problems per evaluation", least=1)
+    eval_samples: int = option(1, "sampled completions per held-out problem, beside one greedy completion", least=1)
+    save_every: int = option(50, "steps between checkpoints; 0: only at the end", least=0)
+    keep_checkpoints: int = option(2, "so many newest checkpoints are kept, and the best one; 0: all", least=0)
     resume: str = option(
         "", "go on from a checkpoint: alone, the run's newest whole one; or its folder", nargs="?", const="latest"
     )
-    max_skipped: int = option(5, "stop after so many updates in a row had to be skipped for NaN or infinite gradients")
-    max_mismatch: float = option(0.1, "stop if the sampler's KL from the trainer, per token, is above this; 0: never")
-    profile: int = option(0, "write a torch profiler trace of this step, see tracking.py; 0: none")
+    max_skipped: int = option(
+        5, "stop after so many updates in a row had to be skipped for NaN or infinite gradients", least=0
+    )
+    max_mismatch: float = option(
+        0.1, "stop if the sampler's KL from the trainer, per token, is above this; 0: never", least=0
+    )
+    profile: int = option(0, "write a torch profiler trace of this step, see tracking.py; 0: none", least=0)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "auto: online if logged in, else offline"
     )
@@ -62,10 +72,14 @@ class Config:
         "dtype", "how the frozen base is stored here; nf4: in four bits (QLoRA), and vLLM runs what those stand for"
     )
     target_modules: list[str] = option(["all-linear"], "the linears that get an adapter: names, or all-linear")
-    lora_rank: int = option(32, "rank of the adapters; 0: no adapters, all parameters are trained (in float32)")
-    lora_alpha: float = option(32.0, "the adapter's update is scaled by lora_alpha / lora_rank")
+    lora_rank: int = option(
+        32, "rank of the adapters; 0: no adapters, all parameters are trained (in float32)", least=0
+    )
+    lora_alpha: float = option(32.0, "the adapter's update is scaled by lora_alpha / lora_rank", above=0)
     use_rslora: bool = option(False, "rank-stabilised: scaled by lora_alpha / sqrt(lora_rank) instead")
-    lora_dropout: float = option(0.0, "share of a layer's inputs that its adapter does not see in the update")
+    lora_dropout: float = option(
+        0.0, "share of a layer's inputs that its adapter does not see in the update", least=0, below=1
+    )
     lora_forward: Literal["factored", "merged"] = option(
         "factored", "merged: the update's forward uses the rounded sum of base and adapter, which is what vLLM runs"
     )
@@ -73,15 +87,17 @@ class Config:
     ref_adapter_path: str = option("", "the adapter folder whose policy kl_coef holds on to; empty: the base")
 
     # Rollout
-    prompts_per_step: int = option(64, "P: problems per step")
-    group_size: int = option(8, "G: completions per problem; the group is each one's baseline, so at least 2")
-    max_prompt_length: int = option(512, "tokens; problems with longer prompts are left out, and counted")
-    max_completion_length: int = option(1024, "tokens; longer completions are cut off")
-    temperature: float = option(1.0, "of sampling; logprobs are taken at the same temperature")
-    tensor_parallel_size: int = option(1, "ranks that share one vLLM engine; divides the number of processes")
-    gpu_memory_utilization: float = option(0.4, "share of each GPU's memory that vLLM may take")
-    kv_cache_gb: float = option(0.0, "GiB of KV cache per engine, instead of that share; 0: by share (on a CPU: 1 GiB)")
-    max_num_seqs: int = option(256, "sequences that one engine generates at a time")
+    prompts_per_step: int = option(64, "P: problems per step", least=1)
+    group_size: int = option(8, "G: completions per problem; the group is each one's baseline, so at least 2", least=1)
+    max_prompt_length: int = option(512, "tokens; problems with longer prompts are left out, and counted", least=1)
+    max_completion_length: int = option(1024, "tokens; longer completions are cut off", least=1)
+    temperature: float = option(1.0, "of sampling; logprobs are taken at the same temperature", above=0)
+    tensor_parallel_size: int = option(1, "ranks that share one vLLM engine; divides the number of processes", least=1)
+    gpu_memory_utilization: float = option(0.4, "share of each GPU's memory that vLLM may take", above=0, most=1)
+    kv_cache_gb: float = option(
+        0.0, "GiB of KV cache per engine, instead of that share; 0: by share (on a CPU: 1 GiB)", least=0
+    )
+    max_num_seqs: int = option(256, "sequences that one engine generates at a time", least=1)
     enforce_eager: bool = option(False, "vLLM without CUDA graphs: starts sooner, generates slower")
     sync: Literal["merged", "adapter"] = option(
         "merged", "merged: vLLM gets base plus adapter as weights; adapter: vLLM's own LoRA, lossless, generates slower"
@@ -93,42 +109,57 @@ class Config:
         0,
         "vLLM's GPU memory during the update. 0: stays; 1: its weights move to the host; 2: they go, and are all sent",
     )
-    verify_every: int = option(50, "syncs between checks that vLLM runs the trained weights; 0: only the first")
+    verify_every: int = option(
+        50, "syncs between checks that vLLM runs the trained weights; 0: only the first", least=0
+    )
 
     # The algorithm
     # Where the default is None, the algorithm decides: see `settle` in train_grpo.py.
     algorithm: str = option("grpo", "a row of train_grpo.ALGORITHMS; ppo: with train_ppo.py")
-    clip_low: float | None = option(None, "the policy ratio is clipped below 1 - clip_low; mostly 0.2")
-    clip_high: float | None = option(None, "and above 1 + clip_high; mostly 0.2")
-    dual_clip: float = option(0.0, "a negative advantage counts at most so many times, e.g. 3; 0: no such bound")
-    kl_coef: float = option(0.0, "weight of the KL divergence from the reference; 0: no reference forward at all")
+    clip_low: float | None = option(None, "the policy ratio is clipped below 1 - clip_low; mostly 0.2", least=0, most=1)
+    clip_high: float | None = option(None, "and above 1 + clip_high; mostly 0.2", least=0)
+    dual_clip: float = option(
+        0.0, "a negative advantage counts at most so many times, e.g. 3; 0: no such bound", least=0
+    )
+    kl_coef: float = option(
+        0.0, "weight of the KL divergence from the reference; 0: no reference forward at all", least=0
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "how one token tells of that divergence, see train_grpo.kl")
     kl_in: Literal["loss", "reward"] = option("loss", "where it is added or, from each completion's reward, subtracted")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus in the loss")
-    tis_cap: float = option(2.0, "importance sampling: cap of trainer / sampler probability; 0: off")
+    entropy_coef: float = option(0.0, "weight of the entropy bonus in the loss", least=0)
+    tis_cap: float = option(2.0, "importance sampling: cap of trainer / sampler probability; 0: off", least=0)
     tis_mode: Literal["token", "token_mask", "sequence", "sequence_mask"] | None = option(
         None, "that probability of tokens or completions; above the cap truncated to it, or masked; mostly token"
     )
     max_rollouts: int | None = option(
-        None, "dynamic sampling: at most so many rollouts per step until all groups have rewards that differ; mostly 1"
+        None,
+        "dynamic sampling: at most so many rollouts per step until all groups have rewards that differ; mostly 1",
+        least=1,
     )
     overlong_buffer: float | None = option(
-        None, "last share of max_completion_length, over which a completion's reward falls by up to 1; mostly 0"
+        None,
+        "last share of max_completion_length, over which a completion's reward falls by up to 1; mostly 0",
+        least=0,
+        most=1,
     )
-    updates_per_rollout: int = option(1, "optimizer updates per rollout, each over its share of the prompts")
-    epochs_per_rollout: int = option(1, "passes over a rollout, each of updates_per_rollout updates")
-    opmd_tau: float = option(0.1, "opmd: weight of the squared distance from the policy that sampled")
-    flowrl_beta: float = option(15.0, "flowrl: what one unit of advantage is worth in mean logprobs of a token")
+    updates_per_rollout: int = option(1, "optimizer updates per rollout, each over its share of the prompts", least=1)
+    epochs_per_rollout: int = option(1, "passes over a rollout, each of updates_per_rollout updates", least=1)
+    opmd_tau: float = option(0.1, "opmd: weight of the squared distance from the policy that sampled", least=0)
+    flowrl_beta: float = option(
+        15.0, "flowrl: what one unit of advantage is worth in mean logprobs of a token", least=0
+    )
 
     # The update
-    learning_rate: float = option(1e-5, "of AdamW, after the warm-up")
+    learning_rate: float = option(1e-5, "of AdamW, after the warm-up", above=0)
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end")
-    warmup_steps: int = option(0, "steps over which the learning rate rises from 0")
-    weight_decay: float = option(0.0, "of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never")
-    tokens_per_microbatch: int = option(16384, "a forward holds at most so many tokens (or one longer sequence)")
+    warmup_steps: int = option(0, "steps over which the learning rate rises from 0", least=0)
+    weight_decay: float = option(0.0, "of AdamW", least=0)
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", least=0)
+    tokens_per_microbatch: int = option(
+        16384, "a forward holds at most so many tokens (or one longer sequence)", least=1
+    )
     gradient_checkpointing: bool = option(True, "recompute activations in the backward: slower, far less memory")
-    fsdp_size: int = option(0, "ranks that share one copy of the base; 0: all of them; 1: each has its own")
+    fsdp_size: int = option(0, "ranks that share one copy of the base; 0: all of them; 1: each has its own", least=0)
     reshard_after_forward: bool = option(
         True, "free whole weights between a block's forward and backward, gather again"
     )
@@ -137,119 +168,117 @@ class Config:
     use_shm: bool = option(False, "copy the model to /dev/shm before loading, once per host: for slow disks")
 
     # PPO's critic, train_ppo.py
-    critic_learning_rate: float = option(1e-5, "of its AdamW")
-    critic_lora_rank: int = option(0, "rank of its adapters; 0: all of its weights are trained")
-    critic_warmup_steps: int = option(0, "first steps, in which only the critic learns")
-    value_clip: float = option(0.2, "a value moves at most so far from the rollout's in one step; 0: freely")
-    gamma: float = option(1.0, "discount of later rewards")
-    gae_lambda: float = option(1.0, "of generalised advantage estimation; 1: no bias, 0: little variance")
+    critic_learning_rate: float = option(1e-5, "of its AdamW", above=0)
+    critic_lora_rank: int = option(0, "rank of its adapters; 0: all of its weights are trained", least=0)
+    critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", least=0)
+    value_clip: float = option(0.2, "a value moves at most so far from the rollout's in one step; 0: freely", least=0)
+    gamma: float = option(1.0, "discount of later rewards", least=0, most=1)
+    gae_lambda: float = option(
+        1.0, "of generalised advantage estimation; 1: no bias, 0: little variance", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for the first value that cannot be right."""
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if value is None and field.default is None:
-                continue
-            if type(None) in getattr(kind, "__args__", ()):  # X | None; the argument parser below makes it X
-                kind = kind.__args__[0]
-            if kind in KINDS and type(value) not in KINDS[kind]:
-                raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
-            if kind in (int, float) and not abs(value) <= LARGEST[kind]:
-                raise ValueError(f"{field.name} must be a number of at most {LARGEST[kind]}, not {value!r}")
-            if kind is str and not value.isprintable():
-                raise ValueError(f"{field.name} must be printable text, not {value!r}")
-            choices = getattr(kind, "__args__", ()) if getattr(kind, "__origin__", None) is Literal else ()
-            if choices and value not in choices:
-                raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
-        for name, least in LEAST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:  # "not >=" also refuses NaN
-                raise ValueError(f"{name} must be at least {least}, not {value!r}")
-        for name in ("temperature", "learning_rate", "critic_learning_rate", "lora_alpha", "gpu_memory_utilization"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)!r}")
-        if self.gpu_memory_utilization > 1:
-            raise ValueError(f"gpu_memory_utilization is a share, at most 1, not {self.gpu_memory_utilization!r}")
-        for name in ("clip_low", "overlong_buffer", "gamma", "gae_lambda"):
-            if (getattr(self, name) or 0) > 1:
-                raise ValueError(f"{name} must be at most 1, not {getattr(self, name)!r}")
-        if 0 < self.dual_clip <= 1:
-            raise ValueError(f"dual_clip must be more than 1, or 0 for none, not {self.dual_clip!r}")
-        if self.group_size < 2 and self.algorithm not in WITHOUT_GROUPS:
-            raise ValueError(
-                f"group_size must be at least 2, not {self.group_size!r}: each completion is measured against the "
-                f"others of its group (not so with {', '.join(WITHOUT_GROUPS)})"
-            )
-        if self.warmup_steps >= self.steps and self.warmup_steps:
-            raise ValueError(f"warmup_steps must be fewer than the {self.steps} steps, not {self.warmup_steps!r}")
-        names = self.target_modules
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-            raise ValueError(f"target_modules must be a list of names, or [all-linear], not {names!r}")
-        if not self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be less than 1, not {self.lora_dropout!r}")
-        if self.lora_dropout and self.lora_forward == "merged":
-            raise ValueError("lora_dropout cannot act inside a merged weight; set lora_forward factored")
-        if self.lora_rank == 0:
-            self.refuse_adapter_options()
-        if self.ref_adapter_path and not self.kl_coef and self.algorithm != "flowrl":
-            raise ValueError("ref_adapter_path has no effect without kl_coef; set kl_coef above 0")
-        if self.prompts_per_step % self.updates_per_rollout:
-            raise ValueError(f"updates_per_rollout must divide prompts_per_step, not {self.updates_per_rollout!r}")
-        if self.profile > self.steps:
-            raise ValueError(f"profile must name one of the {self.steps} steps, not {self.profile!r}")
-        if Path(self.run_name).name != self.run_name or self.run_name in ("", ".", "..") or len(self.run_name) > 128:
-            raise ValueError(f"run_name must be the name of one folder, of at most 128 characters: {self.run_name!r}")
-        if not self.wandb_project or set(self.wandb_project) & set("/\\#?%:") or len(self.wandb_project) > 128:
-            raise ValueError(
-                f"wandb_project must have 1 to 128 characters, none of / \\ # ? % :, not {self.wandb_project!r}"
-            )
-        if not self.model:
-            raise ValueError("model must be a folder, a name on the hub or 'tiny', not ''")
-        if self.sync == "adapter" and self.lora_rank > 512:
-            raise ValueError(f"sync adapter: vLLM's LoRA has ranks up to 512, not {self.lora_rank!r}; use sync merged")
-        if self.sync == "adapter" and self.lora_rank == 0:
-            raise ValueError("sync adapter: with lora_rank 0 there is no adapter; use sync merged")
-        if self.sync == "adapter" and self.base_dtype == "nf4":
-            raise ValueError(
-                "base_dtype nf4 is not the base that vLLM has, which sync adapter never sends; use sync merged"
-            )
-        if self.sync == "adapter" and self.lora_forward == "merged":
-            raise ValueError(
-                "lora_forward merged is the weight that sync merged sends; use that, or lora_forward factored"
-            )
-        if self.sync == "adapter" and self.sleep_level == 2:
-            raise ValueError("sleep_level 2 discards vLLM's weights, which sync adapter never sends; use sleep_level 1")
+            check_value(field, getattr(self, field.name))
+        for wrong, message in contradictions(self):
+            if wrong:
+                raise ValueError(message)
 
     @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence."""
         return self.max_prompt_length + self.max_completion_length
 
-    def refuse_adapter_options(self) -> None:
-        """Raises ValueError for what makes no sense without adapters."""
-        for name in ("lora_dropout", "lora_adapter_path", "ref_adapter_path", "use_rslora"):
-            if getattr(self, name):
-                raise ValueError(f"{name} needs an adapter, but lora_rank is 0; set lora_rank above 0")
-        if self.lora_forward == "merged":
-            raise ValueError("lora_forward merged needs an adapter, but lora_rank is 0; set lora_rank above 0")
-        if self.base_dtype == "nf4":
-            raise ValueError("base_dtype nf4 is for a frozen base, but lora_rank 0 trains it; set lora_rank above 0")
-        if self.kl_coef:
-            raise ValueError("kl_coef needs the base as reference, and lora_rank 0 trains it away; set kl_coef 0")
-
 
 KINDS = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}  # what a field of each kind may hold
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what torch and vLLM can count; neither NaN nor infinity is less
-POSITIVE = "steps prompts_per_step max_prompt_length max_completion_length max_num_seqs eval_problems eval_samples "
-POSITIVE += "tensor_parallel_size updates_per_rollout epochs_per_rollout tokens_per_microbatch group_size max_rollouts"
-NOT_NEGATIVE = "seed eval_every save_every kv_cache_gb verify_every clip_low clip_high kl_coef tis_cap weight_decay "
-NOT_NEGATIVE += (
-    "max_grad_norm fsdp_size keep_checkpoints profile max_skipped max_mismatch lora_rank lora_dropout dual_clip "
-)
-NOT_NEGATIVE += "entropy_coef overlong_buffer opmd_tau flowrl_beta warmup_steps gamma gae_lambda critic_lora_rank "
-NOT_NEGATIVE += "critic_warmup_steps value_clip"
-LEAST = dict.fromkeys(POSITIVE.split(), 1) | dict.fromkeys(NOT_NEGATIVE.split(), 0)
 WITHOUT_GROUPS = ("ppo", "reinforce_pp")  # algorithms whose baseline is not the group
+
+
+def check_value(field: dataclasses.Field, value: Any) -> None:
+    """Raises ValueError unless the value is of the field's type and within its limits."""
+    kind = field.type
+    if value is None and field.default is None:
+        return
+    if type(None) in getattr(kind, "__args__", ()):  # X | None; the argument parser below makes it X
+        kind = kind.__args__[0]
+    if kind in KINDS and type(value) not in KINDS[kind]:
+        raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
+    if kind in LARGEST and not abs(value) <= LARGEST[kind]:
+        raise ValueError(f"{field.name} must be a number of at most {LARGEST[kind]}, not {value!r}")
+    if kind is str and not value.isprintable():
+        raise ValueError(f"{field.name} must be printable text, not {value!r}")
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    if choices and value not in choices:
+        raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+    for limit, (words, holds) in LIMITS.items():
+        if limit in field.metadata and not holds(value, field.metadata[limit]):
+            raise ValueError(f"{field.name} must be {words} {field.metadata[limit]}, not {value!r}")
+
+
+def contradictions(c: Config) -> Iterator[tuple[Any, str]]:
+    """Pairs of: is it wrong, and what to say then."""
+    yield (
+        c.group_size < 2 and c.algorithm not in WITHOUT_GROUPS,
+        f"group_size must be at least 2, not {c.group_size}: each completion is measured against the others of its "
+        f"group (not so with {', '.join(WITHOUT_GROUPS)})",
+    )
+    yield 0 < c.dual_clip <= 1, f"dual_clip must be more than 1, or 0 for none, not {c.dual_clip}"
+    yield (
+        c.warmup_steps and c.warmup_steps >= c.steps,
+        f"warmup_steps must be fewer than the {c.steps} steps, not {c.warmup_steps}",
+    )
+    yield c.profile > c.steps, f"profile must name one of the {c.steps} steps, not {c.profile}"
+    yield (
+        c.prompts_per_step % c.updates_per_rollout,
+        f"updates_per_rollout must divide prompts_per_step, not {c.updates_per_rollout}",
+    )
+
+    # Names
+    names = c.target_modules
+    yield (
+        not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names),
+        f"target_modules must be a list of names, or [all-linear], not {names!r}",
+    )
+    yield (
+        Path(c.run_name).name != c.run_name or c.run_name in ("", ".", "..") or len(c.run_name) > 128,
+        f"run_name must be the name of one folder, of at most 128 characters: {c.run_name!r}",
+    )
+    yield (
+        not c.wandb_project or set(c.wandb_project) & set("/\\#?%:") or len(c.wandb_project) > 128,
+        f"wandb_project must have 1 to 128 characters, none of / \\ # ? % :, not {c.wandb_project!r}",
+    )
+    yield not c.model, "model must be a folder, a name on the hub or 'tiny', not ''"
+
+    # Adapters
+    merged = c.lora_forward == "merged"
+    yield c.lora_dropout and merged, "lora_dropout cannot act inside a merged weight; set lora_forward factored"
+    if c.lora_rank == 0:
+        for name in ("lora_dropout", "lora_adapter_path", "ref_adapter_path", "use_rslora"):
+            yield getattr(c, name), f"{name} needs an adapter, but lora_rank is 0; set lora_rank above 0"
+        yield merged, "lora_forward merged needs an adapter, but lora_rank is 0; set lora_rank above 0"
+        yield (
+            c.base_dtype == "nf4",
+            "base_dtype nf4 is for a frozen base, but lora_rank 0 trains it; set lora_rank above 0",
+        )
+        yield c.kl_coef, "kl_coef needs the base as reference, and lora_rank 0 trains it away; set kl_coef 0"
+    yield (
+        c.ref_adapter_path and not c.kl_coef and c.algorithm != "flowrl",
+        "ref_adapter_path has no effect without kl_coef; set kl_coef above 0",
+    )
+    if c.sync == "adapter":
+        yield c.lora_rank > 512, f"sync adapter: vLLM's LoRA has ranks up to 512, not {c.lora_rank}; use sync merged"
+        yield c.lora_rank == 0, "sync adapter: with lora_rank 0 there is no adapter; use sync merged"
+        yield (
+            c.base_dtype == "nf4",
+            "base_dtype nf4 is not the base that vLLM has, which sync adapter never sends; use sync merged",
+        )
+        yield merged, "lora_forward merged is the weight that sync merged sends; use that, or lora_forward factored"
+        yield (
+            c.sleep_level == 2,
+            "sleep_level 2 discards vLLM's weights, which sync adapter never sends; use sleep_level 1",
+        )
 
 
 class OneLineParser(HfArgumentParser):
@@ -257,6 +286,10 @@ class OneLineParser(HfArgumentParser):
 
     def error(self, message: str) -> None:
         raise ValueError(message)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """argparse's, which knows no limits: `Config` checks them."""
+        return super().add_argument(*names, **{name: value for name, value in options.items() if name not in LIMITS})
 
 
 def parse_config(arguments: list[str], description: str) -> Config:

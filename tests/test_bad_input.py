@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import adapter_files
 import checkpoint
 import reward
-from configs.base import LEAST, Config, parse_config
+from configs.base import LIMITS, Config, parse_config
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -35,7 +35,12 @@ def check(line: str, words: list[str]) -> None:
 # The command line and configurations
 # ---------------------------------------------------------------------------------------------------------------
 
-too_small = [(f"--{name}={least - 1}", [name, f"at least {least}"]) for name, least in LEAST.items()]
+just_outside = [
+    (f"--{field.name}={field.metadata[limit] + step}", [field.name, f"{LIMITS[limit][0]} {field.metadata[limit]}"])
+    for field in dataclasses.fields(Config)
+    for limit, step in (("least", -1), ("above", 0), ("most", 1), ("below", 0))
+    if limit in field.metadata
+]
 not_finite = [
     (f"--{name}={value}", [name, value]) for name in NUMBERS if "float" in str(FIELDS[name]) for value in ("nan", "inf")
 ]
@@ -104,7 +109,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(
-    "options, words", [*too_small, *not_finite, *no_number, *too_large, *no_choice, *control, *OPTIONS]
+    "options, words", [*just_outside, *not_finite, *no_number, *too_large, *no_choice, *control, *OPTIONS]
 )
 def test_options(options, words):
     with pytest.raises((ValueError, OSError)) as error:
