@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 
-.PHONY: train test test-all lint clean
+.PHONY: train test test-all soak lint clean
 
 train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py $(ARGS)
@@ -14,6 +14,9 @@ test: .venv/ready-dev lint
 
 test-all: .venv/ready-dev lint
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+soak: .venv/ready
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

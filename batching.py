@@ -32,6 +32,8 @@ class MicroBatch:
     old_logprobs: Tensor | None = None  # of the policy that the update starts from; None: of the policy as it is
     ref_logprobs: Tensor | None = None
     log_z: Tensor | None = None  # on each token its prompt's, if the policy learns it
+    values: Tensor | None = None  # of a critic at the rollout,
+    returns: Tensor | None = None  # and what they should have been, see train_ppo.py
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """(R,) -> (R,): on each token the sum over its completion."""

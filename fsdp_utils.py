@@ -310,6 +310,7 @@ def in_shared_memory(folder: str) -> Iterator[str]:
     with shared_folder() as copy:
 
         def copy_files() -> None:
+            """Raises ValueError if there is no room."""
             files = [path for path in Path(folder).iterdir() if path.is_file()]
             needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(SHARED_MEMORY).free
             if needed > free:

@@ -297,6 +297,7 @@ def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float
     reserved = {"reserved": RESERVED}
 
     def on_gpu(moment: str, ledger: Ledger) -> Ledger:
+        """Without what lives on the host in that moment."""
         ledger = dict(ledger)
         if config.param_offload or (config.optimizer_offload and not moment.startswith("optimizer")):
             ledger["optimizer"] = 0.0

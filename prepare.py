@@ -50,15 +50,30 @@ def prepare(config: Config) -> Run:
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, *prompts, policy, optimizer, engine, log, saved)
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
-    base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(policy.model)) / 1e6
-    trained = sum(parameter.numel() for parameter in trainable) / 1e6
-    log.print(f"model  {config.model}, {base:,.1f}M parameters; {trained:,.2f}M ({trained / base:.1%}) are trained")
-    log.print(f"task   {config.task}, {len(prompts[0]):,} problems to train on, {len(prompts[1]):,} held out")
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
-    log.print(f"world  {world.size} x {device}, {engine.engines} vLLM engine(s)")
-    if saved:
-        log.print(f"resumed after step {run.progress.step}")
+    introduce(run)
     return run
+
+
+def introduce(run: Run) -> None:
+    """Prints what was resolved: the model, the task, the machine, and what each process holds from now on."""
+    config, log, engine = run.config, run.log, run.engine
+    trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
+    base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(run.policy.model)) / 1e6
+    learned = sum(parameter.numel() for parameter in trained) / 1e6
+    log.print(f"model  {config.model}, {base:,.1f}M parameters; {learned:,.2f}M ({learned / base:.1%}) are trained")
+    log.print(
+        f"task   {config.task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out"
+    )
+    device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
+    log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s)")
+    weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
+    states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # a gradient, and Adam's two
+    log.print(
+        f"memory {weights:,.1f} MB of weights and {states:,.1f} MB of gradients and optimizer a process, a KV cache for "
+        f"{engine.kv_cache_tokens:,} tokens an engine; what a step takes beside them: python plan.py"
+    )
+    if run.saved:
+        log.print(f"resumed after step {run.progress.step}")
 
 
 def check_writable(folder: Path) -> None:

@@ -103,6 +103,12 @@ class Engine:
             use_tqdm_on_load=False,
         )
 
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens of all sequences together that the engine has room for."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
     def generate(self, requests: list[Request]) -> list[Completion]:
         """All ranks pass the same requests and get all completions, in the order of the requests."""
         mine = range(self.index, len(requests), self.engines)

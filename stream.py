@@ -92,8 +92,8 @@ def summon_layers(
     following = next(upcoming, None)
     while following:
         path, gathering = following
-        following = next(upcoming, None) if prefetch else None
         whole = gathering.wait()
+        following = next(upcoming, None) if prefetch else None  # not sooner: one collective at a time, or gloo fails
         yield path, whole
         if release:
             stats.release(gathering.buffer)

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 import fsdp_utils
 import lora
@@ -263,28 +264,45 @@ def importance_weight(mismatch: Tensor, batch: MicroBatch, config: Config) -> Te
 
 
 def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_stop: bool = False) -> dict[str, float]:
+    """One optimizer update of the policy, see `update`; `loss_of` is an `Algorithm.loss`."""
+    policy, config = run.policy, run.config
+
+    def share_of_loss(batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        logprobs, entropy, log_z = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
+        batch.log_z = None if log_z is None else log_z[batch.sequences]
+        return policy_loss(logprobs, entropy, batch, loss_of, config)
+
+    return update(run, policy, run.optimizer, batches, share_of_loss, may_stop)
+
+
+def update(
+    run: Run,
+    module: FSDPModule,
+    optimizer: torch.optim.Optimizer,
+    batches: list[MicroBatch],
+    share_of_loss: Callable[[MicroBatch], tuple[Tensor, Metrics]],
+    may_stop: bool = False,
+) -> dict[str, float]:
     """One optimizer update; returns the sums of metrics over this rank's tokens, and under "tokens" their number.
 
     `may_stop`: a run that was asked to stop does so between micro-batches; right if no parameter changed this step.
     """
-    policy, config = run.policy, run.config
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=run.world.device))
     for i, batch in enumerate(batches):
         if may_stop:
             run.check_stop()
-        policy.set_requires_gradient_sync(i == len(batches) - 1)  # gradients are reduced over ranks once
-        logprobs, entropy, log_z = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
-        batch.log_z = None if log_z is None else log_z[batch.sequences]
-        loss, info = policy_loss(logprobs, entropy, batch, loss_of, config)
+        module.set_requires_gradient_sync(i == len(batches) - 1)  # gradients are reduced over ranks once
+        loss, info = share_of_loss(batch)
         (loss * run.world.size).backward()  # FSDP averages over ranks; the weights already make the sum right
         counts = (batch.weights > 0).float()  # a filler's tokens do not count
         sums["tokens"] += counts.sum()
         sums["loss"] += loss.detach()  # already a share of the update's loss
         for name, values in info.items():
             sums[name] += (values * counts).sum()
-    norm = apply_gradients(run.optimizer, config.max_grad_norm, sums["loss"].item())
+    norm = apply_gradients(optimizer, run.config.max_grad_norm, sums["loss"].item())
     totals = torch.stack(list(sums.values())).tolist()  # only here is the GPU waited for
-    return dict(zip(sums, totals)) | update_counts(norm, run.world)
+    of_all_ranks = {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}  # whose shares are added up
+    return dict(zip(sums, totals)) | {name: value / run.world.size for name, value in of_all_ranks.items()}
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> float:
@@ -304,13 +322,8 @@ def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: flo
     return norm
 
 
-def update_counts(norm: float, world: fsdp_utils.World) -> dict[str, float]:
-    """What an update reports of its gradient; all ranks have the same, and their shares are added up."""
-    return {"grad_norm": norm / world.size, "skipped_updates": (not math.isfinite(norm)) / world.size}
-
-
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of all ranks, out of the sums that `update_policy` returns; loss and norm per update."""
+    """Means over the tokens of all ranks, out of the sums that `update` returns; loss and norm per update."""
     if not updates:
         return {}
     names = list(updates[0])

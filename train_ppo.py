@@ -15,7 +15,6 @@ Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its co
 import quiet  # noqa: F401, I001  before torch
 
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import chain
 
@@ -38,13 +37,12 @@ from train_grpo import (
     Algorithm,
     Metrics,
     all_tokens,
-    apply_gradients,
     clip_token,
     kl,
     overlong_penalties,
     rollout_metrics,
     settle,
-    update_counts,
+    update,
     update_metrics,
     update_policy,
 )
@@ -129,22 +127,21 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: Conf
     """
     errors = (values - returns).square()
     if not config.value_clip:
-        return errors / 2, {"critic/error": errors.detach()}
+        return errors / 2, {"error": errors.detach()}
     clipped = (old_values + (values - old_values).clamp(-config.value_clip, config.value_clip) - returns).square()
     clip_frac = (clipped > errors).float()
-    return torch.maximum(errors, clipped) / 2, {"critic/error": errors.detach(), "critic/clip_frac": clip_frac}
+    return torch.maximum(errors, clipped) / 2, {"error": errors.detach(), "clip_frac": clip_frac}
 
 
 @torch.no_grad()
-def judge(learners: Learners, batches: list[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-    """Gives the step's micro-batches their advantages; returns the old values and the returns of each, (R,) float32.
+def judge(learners: Learners, batches: list[MicroBatch]) -> None:
+    """Gives the step's micro-batches their values, advantages and returns.
 
     On entry, `advantages` holds on each token the reward of its whole completion.
     """
     run, config = learners.run, learners.run.config
-    targets = []
     for batch in batches:
-        values = learners.critic(batch.packed)
+        values = batch.values = learners.critic(batch.packed)
         ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
         rewards = torch.where(ends, batch.advantages, 0.0)
         if config.kl_coef:
@@ -154,9 +151,8 @@ def judge(learners: Learners, batches: list[MicroBatch]) -> list[tuple[Tensor, T
                 rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
         lengths = batch.sequences.bincount().tolist()
         batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        targets.append((values, values + batch.advantages))
+        batch.returns = values + batch.advantages
     normalize(batches, run.world)
-    return targets
 
 
 def normalize(batches: list[MicroBatch], world: fsdp_utils.World) -> None:
@@ -173,27 +169,16 @@ def normalize(batches: list[MicroBatch], world: fsdp_utils.World) -> None:
         batch.advantages = (batch.advantages - mean) / (std + 1e-6)
 
 
-def update_critic(
-    learners: Learners, batches: list[MicroBatch], targets: list[tuple[Tensor, Tensor]], may_stop: bool
-) -> dict[str, float]:
+def update_critic(learners: Learners, batches: list[MicroBatch], may_stop: bool) -> dict[str, float]:
     """One optimizer update of the critic; as `update_policy`."""
-    critic, config, world = learners.critic, learners.run.config, learners.run.world
-    sums: dict[str, float] = defaultdict(float)
-    for i, (batch, (old_values, returns)) in enumerate(zip(batches, targets)):
-        if may_stop:
-            learners.run.check_stop()
-        critic.set_requires_gradient_sync(i == len(batches) - 1)
-        values = critic(batch.packed)
-        losses, info = value_loss(values, old_values, returns, config)
-        loss = (losses * batch.weights).sum()
-        (loss * world.size).backward()  # FSDP averages over ranks, see `update_policy`
-        counts = (batch.weights > 0).float()
-        sums["tokens"] += counts.sum().item()
-        sums["critic/loss"] += loss.item()
-        for name, numbers in (info | {"critic/value": values.detach(), "critic/return": returns}).items():
-            sums[name] += (numbers * counts).sum().item()
-    norm = apply_gradients(learners.optimizer, config.max_grad_norm, sums["critic/loss"])
-    return dict(sums) | {f"critic/{name}": value for name, value in update_counts(norm, world).items()}
+
+    def share_of_loss(batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        values = learners.critic(batch.packed)
+        losses, info = value_loss(values, batch.values, batch.returns, learners.run.config)
+        return (losses * batch.weights).sum(), info | {"value": values.detach(), "return": batch.returns}
+
+    sums = update(learners.run, learners.critic, learners.optimizer, batches, share_of_loss, may_stop)
+    return {name if name == "tokens" else f"critic/{name}": value for name, value in sums.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -231,11 +216,10 @@ def train(learners: Learners) -> None:
             drop_useless=False,
             world=run.world,
         )
-        targets = iter(judge(learners, list(chain.from_iterable(updates))))
-        updates = [(batches, [next(targets) for _ in batches]) for batches in updates]
+        judge(learners, list(chain.from_iterable(updates)))
         if len(updates) * config.epochs_per_rollout > 1:
             with torch.no_grad():
-                for batch in chain.from_iterable(batches for batches, _ in updates):
+                for batch in chain.from_iterable(updates):
                     batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
 
         # 5. update
@@ -243,8 +227,8 @@ def train(learners: Learners) -> None:
         set_learning_rate(learners.optimizer, config.critic_learning_rate, step, config)
         lr = set_learning_rate(run.optimizer, config.learning_rate, step, config)
         critic_sums, policy_sums = [], []
-        for batches, batch_targets in updates * config.epochs_per_rollout:
-            critic_sums.append(update_critic(learners, batches, batch_targets, may_stop=not critic_sums))
+        for batches in updates * config.epochs_per_rollout:
+            critic_sums.append(update_critic(learners, batches, may_stop=not critic_sums))
             if step > config.critic_warmup_steps:
                 policy_sums.append(update_policy(run, batches, PPO.loss))
 
@@ -255,7 +239,7 @@ def train(learners: Learners) -> None:
         # 7. log, evaluate, save
         log.phase("eval")
         metrics = rollout_metrics(completions, scores) | {"lr": lr, **sync_metrics}
-        metrics |= batch_metrics([batches for batches, _ in updates], len(completions), run.world)
+        metrics |= batch_metrics(updates, len(completions), run.world)
         run.conclude(step, metrics | update_metrics(critic_sums) | update_metrics(policy_sums))
 
     run.end()

@@ -1,115 +1,140 @@
-"""A long run must not grow: memory, open files and /dev/shm of the embedded default, watched from outside.
+"""A long run of the default task: does memory grow, do files stay open, is anything left in /dev/shm?
 
-    python benchmarks/soak.py                  # 2,000 steps on two ranks, killed and resumed halfway
-    python benchmarks/soak.py --steps 60       # the short form, which the tests run
+    make soak                                      # 2,000 steps, about half an hour on two cores
+    python benchmarks/soak.py --steps 200 --sync adapter
 
-Prints one line per rank and exits with 1 if memory still grows by more than 1 MB per 100 steps after the warm-up, if
-files stay open, or if anything is left in /dev/shm, after the kill as at the end.
+Each process's own memory (RssAnon) and open files are noted every few seconds; memory is flat if a straight line
+through the second half of the notes rises by at most SLOPE MB per 100 steps. After the run, another is killed with
+SIGKILL, and what it leaves in /dev/shm has to be gone after a third. Exit code 1 if anything fails.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-MOST_GROWTH = 1.0  # MB per 100 steps
 SHARED_MEMORY = Path("/dev/shm")
+SLOPE = 1.0  # MB per 100 steps
 
 
-class Reading(NamedTuple):
-    """What one rank held when a step had just been logged."""
-
-    step: int
-    megabytes: float  # of anonymous memory: what it has allocated, without files and libraries
-    files: int
-
-
-def start(folder: Path, steps: int, *options: str) -> subprocess.Popen:
-    """The embedded default on two ranks, in a process group of its own."""
+def start(folder: Path, name: str, options: list[str]) -> subprocess.Popen:
+    """The default task on two processes, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_grpo.py"]
-    command += ["--config", "configs/arithmetic_cpu.py", "--output_dir", str(folder), "--run_name", "soak"]
-    command += ["--steps", str(steps), "--wandb_mode", "disabled", *options]
-    with open(folder / "output.txt", "a") as output:
-        return subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, process_group=0)
+    command += ["--config", "configs/arithmetic_cpu.py", "--output_dir", str(folder), "--run_name", name]
+    command += ["--wandb_mode", "disabled", "--lr_schedule", "constant", *options]
+    log = open(folder / f"{name}.log", "w")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def ranks_of(launcher: int) -> dict[int, int]:
-    """The processes of torchrun: rank -> process id."""
-    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
-    return dict(enumerate(sorted(int(child) for child in children)))
+def ranks_of(run: subprocess.Popen) -> list[int]:
+    """The process ids of its ranks."""
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    return [int(child) for child in children]
 
 
-def read(process: int, step: int) -> Reading:
-    """Memory and open files of a process now."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
-    return Reading(step, int(status["RssAnon"].split()[0]) / 1e3, len(os.listdir(f"/proc/{process}/fd")))
-
-
-def last_step(folder: Path) -> int:
-    """The newest step in the run's metrics; -1 if there is none."""
-    path = folder / "soak" / "metrics.jsonl"
+def steps_done(folder: Path, name: str) -> int:
+    """The last step that its metrics have; 0 if there are none yet."""
+    path = folder / name / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else -1
+    return json.loads(lines[-1])["step"] if lines else 0
 
 
-def watch(launcher: subprocess.Popen, folder: Path, until: int) -> dict[int, list[Reading]]:
-    """A reading of every rank after each step that is seen, until a step is there or the run has ended."""
-    readings: dict[int, list[Reading]] = defaultdict(list)
-    seen = last_step(folder)
-    while launcher.poll() is None and seen < until:
+def wait_for_step(run: subprocess.Popen, folder: Path, name: str, step: int) -> None:
+    """Returns when the step is done; raises RuntimeError if the run ends before."""
+    while steps_done(folder, name) < step:
+        if run.poll() is not None:
+            raise RuntimeError(f"the run ended early:\n{(folder / f'{name}.log').read_text()[-2000:]}")
         time.sleep(0.2)
-        step = last_step(folder)
-        if step > seen:
-            seen = step
-            try:
-                for rank, process in ranks_of(launcher.pid).items():
-                    readings[rank].append(read(process, step))
-            except (FileNotFoundError, ProcessLookupError):
-                break  # it is about to end
-    return readings
 
 
-def growth(readings: list[Reading]) -> float:
-    """MB per 100 steps: the slope of a line through the second half of the readings, by least squares."""
-    points = readings[len(readings) // 2 :]
-    mean_step = sum(point.step for point in points) / len(points)
-    mean = sum(point.megabytes for point in points) / len(points)
-    spread = sum((point.step - mean_step) ** 2 for point in points)
-    return 100 * sum((point.step - mean_step) * (point.megabytes - mean) for point in points) / spread
+def watch(run: subprocess.Popen, folder: Path, name: str, seconds: float) -> np.ndarray:
+    """(notes, ranks, 3): step, MB of own memory, and open files of each rank, until the run ends."""
+    notes = []
+    while run.poll() is None:
+        time.sleep(seconds)
+        step = steps_done(folder, name)
+        try:
+            notes.append([(step, own_megabytes(pid), len(os.listdir(f"/proc/{pid}/fd"))) for pid in ranks_of(run)])
+        except (OSError, IndexError):  # it has just ended
+            break
+    if run.wait():
+        raise RuntimeError(f"the run failed:\n{(folder / f'{name}.log').read_text()[-2000:]}")
+    return np.array([note for note in notes if len(note) == 2 and note[0][0] > 0], dtype=float)
 
 
-def left_in_shared_memory(before: set[str]) -> list[str]:
-    """What is in /dev/shm now and was not before."""
-    return sorted(set(os.listdir(SHARED_MEMORY)) - before)
+def own_megabytes(pid: int) -> float:
+    """Memory of a process that is not a file's."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024 / 1e6
+
+
+def judge(notes: np.ndarray) -> bool:
+    """Prints what was found of each rank; whether it is flat."""
+    second_half, flat = notes[len(notes) // 2 :], True
+    for rank in range(notes.shape[1]):
+        steps, memory, files = second_half[:, rank].T
+        slope = np.polyfit(steps, memory, 1)[0] * 100
+        print(
+            f"rank {rank}: {memory[0]:.0f} MB at step {steps[0]:.0f}, {memory[-1]:.0f} MB at step {steps[-1]:.0f}, "
+            f"{slope:+.2f} MB per 100 steps; open files {files.min():.0f} to {files.max():.0f}"
+        )
+        flat &= slope <= SLOPE and files[-1] <= files[0]
+    return flat
+
+
+def left_behind() -> set[str]:
+    """What is in shared memory."""
+    return {path.name for path in SHARED_MEMORY.iterdir()}
 
 
 def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--cache_dir", default=".cache", help="where the tiny model is")
-    parser.add_argument("--out", default="", help="a file for all readings, as JSON")
-    arguments, more = parser.parse_known_args()
-    before, options = set(os.listdir(SHARED_MEMORY)), ["--cache_dir", arguments.cache_dir, *more]
+    parser.add_argument("--seconds", type=float, default=2.0, help="between two notes")
+    parser.add_argument("--cache_dir", default=str(ROOT / ".cache"))
+    parser.add_argument("--sync", default="merged")
+    options = parser.parse_args()
+    shared = ["--cache_dir", options.cache_dir, "--sync", options.sync]
+    before = left_behind()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        launcher = start(folder, arguments.steps, *options)
-        readings = watch(launcher, folder, until=arguments.steps)
-        code = launcher.wait()
-        print((folder / "output.txt").read_text()[-300:], "exit code", code)
-        left = left_in_shared_memory(before)
-    for rank, rows in readings.items():
-        print(rank, rows[0], rows[len(rows) // 2], rows[-1], growth(rows))
-    print(left)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps(readings))
+        long_run = ["--steps", str(options.steps), "--eval_every", "100", "--save_every", "100", *shared]
+        notes = watch(start(folder, "long", long_run), folder, "long", options.seconds)
+        flat, clean = judge(notes), left_behind() <= before
+        print(f"/dev/shm after {options.steps} steps: {'clean' if clean else sorted(left_behind() - before)}")
+
+        victim = start(folder, "victim", ["--steps", "1000", "--use_shm", "true", "--eval_every", "0", *shared])
+        wait_for_step(victim, folder, "victim", 2)
+        os.killpg(victim.pid, signal.SIGKILL)
+        victim.wait()
+        for pid in orphans("victim"):
+            os.kill(pid, signal.SIGKILL)
+        heir = start(folder, "heir", ["--steps", "2", "--use_shm", "true", *shared])
+        code = heir.wait()
+        clean_after_kill = code == 0 and left_behind() <= before
+        print(f"/dev/shm after a kill and a run: {'clean' if clean_after_kill else sorted(left_behind() - before)}")
+    sys.exit(0 if flat and clean and clean_after_kill else 1)
+
+
+def orphans(name: str) -> list[int]:
+    """Ranks of a run whose torchrun is gone: they have groups of their own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"train_grpo.py" in words and name.encode() in words:
+            found.append(int(path.parent.name))
+    return found
 
 
 if __name__ == "__main__":

@@ -466,7 +466,7 @@ def test_a_run_with_everything_on(tmp_path, tiny_folder):
     assert (first["lr"], second["lr"]) == (1e-3, 2e-3)
     assert 0 < first["rollout/kept_frac"] < 1 and first["rollout/tokens"] > 2 * 64 * 8
     assert first["policy/clip_frac"] > 0 and first["mismatch/kl"] < 0.01
-    assert second["reward/kl_ref"] > first["reward/kl_ref"]
+    assert abs(second["reward/kl_ref"]) > 10 * abs(first["reward/kl_ref"]), "the policy has left the reference"
 
 
 def test_flowrl_keeps_what_grpo_gives_up():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,14 +46,15 @@ def read_counted(source, parameter, name, real=fsdp_utils.read_rows):
     real(CountingSlice(source, name), parameter, name)
 
 
-def sharded(folder, world, dtype=torch.bfloat16, fsdp_size=0, checkpointing=False, **options):
+def sharded(folder, world, dtype=torch.bfloat16, fsdp_size=0, checkpointing=False, load=True, **options):
     model = fsdp_utils.meta_model(str(folder), dtype)
     lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).train()
     fsdp_utils.shard(policy, model.base_model.layers, world.device, fsdp_size, **options)
-    fsdp_utils.load_weights(model, str(folder), world.device)
+    if load:
+        fsdp_utils.load_weights(model, str(folder), world.device)
     return policy
 
 
@@ -98,6 +100,34 @@ def in_several_files(folder, target):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target, max_shard_size="50KB")
     assert len(list(target.glob("*.safetensors"))) > 2
     return target
+
+
+def peak_of_loading(folder):
+    """Bytes: the most that loading took of this process's own memory, this rank's shards, and the largest tensor."""
+
+    def own_bytes():
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+
+    def watch():
+        while not done.wait(0.001):
+            seen.append(own_bytes())
+
+    world = fsdp_utils.init_world()
+    model = sharded(folder, world, torch.bfloat16, load=False).model
+    done, seen, before = threading.Event(), [], own_bytes()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    fsdp_utils.load_weights(model, str(folder), world.device)
+    done.set()
+    watcher.join()
+    sizes = [parameter.nbytes for parameter in model.parameters()]
+    return max(seen) - before, sum(fsdp_utils.local(p).nbytes for p in model.parameters()), max(sizes)
+
+
+def test_loading_takes_the_shards_and_little_more(model_folder, tmp_path):
+    sizes = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=8, vocab_size=16384)
+    for peak, shards, largest in on_ranks(2, peak_of_loading, model_folder("qwen2", **sizes), folder=tmp_path):
+        assert 0.9 * shards < peak < shards + 1.5 * largest, (peak, shards, largest)
 
 
 def load_errors(folders_by_rank):

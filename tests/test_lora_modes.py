@@ -1,6 +1,7 @@
 """Every way to train a model, on several ranks: against one plain process, and against what vLLM then runs."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -44,10 +45,10 @@ def prepared(model: nn.Module, merged: bool | None, nf4: bool) -> nn.Module:
     return model
 
 
-def start(model: nn.Module, fill=torch.Tensor.copy_) -> None:
+def start(model: nn.Module, fill=torch.Tensor.copy_, seed: int = 1) -> None:
     """Values for the adapters, with a B that is not zero."""
     lora.init_adapters(model, seed=0, fill=fill)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             B = layer.adapters[lora.POLICY].lora_B
@@ -180,21 +181,21 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     return results
 
 
-def adapter_in(folder, model_folder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Saves a random adapter; the logprobs of `TOKENS` with it and without."""
+def chosen(logprobs: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    """Of each row, that of its token."""
+    return logprobs[range(len(tokens)), tokens]
+
+
+def adapter_in(folder, model_folder, rank: int = 16, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Saves a random adapter; all logprobs at each of `TOKENS`, with it and without."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    lora.inject(model, ["all-linear"], 16, 16.0)
-    start(model)
+    lora.inject(model, ["all-linear"], rank, float(rank))
+    start(model, seed=seed)
     lora.save_adapter(model, folder)
-
-    @torch.no_grad()
-    def logprobs() -> torch.Tensor:
-        logp = model(torch.tensor([TOKENS])).logits[0, :-1].float().log_softmax(-1)
-        return logp[range(len(TOKENS) - 1), TOKENS[1:]]
-
-    with lora.disabled(model):
-        base = logprobs()
-    return logprobs(), base
+    with torch.no_grad(), lora.disabled(model):
+        base = model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1), base
 
 
 def test_what_each_mode_trains_is_what_vllm_runs(tiny_folder, tmp_path):
@@ -204,37 +205,39 @@ def test_what_each_mode_trains_is_what_vllm_runs(tiny_folder, tmp_path):
             assert before < 0.05 and synced < 0.05 < 0.3 < stale, (mode, before, stale, synced)
             if mode in ("factored", "reference"):
                 expected = adapter if mode == "reference" else base
-                assert abs(reference - expected.mean().item()) < 0.02
+                assert abs(reference - chosen(expected[:-1], TOKENS[1:]).mean().item()) < 0.02
 
 
-def native_logprobs(model: str, adapter: str) -> list[list[float]]:
-    """Of `TOKENS`, under vLLM's own LoRA: with the adapter and without."""
-    from vllm.lora.request import LoRARequest
-
-    from rollout import LLM, SamplingParams, TokensPrompt
+def with_adapters(model: str, adapters: dict[str, str]) -> list[tuple[list[float], int, float]]:
+    """Under each of vLLM's own LoRAs and under none: logprobs of `TOKENS`, and a token generated after them with its
+    logprob, all of one batch.
+    """
+    from rollout import Engine, Request
 
     fsdp_utils.init_world()
-    llm = LLM(
-        model,
-        dtype="bfloat16",
-        enable_lora=True,
-        max_lora_rank=16,
-        max_model_len=64,
-        kv_cache_memory_bytes=1 << 26,
-        enforce_eager=True,
-        distributed_executor_backend="external_launcher",
+    engine = Engine(
+        model, dtype="bfloat16", max_model_len=64, max_completion_length=1, max_lora_rank=16, max_loras=len(adapters)
     )
-    params, results = SamplingParams(max_tokens=1, prompt_logprobs=0), []
-    for request in (LoRARequest("policy", 1, adapter), None):
-        (output,) = llm.generate([TokensPrompt(prompt_token_ids=TOKENS)], params, lora_request=request, use_tqdm=False)
-        results.append([entry[token].logprob for token, entry in zip(TOKENS[1:], output.prompt_logprobs[1:])])
+    for name, folder in adapters.items():
+        engine.load_adapter(folder, name)
+    names = [*adapters, lora.POLICY]  # of which vLLM has no adapter: it is in the weights
+    generated = engine.generate([Request(TOKENS, 1, 1.0, seed=0, adapter=name) for name in names])
+    results = [
+        (engine.logprobs(TOKENS, name), completion.token_ids[0], completion.logprobs[0])
+        for name, completion in zip(names, generated)
+    ]
     dist.destroy_process_group()
     return results
 
 
-def test_vllm_reads_our_adapters_as_its_own(tiny_folder, tmp_path):
-    expected = adapter_in(tmp_path / "adapter", tiny_folder)
-    (found,) = on_ranks(1, native_logprobs, str(tiny_folder), str(tmp_path / "adapter"), folder=tmp_path)
-    for mine, theirs in zip(expected, torch.tensor(found)):
-        assert (mine - theirs).abs().mean() < 0.03
-    assert (expected[0] - expected[1]).abs().mean() > 0.2
+def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tiny_folder, tmp_path):
+    adapters = {"first": (16, 1), "second": (4, 2)}  # rank and seed
+    folders = {name: str(tmp_path / name) for name in adapters}
+    expected = [adapter_in(folders[name], tiny_folder, rank, seed) for name, (rank, seed) in adapters.items()]
+    references = [with_it for with_it, _ in expected] + [expected[0][1]]
+    (found,) = on_ranks(1, with_adapters, str(tiny_folder), folders, folder=tmp_path)
+    for reference, (logprobs, token, logprob) in zip(references, found, strict=True):
+        assert (chosen(reference[:-1], TOKENS[1:]) - torch.tensor(logprobs)).abs().mean() < 0.03
+        assert abs(reference[-1, token] - logprob) < 0.1
+    for one, other in itertools.combinations(references, 2):
+        assert (chosen(one[:-1], TOKENS[1:]) - chosen(other[:-1], TOKENS[1:])).abs().mean() > 0.2

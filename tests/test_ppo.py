@@ -39,7 +39,7 @@ def test_value_loss_by_hand():
     loss, info = value_loss(values, torch.zeros(3), torch.ones(3), Config(value_clip=0.2))
     assert loss.tolist() == pytest.approx([0.9**2 / 2, 0.8**2 / 2, 1.5**2 / 2])
     assert torch.autograd.grad(loss.sum(), values)[0].tolist() == pytest.approx([-0.9, 0.0, -1.5])
-    assert info["critic/clip_frac"].tolist() == [0, 1, 0]
+    assert info["clip_frac"].tolist() == [0, 1, 0]
     loss, _ = value_loss(values, torch.zeros(3), torch.ones(3), Config(value_clip=0.0))
     assert loss.tolist() == pytest.approx([0.9**2 / 2, 0.5**2 / 2, 1.5**2 / 2])
 

@@ -80,6 +80,20 @@ def test_optimizer_state_is_on_the_gpu_only_for_its_step():
     assert seen == [{"step": "cpu", "exp_avg": "cpu", "exp_avg_sq": "cpu"}] * 2
 
 
+def test_optimizer_steps_are_the_same_with_its_state_elsewhere():
+    stepped = []
+    for offload in (False, True):
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = torch.optim.AdamW([parameter], lr=0.1)
+        if offload:
+            fsdp_utils.offload_state(optimizer)
+        for step in range(3):
+            parameter.grad = torch.linspace(1, step, 7)
+            optimizer.step()
+        stepped.append(parameter.detach())
+    assert torch.equal(*stepped)
+
+
 @pytest.mark.parametrize(
     "settings, reason",
     [
