@@ -54,13 +54,17 @@ class Scale:
     layers: int
     heads: int
     kv_heads: int
-    words: int  # of the vocabulary, which has 259 more tokens
+    words: int  # of the vocabulary
     tied: bool = True
     prompts: int = 8  # a step
     longest_prompt: int = 64  # tokens, as all lengths
     longest_completion: int = 256
     rows: int = 8  # of the longest sequences in a micro-batch
     checkpointing: bool = False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.words + 259  # with bytes, a mark, padding and end
 
     @property
     def longest(self) -> int:
