@@ -1,4 +1,4 @@
-"""The check of a GPU runs whole on a CPU at toy sizes, is right there, and hides neither failures nor what it left out."""
+"""The check of a GPU, whole, at toy sizes on a CPU: all is right, and neither failures nor gaps are hidden."""
 
 import json
 import os
@@ -42,10 +42,8 @@ def test_table_and_json_are_complete(checked):
     _, text, record = checked
     rows = [Row(**row) for row in record["rows"]]
     assert {row.section for row in rows} == set(gpu_check.SECTIONS)
-    for row, line in zip(rows, gpu_check.table(rows), strict=False):
-        assert line.startswith("| ") and line in text
+    assert all(line in text for line in gpu_check.table(rows))
     for row in rows:
-        assert f"| {row.section} " in text and row.what in text
         assert row.value is not None or row.note, f"{row.what} has neither a number nor a reason"
         assert row.value is None or row.value >= 0
     assert {"device", "size", "date", "seconds", "environment"} <= record.keys()
