@@ -44,16 +44,16 @@ class Section(NamedTuple):
 
 
 SECTIONS = {
-    "kernels": Section(gpu_right.kernels, 20),
+    "kernels": Section(gpu_right.kernels, 15),
     "sampler": Section(gpu_right.sampler, 60),
     "adapter": Section(gpu_right.adapter, 50),
-    "layers": Section(gpu_fast.layers, 20),
-    "head": Section(gpu_fast.head, 20),
+    "layers": Section(gpu_fast.layers, 15),
+    "head": Section(gpu_fast.head, 15),
     "update": Section(gpu_fast.update, 50),
     "sync": Section(gpu_fast.sync, 50),
     "step": Section(gpu_fast.step, 120),
-    "plan": Section(gpu_fast.plan, 20),
-    "trl": Section(gpu_fast.trl, 150),
+    "plan": Section(gpu_fast.plan, 15),
+    "trl": Section(gpu_fast.trl, 130),
 }
 # Which sections share a process. vLLM gives a GPU's memory back when its process ends, so there each has its own; on a
 # CPU that would only be slow. `plan` makes a world of ranks that do not exist, and `step` and `trl` patch vLLM.

@@ -81,9 +81,9 @@ def update(rows: Rows, size: Size, work: Path) -> None:
     from sync import rounded
     from train_grpo import ALGORITHMS, update_policy
 
-    scale, roof = vs_trl.SCALES[size.scale], matmul_roof(size)
+    roof = matmul_roof(size)
     run, batches = update_run(size, work)
-    policy, tokens = run.policy, sum(sum(batch.packed.lengths) for batch in batches)
+    policy = run.policy
 
     def whole() -> None:
         update_policy(run, batches, ALGORITHMS["grpo"].loss)
@@ -92,23 +92,11 @@ def update(rows: Rows, size: Size, work: Path) -> None:
         for batch in batches:
             policy(batch.packed).logprobs.sum().backward()
 
-    modes = {"factored": lora.using(policy, lora.POLICY), "merged": rounded(policy.model)}
-    for name, mode in modes.items():
-        with mode:
-            seconds = median_seconds(whole, size.rounds)
-            with PeakBytes() as extra:
-                whole()
-            if name == "factored":
-                adapted = median_seconds(backward, size.rounds)
-                run.optimizer.zero_grad()
-        note = f"{seconds:.3f} s for {tokens:,} tokens, {tokens / len(batches):,.0f} at a time"
-        rows.add(f"{name}: speed", tokens / seconds, "tokens/s", note)
-        used = flops(scale, size, tokens, recompute=False) / seconds
-        again = flops(scale, size, tokens, recompute=True) / seconds
-        note = f"{used / 1e12:.1f} of {roof / 1e12:.1f} TFLOP/s; with what is recomputed {again / roof:.1%}"
-        rows.aim(f"{name}: MFU", used / roof, "of the roof", ">=", 0.45, note)
-        rows.add(f"{name}: peak beyond what is kept", extra.peak / MB, "MB")
-
+    report_update(rows, "factored", whole, size, roof)
+    adapted = median_seconds(backward, size.rounds)
+    run.optimizer.zero_grad()
+    with rounded(policy.model):
+        report_update(rows, "merged", whole, size, roof)
     policy.model.enable_input_require_grads()  # or a model without adapters would have no backward
     with lora.disabled(policy):
         bare = median_seconds(backward, size.rounds)
@@ -123,6 +111,18 @@ def update(rows: Rows, size: Size, work: Path) -> None:
     rows.add("kept: weights, adapters, optimizer", kept / MB, "MB")
 
 
+def report_update(rows: Rows, name: str, whole: Callable[[], None], size: Size, roof: float) -> None:
+    """Speed, share of the matmul roof, and memory of one update."""
+    seconds = median_seconds(whole, size.rounds)
+    with PeakBytes() as extra:
+        whole()
+    rows.add(f"{name}: speed", size.tokens / seconds, "tokens/s", f"{seconds:.3f} s for {size.tokens:,} tokens")
+    used, again = (flops(size, recompute) / seconds for recompute in (False, True))
+    note = f"{used / 1e12:.1f} of {roof / 1e12:.1f} TFLOP/s; with what is recomputed {again / roof:.1%}"
+    rows.aim(f"{name}: MFU", used / roof, "of the roof", ">=", 0.45, note)
+    rows.add(f"{name}: peak beyond what is kept", extra.peak / MB, "MB")
+
+
 def update_run(size: Size, work: Path):
     """A run with an optimizer and no engine, and the micro-batches of an update of random tokens."""
     from batching import make_updates
@@ -131,7 +131,7 @@ def update_run(size: Size, work: Path):
 
     scale = vs_trl.SCALES[size.scale]
     config = settle(check_config(size, gradient_checkpointing=True), ALGORITHMS["grpo"])
-    count = size.tokens // config.max_model_len
+    count = size.tokens // config.max_model_len  # exactly, or rates would be wrong
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, scale.words, (count, config.max_model_len), generator=generator).tolist()
     prompts = [row[: size.prompt] for row in ids]
@@ -153,21 +153,19 @@ def update_run(size: Size, work: Path):
     return run, batches
 
 
-def flops(scale: vs_trl.Scale, size: Size, tokens: int, recompute: bool) -> float:
+def flops(size: Size, recompute: bool) -> float:
     """Of an update: 2 per weight and token forward, 2 for the gradient of x, none for that of a frozen W.
 
     And attention over the half of all pairs that is seen, adapters (6 per weight and token), and the head's two
     products. `recompute` counts the second forward of checkpointing, too.
     """
-    passes = 3 if recompute else 2
-    matrices = linears(scale)
-    weights = scale.layers * sum(count * a * b for (a, b), count in matrices.items())
-    low = scale.layers * RANK * sum(count * (a + b) for (a, b), count in matrices.items())
-    sequence = size.prompt + size.completion
-    pairs = 2 * tokens * sequence * scale.hidden * scale.layers  # a forward's: two products, half of the pairs
-    predicted = tokens * size.completion / sequence
-    products = 4 * predicted * scale.hidden * scale.vocabulary
-    return 2 * passes * weights * tokens + (passes + 1) * pairs + 2 * (passes + 1) * low * tokens + products
+    scale, tokens, passes = vs_trl.SCALES[size.scale], size.tokens, 3 if recompute else 2
+    matrices, sequence = linears(scale).items(), size.prompt + size.completion
+    weights = scale.layers * sum(count * a * b for (a, b), count in matrices)
+    low = scale.layers * RANK * sum(count * (a + b) for (a, b), count in matrices)
+    attention = 2 * sequence * scale.hidden * scale.layers  # of a forward and a token: two products, half of the pairs
+    head = 4 * scale.hidden * scale.vocabulary * size.completion / sequence  # of a token
+    return tokens * (2 * passes * weights + (passes + 1) * (attention + 2 * low) + head)
 
 
 def sync(rows: Rows, size: Size, work: Path) -> None:

@@ -161,7 +161,7 @@ def compare_logprobs(rows: Rows, when: str, run, folder: str, prompts: list[list
     ):
         error = mean_difference(found, expected)
         note = f"{error:.4f} nats a token; the adapter is worth {effect:.3f}"
-        rows.right(f"{what}, {when}", error / effect, 0.15, "of the update", note)
+        rows.right(f"{what}, {when}", error / effect, 0.1, "of the update", note)
 
 
 def mean_difference(found: list[Tensor] | tuple[Tensor, ...], expected: list[Tensor]) -> float:
