@@ -12,21 +12,29 @@ Triton. Liger's has no entropy. Everything runs on the GPU if there is one.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.measuring import DEVICE, clock  # noqa: E402
 from policy import FrozenHead  # noqa: E402
 from tracking import peak_memory, reset_peak_memory  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TEMPERATURE = 0.9
+
+
+class Timing(NamedTuple):
+    forward: float  # seconds, median
+    backward: float
+    total: float
+    extra: int  # bytes at the peak, beyond inputs and weights
+    error: float  # of the gradient of the hidden states, relative
 
 
 def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -56,13 +64,6 @@ def ligers(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return liger._ChunkedSelectiveLogProbFunction.apply(hidden, weight, targets, None, TEMPERATURE, size)
 
 
-def clock() -> float:
-    """Seconds, after the GPU has done its work."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def measure(head: Callable, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[float, float, int, Tensor]:
     """Seconds forward and backward, peak extra bytes, and the gradient of the hidden states."""
     hidden = hidden.detach().requires_grad_()
@@ -84,17 +85,12 @@ def exact_gradient(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1024)
-    parser.add_argument("--hidden", type=int, default=896)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--rounds", type=int, default=7)
-    arguments = parser.parse_args()
+def compare(rows: int, hidden_size: int, vocabulary: int, rounds: int) -> dict[str, Timing]:
+    """Every head that is installed."""
     torch.manual_seed(0)
-    hidden = torch.randn(arguments.rows, arguments.hidden, device=DEVICE).bfloat16()
-    weight = (torch.randn(arguments.vocab, arguments.hidden, device=DEVICE) * arguments.hidden**-0.5).bfloat16()
-    targets = torch.randint(arguments.vocab, (arguments.rows,), device=DEVICE)
+    hidden = torch.randn(rows, hidden_size, device=DEVICE).bfloat16()
+    weight = (torch.randn(vocabulary, hidden_size, device=DEVICE) * hidden_size**-0.5).bfloat16()
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
     exact = exact_gradient(hidden[:64], weight, targets[:64])
 
     heads = {"full logits, float32": full_logits, "ours": ours}
@@ -102,23 +98,35 @@ def main() -> None:
     heads |= {"Liger": ligers} if find_spec("liger_kernel") else {}
     times: dict[str, list[tuple]] = {name: [] for name in heads}
     extra, errors = dict.fromkeys(heads, 0), {}
-    for round in range(arguments.rounds + 1):
+    for round in range(rounds + 1):
         for name, head in heads.items():
             forward, backward, peak, gradient = measure(head, hidden, weight, targets)
             if round:  # the first one warms up
                 times[name].append((forward, backward, forward + backward))
                 extra[name] = max(extra[name], peak)
             errors[name] = ((gradient[:64].double() - exact).norm() / exact.norm()).item()
+    return {
+        name: Timing(*(statistics.median(column) for column in zip(*times[name])), extra[name], errors[name])
+        for name in heads
+    }
 
-    medians = {name: [statistics.median(column) for column in zip(*rows)] for name, rows in times.items()}
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    timings = compare(arguments.rows, arguments.hidden, arguments.vocab, arguments.rounds)
     print(f"{arguments.rows} tokens, {arguments.hidden} -> {arguments.vocab}, bfloat16, {DEVICE.type}")
     print(f"| {'head':<22} | forward s | backward s |  total | extra MiB | error |")
     print(f"|{'-' * 24}|----------:|-----------:|-------:|----------:|------:|")
-    for name, (forward, backward, total) in medians.items():
-        ratio = total / medians["ours"][2]
+    for name, timing in timings.items():
+        ratio = timing.total / timings["ours"].total
         print(
-            f"| {name:<22} | {forward:9.3f} | {backward:10.3f} | {ratio:5.2f}x | {extra[name] / 2**20:9.0f} "
-            f"| {errors[name]:.3f} |"
+            f"| {name:<22} | {timing.forward:9.3f} | {timing.backward:10.3f} | {ratio:5.2f}x "
+            f"| {timing.extra / 2**20:9.0f} | {timing.error:.3f} |"
         )
 
 

@@ -11,12 +11,11 @@ table has it for a decoder block (Qwen2, 1024 wide) with LoRA on every linear. O
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import peft
 import torch
 from torch import nn
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLayer, Qwen2RotaryEmbedding
@@ -24,8 +23,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Config, Qwen2DecoderLa
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lora  # noqa: E402
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from benchmarks.measuring import DEVICE, clock  # noqa: E402
 
 
 def ours(model: nn.Module, rank: int, merged: bool = False, nf4: bool = False) -> nn.Module:
@@ -39,6 +37,8 @@ def ours(model: nn.Module, rank: int, merged: bool = False, nf4: bool = False) -
 
 def pefts(model: nn.Module, rank: int, adapter_dtype: torch.dtype) -> nn.Module:
     """The model with peft's layers."""
+    import peft
+
     targets = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
     model = peft.inject_adapter_in_model(config, model)
@@ -53,16 +53,19 @@ VARIANTS: dict[str, Callable[[nn.Module, int], nn.Module]] = {
     "ours, factored": ours,
     "ours, merged": lambda model, rank: ours(model, rank, merged=True),
     "ours, NF4 base": lambda model, rank: ours(model, rank, nf4=True),
-    "peft, float32 adapters": lambda model, rank: pefts(model, rank, torch.float32),
-    "peft, bfloat16 adapters": lambda model, rank: pefts(model, rank, torch.bfloat16),
 }
+if find_spec("peft"):
+    VARIANTS |= {
+        "peft, float32 adapters": lambda model, rank: pefts(model, rank, torch.float32),
+        "peft, bfloat16 adapters": lambda model, rank: pefts(model, rank, torch.bfloat16),
+    }
 
 
-def clock() -> float:
-    """Seconds, after the GPU has done its work."""
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+class Timing(NamedTuple):
+    forward: float  # seconds, median
+    backward: float
+    ratio: float  # to the bare linear, both together, median over the rounds
+    saved: int  # bytes
 
 
 def forward_backward(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[float, float]:
@@ -92,8 +95,8 @@ def saved_bytes(model: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
     return sum(nbytes for pointer, nbytes in storages.items() if pointer not in parameters)
 
 
-def compare(tokens: int, in_features: int, out_features: int, rank: int, rounds: int) -> None:
-    """Prints one table."""
+def measure(tokens: int, in_features: int, out_features: int, rank: int, rounds: int) -> dict[str, Timing]:
+    """Every variant of one linear."""
     torch.manual_seed(0)
     x = torch.randn(tokens, in_features, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     dy = torch.randn(tokens, out_features, dtype=torch.bfloat16, device=DEVICE)
@@ -107,15 +110,22 @@ def compare(tokens: int, in_features: int, out_features: int, rank: int, rounds:
             times = forward_backward(model, x, dy)
             if round >= 2:  # the first ones warm up
                 seconds[name].append(times)
-    medians = {name: [statistics.median(column) * 1e3 for column in zip(*times)] for name, times in seconds.items()}
-    bare = [sum(times) for times in seconds["bare frozen linear"]]
+    bare, found = [sum(times) for times in seconds["bare frozen linear"]], {}
+    for name, model in models.items():
+        forward, backward = (statistics.median(column) for column in zip(*seconds[name]))
+        ratio = statistics.median(sum(times) / base for times, base in zip(seconds[name], bare))
+        found[name] = Timing(forward, backward, ratio, saved_bytes(model, x))
+    return found
+
+
+def compare(tokens: int, in_features: int, out_features: int, rank: int, rounds: int) -> None:
+    """Prints one table."""
+    timings = measure(tokens, in_features, out_features, rank, rounds)
     print(f"\n{tokens} tokens, {in_features} -> {out_features}, rank {rank}, bfloat16, {DEVICE.type}")
     print(f"| {'layer':<24} | forward ms | backward ms | vs bare | saved MiB |")
     print(f"|{'-' * 26}|-----------:|------------:|--------:|----------:|")
-    for name, (forward, backward) in medians.items():
-        ratio = statistics.median(sum(times) / base for times, base in zip(seconds[name], bare))
-        saved = saved_bytes(models[name], x) / 2**20
-        print(f"| {name:<24} | {forward:10.1f} | {backward:11.1f} | {ratio:6.2f}x | {saved:9.1f} |")
+    for name, (forward, backward, ratio, saved) in timings.items():
+        print(f"| {name:<24} | {forward * 1e3:10.1f} | {backward * 1e3:11.1f} | {ratio:6.2f}x | {saved / 2**20:9.1f} |")
 
 
 def compare_blocks(tokens: int, rank: int) -> None:

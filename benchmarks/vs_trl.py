@@ -1,46 +1,83 @@
-"""Whole GRPO steps: lorl beside TRL's GRPOTrainer with peft and colocated vLLM, on the CPU.
+"""Whole GRPO steps: lorl beside TRL's GRPOTrainer with peft and colocated vLLM, on the GPU if there is one.
 
     pip install --no-deps trl==1.16.0 datasets pyarrow pandas multiprocess dill xxhash
-    python benchmarks/vs_trl.py [--steps 10] [--threads 2] [--sides lorl trl] [--rounds 1] [--clock wall]
+    python benchmarks/vs_trl.py [--scale cpu] [--steps 10] [--threads 2] [--sides lorl trl] [--rounds 1] [--clock wall]
 
 Each side runs in a process of its own, one after the other; with several rounds they take turns. Both get the same
 random Qwen2 model (41M parameters, 8 blocks, bfloat16), tokenizer, prompts in the same order, group size, rewards,
 LoRA (rank 16 on every linear, float32), constant AdamW, GRPO loss, token-wise truncated importance sampling, and
-the same vLLM, eager. A micro-batch holds at most 2,560 tokens: 8 of the longest sequences, which is TRL's default.
+the same vLLM, eager on a CPU. A micro-batch holds at most 2,560 tokens: 8 of the longest sequences, which is TRL's
+default. `--scale` names another model and step, see `SCALES`.
 
 - A random model does not end its answers, so the lengths are forced, on both sides the same: the k-th completion of
   step s is cut after `completion_lengths(s)[k]` tokens, log-normal, most short and a few long, as reasoning is.
-- TRL writes weights into vLLM's own tensors, which oneDNN would have packed away: it is off, on both sides.
+- TRL writes weights into vLLM's own tensors, which oneDNN would have packed away on a CPU: it is off, on both sides.
 - The reward is the share of words with an even number. Their embeddings share a direction, so it can be learned.
 
 On a machine that others use too, `--clock cpu --threads 1` counts the seconds that a processor worked for the process;
 with several threads that would include what they wait for each other.
 
-`peak` is the process's largest resident memory while it trains, vLLM and all libraries included.
+`peak` is the process's largest resident memory while it trains, vLLM and all libraries included; or on a GPU, what
+torch had allocated there, of which vLLM has the same share on both sides.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-PROMPTS, GROUP, SEED, RANK, ALPHA, LEARNING_RATE = 8, 8, 0, 16, 32.0, 1e-4
-LONGEST_PROMPT, LONGEST_COMPLETION, ROWS = 64, 256, 8
-WORDS = 32000
+GROUP, SEED, RANK, ALPHA, LEARNING_RATE = 8, 0, 16, 32.0, 1e-4
 TASK = "even words"
+GPU_SHARE = 0.4  # of its memory for vLLM
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A Qwen2 model, and a step of it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    words: int  # of the vocabulary
+    tied: bool = True
+    prompts: int = 8  # a step
+    longest_prompt: int = 64  # tokens, as all lengths
+    longest_completion: int = 256
+    rows: int = 8  # of the longest sequences in a micro-batch
+    checkpointing: bool = False
+
+    @property
+    def vocabulary(self) -> int:
+        return self.words + 259  # with bytes, a mark, padding and end
+
+    @property
+    def longest(self) -> int:
+        return self.longest_prompt + self.longest_completion
+
+
+LARGE = {"prompts": 64, "longest_prompt": 512, "longest_completion": 1024, "checkpointing": True}
+SCALES = {
+    "cpu": Scale(512, 1536, 8, 8, 2, words=32000),
+    "toy": Scale(128, 384, 3, 4, 2, words=1000, prompts=2, longest_prompt=24, longest_completion=16),
+    "3b": Scale(2048, 11008, 36, 16, 2, words=151677, **LARGE),  # Qwen2.5's, as the next
+    "7b": Scale(3584, 18944, 28, 28, 4, words=151805, tied=False, **LARGE),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -48,42 +85,47 @@ TASK = "even words"
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def make_model(folder: Path) -> None:
-    """Random weights and a tokenizer that has numbered words, `<17><4>`."""
+def make_model(folder: Path, scale: Scale, spread: float = 0.0) -> None:
+    """Random weights and a tokenizer that has numbered words, `<17><4>`. `spread` is added to what weights have."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     import tiny_model
+    from benchmarks.measuring import DEVICE
 
     tokenizer = tiny_model.make_tokenizer()
     first_word = len(tokenizer)
-    tokenizer.add_tokens([f"<{number}>" for number in range(WORDS)])
+    tokenizer.add_tokens([f"<{number}>" for number in range(scale.words)])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(SEED)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
+        hidden_size=scale.hidden,
+        intermediate_size=scale.intermediate,
+        num_hidden_layers=scale.layers,
+        num_attention_heads=scale.heads,
+        num_key_value_heads=scale.kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=scale.tied,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = Qwen2ForCausalLM(config)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[first_word::2] += 0.02 * torch.randn(512)
+    with torch.device(DEVICE):  # billions of random numbers take a CPU a minute
+        model = Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[first_word::2] += 0.02 * torch.randn(scale.hidden)
+            for parameter in model.parameters() if spread else ():
+                parameter += spread * torch.randn_like(parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def prompt_texts() -> list[str]:
-    """A thousand prompts of 8 to 64 words."""
+def prompt_texts(scale: Scale) -> list[str]:
+    """A thousand prompts, of an eighth of the longest to the longest."""
     rng = random.Random(SEED)
-    word = lambda: f"<{rng.randrange(WORDS)}>"  # noqa: E731
-    return ["".join(word() for _ in range(rng.randint(8, LONGEST_PROMPT))) for _ in range(1000)]
+    word = lambda: f"<{rng.randrange(scale.words)}>"  # noqa: E731
+    longest = scale.longest_prompt
+    return ["".join(word() for _ in range(rng.randint(longest // 8, longest))) for _ in range(1000)]
 
 
 def score(completion: str, answer: str = "") -> float:
@@ -92,13 +134,14 @@ def score(completion: str, answer: str = "") -> float:
     return sum(int(number) % 2 == 0 for number in numbers) / max(1, len(numbers))
 
 
-def completion_lengths(step: int) -> list[int]:
-    """Of all completions of a step; their median is about 48, their mean about 70."""
-    rng = random.Random(f"{SEED}/{step}")
-    return [max(4, min(LONGEST_COMPLETION, int(rng.lognormvariate(3.9, 1.0)))) for _ in range(PROMPTS * GROUP)]
+def completion_lengths(step: int, scale: Scale) -> list[int]:
+    """Of all completions of a step; of 256 as the longest, their median is about 48, their mean about 70."""
+    rng, longest = random.Random(f"{SEED}/{step}"), scale.longest_completion
+    middle = 3.9 + math.log(longest / 256)
+    return [max(4, min(longest, int(rng.lognormvariate(middle, 1.0)))) for _ in range(scale.prompts * GROUP)]
 
 
-def force_lengths() -> None:
+def force_lengths(scale: Scale) -> None:
     """Makes vLLM's `generate` cut the completions of a step where `completion_lengths` says, evaluations at once."""
     import vllm
     import vllm._custom_ops
@@ -108,12 +151,12 @@ def force_lengths() -> None:
 
     def forced(self, prompts, sampling_params, **options):
         each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(prompts)
-        if sum(params.n for params in each) != PROMPTS * GROUP:
+        if sum(params.n for params in each) != scale.prompts * GROUP:
             for params in each:
                 params.max_tokens = 1
             return generate(self, prompts, each, **options)
         options.pop("lora_request", None)  # lorl's, one None per prompt
-        lengths = iter(completion_lengths(next(step)))
+        lengths = iter(completion_lengths(next(step), scale))
         single_prompts, single_params = [], []
         for prompt, params in zip(prompts, each):
             for sample in range(params.n):
@@ -138,15 +181,17 @@ def force_lengths() -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def run_lorl(model: Path, steps: int, folder: Path) -> dict:
+def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     """Its steps as `report` wants them, and the peak of memory."""
-    force_lengths()
+    force_lengths(scale)
+    import torch
+
     import reward
     from configs.base import Config
     from prepare import prepare
     from train_grpo import ALGORITHMS, settle, train
 
-    problems = [reward.Problem(text, "") for text in prompt_texts()]
+    problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
     reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
     config = Config(
         run_name="lorl",
@@ -159,22 +204,25 @@ def run_lorl(model: Path, steps: int, folder: Path) -> dict:
         eval_every=0,
         eval_problems=1,
         verify_every=0,
-        prompts_per_step=PROMPTS,
+        prompts_per_step=scale.prompts,
         group_size=GROUP,
-        max_prompt_length=LONGEST_PROMPT,
-        max_completion_length=LONGEST_COMPLETION,
+        max_prompt_length=scale.longest_prompt,
+        max_completion_length=scale.longest_completion,
+        max_num_seqs=scale.prompts * GROUP,
+        gpu_memory_utilization=GPU_SHARE,
         lora_rank=RANK,
         lora_alpha=ALPHA,
         learning_rate=LEARNING_RATE,
-        tokens_per_microbatch=ROWS * (LONGEST_PROMPT + LONGEST_COMPLETION),
-        gradient_checkpointing=False,
-        enforce_eager=True,
+        tokens_per_microbatch=scale.rows * scale.longest,
+        gradient_checkpointing=scale.checkpointing,
+        enforce_eager=not torch.cuda.is_available(),
     )
     train(prepare(settle(config, ALGORITHMS[config.algorithm])))
     rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]
     records = [
         {phase: row[f"time/{phase}"] for phase in ("rollout", "reward", "logprobs", "update", "sync")}
         | {"step": row["time/step"] - row["time/eval"] - row.get("time/save", 0.0), "score": row["reward/mean"]}
+        | {"mismatch": row["mismatch/kl"]}
         for row in rows
     ]
     return {"steps": records, "peak": max(row["memory/peak_gib"] for row in rows)}
@@ -199,9 +247,9 @@ def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> No
     setattr(owner, method, wrapper)
 
 
-def run_trl(model: Path, steps: int, folder: Path) -> dict:
+def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     """As `run_lorl`."""
-    force_lengths()
+    force_lengths(scale)
     import torch
     from datasets import Dataset
     from peft import LoraConfig
@@ -210,10 +258,10 @@ def run_trl(model: Path, steps: int, folder: Path) -> dict:
     from trl.generation import vllm_generation
 
     from run import endless
-    from tracking import reset_peak_memory
+    from tracking import peak_memory, reset_peak_memory
 
-    engine = vllm_generation.LLM
-    vllm_generation.LLM = lambda **options: engine(**options, enforce_eager=True, disable_log_stats=True)
+    engine, on_gpu = vllm_generation.LLM, torch.cuda.is_available()
+    vllm_generation.LLM = lambda **options: engine(**options, enforce_eager=not on_gpu, disable_log_stats=True)
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
     seconds: dict[str, float] = {}
@@ -251,29 +299,30 @@ def run_trl(model: Path, steps: int, folder: Path) -> dict:
         output_dir=str(folder / "trl"),
         max_steps=steps,
         seed=SEED,
-        use_cpu=True,
+        use_cpu=not on_gpu,
         report_to=[],
         disable_tqdm=True,
         logging_steps=1,
         save_strategy="no",
         model_init_kwargs={"dtype": "bfloat16"},
         shuffle_dataset=False,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=PROMPTS * GROUP // ROWS,
+        per_device_train_batch_size=scale.rows,
+        gradient_accumulation_steps=scale.prompts * GROUP // scale.rows,
         num_generations=GROUP,
-        max_completion_length=LONGEST_COMPLETION,
-        gradient_checkpointing=False,
+        max_completion_length=scale.longest_completion,
+        gradient_checkpointing=scale.checkpointing,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         loss_type="grpo",
         use_vllm=True,
         vllm_mode="colocate",
-        vllm_max_model_length=LONGEST_PROMPT + LONGEST_COMPLETION,
+        vllm_max_model_length=scale.longest,
+        vllm_gpu_memory_utilization=GPU_SHARE,
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=2.0,
     )
-    ordered = islice(endless(prompt_texts(), SEED), steps * PROMPTS)
+    ordered = islice(endless(prompt_texts(scale), SEED), steps * scale.prompts)
     trainer = GRPOTrainer(
         model=str(model),
         reward_funcs=lambda completions, **_: [score(completion) for completion in completions],
@@ -285,7 +334,7 @@ def run_trl(model: Path, steps: int, folder: Path) -> dict:
     trainer.train()
     for record in records:
         record["update"] = record["step"] - sum(record.get(p, 0.0) for p in ("rollout", "reward", "logprobs", "sync"))
-    return {"steps": records, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    return {"steps": records, "peak": peak_memory() / 2**30}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -303,12 +352,12 @@ def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
         "TOKENIZERS_PARALLELISM": "false",
     }
     command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(arguments.steps)]
-    command += ["--clock", arguments.clock]
+    command += ["--clock", arguments.clock, "--scale", arguments.scale]
     subprocess.run(command, env=environment, check=True)
     return json.loads((work / f"{side}.json").read_text())
 
 
-def report(results: dict[str, list[dict]], clock: str) -> None:
+def report(results: dict[str, list[dict]], clock: str, scale: Scale) -> None:
     """Medians over the steps but for each process's first, which warms up."""
     print(f"| {clock + ' s per step':<16} | {' | '.join(f'{side:>8}' for side in results)} |")
     print(f"|{'-' * 18}|{'|'.join('-' * 9 + ':' for _ in results)}|")
@@ -322,7 +371,7 @@ def report(results: dict[str, list[dict]], clock: str) -> None:
     for runs in results.values():
         for run in runs:
             for number, step in enumerate(run["steps"], start=1):
-                step["speed"] = sum(completion_lengths(number)) / step["step"]
+                step["speed"] = sum(completion_lengths(number, scale)) / step["step"]
     row("tokens/s", (statistics.median(step["speed"] for step in rows) for rows in steps.values()), 0)
     row("peak, GiB", (max(run["peak"] for run in runs) for runs in results.values()))
     for side, runs in results.items():
@@ -331,6 +380,7 @@ def report(results: dict[str, list[dict]], clock: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scale", default="cpu", choices=SCALES)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
@@ -339,20 +389,21 @@ def main() -> None:
     parser.add_argument("--side", help=argparse.SUPPRESS)  # the rest is for the processes it starts itself
     parser.add_argument("--work", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    scale = SCALES[arguments.scale]
     if arguments.side:
         work = Path(arguments.work)
         if arguments.clock == "cpu":
             time.perf_counter = time.process_time  # the one that tracking.py reads, too
-        result = {"lorl": run_lorl, "trl": run_trl}[arguments.side](work / "model", arguments.steps, work)
+        result = {"lorl": run_lorl, "trl": run_trl}[arguments.side](work / "model", arguments.steps, work, scale)
         (work / f"{arguments.side}.json").write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as work:
-        make_model(Path(work, "model"))
+        make_model(Path(work, "model"), scale)
         results: dict[str, list[dict]] = {side: [] for side in arguments.sides}
         for _ in range(arguments.rounds):
             for side in arguments.sides:
                 results[side].append(measure(side, arguments, Path(work)))
-    report(results, arguments.clock)
+    report(results, arguments.clock, scale)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 import fsdp_utils
 import plan
+from benchmarks.measuring import PeakBytes
 from configs.base import Config
 
 WAYS = {  # layers, and settings
@@ -24,23 +25,6 @@ WAYS = {  # layers, and settings
 def settings(way: str, **others) -> Config:
     sizes = dict(lora_rank=8, max_prompt_length=64, max_completion_length=192, tokens_per_microbatch=2048)
     return Config(**(sizes | WAYS[way][1] | others))
-
-
-class Allocator:
-    """What the CPU's allocator gives and takes back within the block, by torch's profiler."""
-
-    def __enter__(self):
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self.profiler.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.profiler.__exit__(*error)
-        events = [e for e in self.profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = self.peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            self.peak = max(self.peak, held)
 
 
 def really(folders):
@@ -64,10 +48,10 @@ def really(folders):
 
         update()  # the optimizer's state comes with its first step
         fsdp_utils.reshard(policy)
-        with Allocator() as logprobs, torch.no_grad():
+        with PeakBytes() as logprobs, torch.no_grad():
             policy(batch)
         fsdp_utils.reshard(policy)
-        with Allocator() as whole:
+        with PeakBytes() as whole:
             update()
         fsdp_utils.reshard(policy)
         stats, adapted = SyncStats(), [path for path, _ in plan.lora.lora_layers(policy.model)]

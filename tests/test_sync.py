@@ -44,8 +44,7 @@ def furthest(found, expected):
 
 def a_run(folder, tensor_parallel_size, **overrides):
     """A run without a task."""
-    import prepare
-    import run
+    from benchmarks.gpu_shared import bare_run
     from configs.base import Config
 
     config = Config(
@@ -56,11 +55,7 @@ def a_run(folder, tensor_parallel_size, **overrides):
         tensor_parallel_size=tensor_parallel_size,
         **({"dtype": "float32"} | overrides),
     )
-    world = fsdp_utils.init_world()
-    policy = prepare.build_policy(config, str(folder), world)
-    engine = prepare.build_engine(config, str(folder))
-    prompts = [run.Prompt(None, text) for text in TEXTS]
-    return run.Run(config, world, None, prompts, prompts, policy, None, engine, None)
+    return bare_run(config, str(folder), TEXTS)
 
 
 def planted_faults(a):
