@@ -75,6 +75,19 @@ def test_functions_and_tests_that_the_page_names_exist():
     assert len(functions) == 8
 
 
+def test_the_readme_names_tests_that_exist_and_stars_the_slow_ones():
+    files = list((ROOT / "tests").glob("test_*.py"))
+    source = "".join(path.read_text() for path in files)
+    named = re.findall(r"`(test_\w+)(\.py)?`(\\\*)?", (ROOT / "README.md").read_text())
+    assert len(named) > 10
+    for name, is_file, star in named:
+        if is_file:
+            assert (ROOT / "tests" / f"{name}.py") in files
+        else:
+            assert f"def {name}(" in source, name
+            assert bool(star) == bool(re.search(rf"@pytest.mark.slow\n(@.*\n)*def {name}\(", source)), name
+
+
 def test_the_example_is_an_algorithm():
     import train_grpo
 
