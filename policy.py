@@ -111,16 +111,16 @@ class FrozenHead(torch.autograd.Function):
         directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         entropy_directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] and entropy_gradient else None
         for rows in chunks(len(hidden), len(weight)):
-            logp = (hidden[rows] @ weight.T).to(wide).div_(temperature)
-            p = logp.softmax(-1)  # one fused pass, where logsumexp and exp are several
-            largest = logp.amax(-1, keepdim=True)
-            logp = logp.sub_(largest - p.amax(-1, keepdim=True).log())  # in place: (chunk, V) is the largest thing here
-            logprobs[rows] = logp.gather(1, targets[rows, None])[:, 0]
-            entropy[rows] = -torch.einsum("rv,rv->r", p, logp)
+            logits = (hidden[rows] @ weight.T).to(wide)  # (chunk, V), the largest thing here: as few passes as possible
+            logits = logits if temperature == 1 else logits.div_(temperature)
+            p = logits.softmax(-1)
+            log_norm = logits.amax(-1) - p.amax(-1).log()  # for p = exp(logits - log_norm)
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_norm
+            entropy[rows] = log_norm - torch.einsum("rv,rv->r", p, logits)
             if directions is not None:
                 directions[rows] = (weight[targets[rows]] - p.to(weight.dtype) @ weight) / temperature
             if entropy_directions is not None:
-                dlogits = p.mul_(logp.add_(entropy[rows, None])).neg_()
+                dlogits = p.mul_(logits.add_((entropy[rows] - log_norm)[:, None])).neg_()
                 entropy_directions[rows] = dlogits.to(weight.dtype) @ weight / temperature
         ctx.save_for_backward(directions, entropy_directions)
         if not entropy_gradient:

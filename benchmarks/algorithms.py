@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 benchmarks/algorithms.py --steps 40 --seeds 3 --out runs/algorithms
 
 One engine and one model serve all runs in turn; each begins with a fresh adapter, optimizer and random numbers. Only
-the algorithm and the seed differ, so an algorithm's own best learning rate may lie elsewhere. Writes OUT.json (the
-curves), OUT.md (the table) and OUT.png.
+the algorithm and the seed differ, so an algorithm's own best learning rate may lie elsewhere. FlowRL is not among them:
+its model has a part of its own, log Z. Writes OUT.json (the curves), OUT.md (the table) and OUT.png.
 """
 
 import argparse
@@ -108,7 +108,8 @@ def write(curves: dict[str, list[list[float]]], arguments: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--algorithms", nargs="+", default=[*train_grpo.ALGORITHMS, "ppo"])
+    rows = [name for name, row in train_grpo.ALGORITHMS.items() if not row.flow]
+    parser.add_argument("--algorithms", nargs="+", default=[*rows, "ppo"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
