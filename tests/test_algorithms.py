@@ -455,7 +455,7 @@ def test_a_run_with_everything_on(tmp_path, tiny_folder):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
     options = {
         "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all", "wandb_mode": "disabled",
-        "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_in": "reward", "kl_estimator": "k1",
+        "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_in": "reward", "kl_estimator": "k2",
         "entropy_coef": 0.01, "tis_mode": "sequence_mask", "dual_clip": 3.0, "lr_schedule": "cosine", "warmup_steps": 1,
         "tokens_per_microbatch": 2048, "eval_problems": 32, "group_size": 2,
     }  # fmt: skip
@@ -466,7 +466,7 @@ def test_a_run_with_everything_on(tmp_path, tiny_folder):
     assert (first["lr"], second["lr"]) == (1e-3, 2e-3)
     assert 0 < first["rollout/kept_frac"] < 1 and first["rollout/tokens"] > 2 * 64 * 8
     assert first["policy/clip_frac"] > 0 and first["mismatch/kl"] < 0.01
-    assert abs(second["reward/kl_ref"]) > 10 * abs(first["reward/kl_ref"]), "the policy has left the reference"
+    assert second["reward/kl_ref"] > first["reward/kl_ref"] >= 0
 
 
 def test_flowrl_keeps_what_grpo_gives_up():

@@ -237,7 +237,7 @@ def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tiny_folder, tmp
     references = [with_it for with_it, _ in expected] + [expected[0][1]]
     (found,) = on_ranks(1, with_adapters, str(tiny_folder), folders, folder=tmp_path)
     for reference, (logprobs, token, logprob) in zip(references, found, strict=True):
-        assert (chosen(reference[:-1], TOKENS[1:]) - torch.tensor(logprobs)).abs().mean() < 0.03
-        assert abs(reference[-1, token] - logprob) < 0.1
+        assert (chosen(reference[:-1], TOKENS[1:]) - torch.tensor(logprobs)).abs().mean() < 0.06  # logits of 16
+        assert abs(reference[-1, token] - logprob) < 0.2
     for one, other in itertools.combinations(references, 2):
         assert (chosen(one[:-1], TOKENS[1:]) - chosen(other[:-1], TOKENS[1:])).abs().mean() > 0.2
