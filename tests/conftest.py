@@ -22,9 +22,10 @@ call = sys.argv[1]
 module, name, args = pickle.load(open(call, "rb"))
 result = getattr(importlib.import_module(module), name)(*args)
 torch.save(result, call + "." + os.environ["RANK"])
-if torch.distributed.is_initialized():
-    torch.distributed.barrier()  # nobody leaves while another still needs its store
-os._exit(0)  # threads of gloo that outlive the interpreter would abort it
+if "vllm" not in sys.modules:  # which cleans up as the interpreter ends
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another still needs its store
+    os._exit(0)  # threads of gloo that outlive the interpreter would abort it
 """
 
 

@@ -240,4 +240,4 @@ def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tiny_folder, tmp
         assert (chosen(reference[:-1], TOKENS[1:]) - torch.tensor(logprobs)).abs().mean() < 0.06  # logits of 16
         assert abs(reference[-1, token] - logprob) < 0.2
     for one, other in itertools.combinations(references, 2):
-        assert (chosen(one[:-1], TOKENS[1:]) - chosen(other[:-1], TOKENS[1:])).abs().mean() > 0.2
+        assert (chosen(one[:-1], TOKENS[1:]) - chosen(other[:-1], TOKENS[1:])).abs().mean() > 0.1

@@ -92,14 +92,14 @@ def test_the_stream_is_bit_equal_to_a_whole_merge(ranks, model_folder, tmp_path)
 
 
 def thousand_syncs(folder):
-    """Of a bf16 and of an NF4 base: whether any bit of its shards changed, while the adapters kept changing."""
+    """Of a bf16 base, and a tenth as often of an NF4 one: whether all bits stayed, while the adapters kept changing."""
     world, same = fsdp_utils.init_world(), []
-    for nf4 in (False, True):
+    for nf4, syncs in ((False, 1000), (True, 100)):
         model = sharded_model(folder, world, 0, False, nf4)
         frozen = [fsdp_utils.local(p) for p in model.parameters() if not p.requires_grad]
         before = [shard.clone() for shard in frozen]
         trained = [fsdp_utils.local(p) for p in model.parameters() if p.requires_grad]
-        for _ in range(1000):
+        for _ in range(syncs):
             with torch.no_grad():
                 for shard in trained:
                     shard.mul_(1.001)
