@@ -1,6 +1,6 @@
 """The embedded default's model: a Qwen2 architecture of 0.6M parameters, made on the spot and cached.
 
-    python tiny_model.py .cache/tiny        # about two minutes on two cores
+    python tiny_model.py .cache/tiny        # a minute and a half on two cores
 
 It is warm-started on sums worked by a *sloppy teacher*, who gets the carry wrong most of the time. So it starts
 where a real base model does: it can solve the problems, and it usually does not. Reinforcement has something to
