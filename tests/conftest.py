@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,34 @@ def torchrun(ranks: int, *arguments: str, timeout: int = 300, **environment: str
     return subprocess.run(
         command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def complaints(runs: list[list[str]]) -> list[str]:
+    """What each run's preparation says, in a process of its own."""
+    import train_grpo
+
+    said = []
+    for arguments in runs:
+        sys.argv[1:] = arguments
+        try:
+            train_grpo.prepare_grpo()
+            said.append("nothing")
+        except (ValueError, OSError) as error:
+            said.append(str(error))
+        except Exception:
+            said.append(traceback.format_exc())
+    return said
+
+
+def fill_adapters(model, fill):
+    """The same random values, wherever the model's tensors live."""
+    import lora
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(model):
+            for parameter in layer.adapters[lora.POLICY].parameters():
+                fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def make_model(

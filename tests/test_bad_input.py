@@ -6,13 +6,11 @@ Each case is a bad input and words that its line must have: what is wrong, and m
 import dataclasses
 import json
 import shutil
-import sys
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, complaints, on_ranks
 from safetensors.torch import load_file, save_file
 
 import adapter_files
@@ -247,23 +245,6 @@ def test_odd_but_good_data(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------
 
 Case = tuple[list[str], list[str]]  # options, and the words of what is said
-
-
-def complaints(runs: list[list[str]]) -> list[str]:
-    """What each run's preparation says, in a process of its own."""
-    import train_grpo
-
-    said = []
-    for arguments in runs:
-        sys.argv[1:] = arguments
-        try:
-            train_grpo.prepare_grpo()
-            said.append("nothing")
-        except (ValueError, OSError) as error:
-            said.append(str(error))
-        except Exception:
-            said.append(traceback.format_exc())
-    return said
 
 
 @pytest.mark.slow

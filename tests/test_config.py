@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, on_ranks
+from conftest import ROOT, complaints, on_ranks
 
 from configs.base import Config, parse_config
 
@@ -94,21 +94,6 @@ def fails(*arguments: str) -> str:
 def test_a_user_sees_one_line():
     assert "--steps" in fails(*ARITHMETIC, "--stepz", "3")
     assert "/no/such/model" in fails(*ARITHMETIC, "--model", "/no/such/model")
-
-
-def complaints(runs: list[list[str]]) -> list[str]:
-    """What each run's preparation says; in a process of its own."""
-    import train_grpo
-
-    said = []
-    for arguments in runs:
-        sys.argv[1:] = arguments
-        try:
-            train_grpo.prepare_grpo()
-            said.append("nothing")
-        except (ValueError, OSError) as error:
-            said.append(str(error))
-    return said
 
 
 def test_what_only_a_run_can_find_out(tmp_path, tiny_folder):

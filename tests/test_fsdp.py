@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_ranks
+from conftest import fill_adapters, on_ranks
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
@@ -202,14 +202,6 @@ def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_pa
 
 TEXTS = [[(5 * i * i + 3 * k) % 150 + 5 for i in range(6 + 3 * k)] for k in range(8)]
 TOKEN_WEIGHTS = [torch.linspace(-1, 1, len(text) - 2) / (1 + k) for k, text in enumerate(TEXTS)]
-
-
-def fill_adapters(model, fill):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
-            for parameter in layer.adapters[lora.POLICY].parameters():
-                fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def plain_gradients(folder):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import on_ranks
+from conftest import fill_adapters, on_ranks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -33,15 +33,6 @@ class Memory(TorchDispatchMode):
                 self.tensors[tensor] = tensor.nbytes
         self.peak = max(self.peak, sum(self.tensors.values()))
         return out
-
-
-def fill_adapters(model, fill):
-    """The same random values, wherever the model's tensors live."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
-            for parameter in layer.adapters[lora.POLICY].parameters():
-                fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def sharded_model(folder, world, fsdp_size, param_offload, nf4=False):
