@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -80,6 +81,8 @@ class Engine:
         self.sleep_level, self.adapters = sleep_level, {}
         self.copies_at_once = torch.cuda.is_available()  # see load_weights
         on_cpu = not torch.cuda.is_available()
+        if on_cpu and tensor_parallel_size > 1:
+            forget_killed_engines()
         self.llm = LLM(
             model,
             dtype=dtype,
@@ -191,6 +194,16 @@ class Engine:
         """Takes the memory of one part back. After level 2 the weights are undefined until they are loaded."""
         if self.sleep_level:
             self.llm.wake_up([part])
+
+
+def forget_killed_engines() -> None:
+    """Removes the shared memory that killed engines of several CPU ranks left, or no further one could be built.
+
+    Under torchrun vLLM has one name for all of them; one that is running does not need its name any more.
+    """
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
+        left.unlink(missing_ok=True)
+    dist.barrier()
 
 
 def whole_modules(changed: Iterable[str]) -> set[str]:

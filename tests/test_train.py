@@ -47,7 +47,7 @@ def test_arithmetic_learns(tmp_path, tiny_folder):
     assert record["config"]["steps"] == 30 and record["environment"]["versions"]["torch"].startswith("2.")
 
 
-@pytest.mark.parametrize("ranks, tensor_parallel_size", [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize("ranks, tensor_parallel_size", [(1, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_gsm8k_runs(tmp_path, tiny_folder, ranks, tensor_parallel_size):
     """The real problems through the tiny model, on one process, with TP, and with two engines of two ranks."""
     if not GSM8K.is_dir():
