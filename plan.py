@@ -9,17 +9,16 @@ the Qwen2.5 sizes that configs/ names, or are given: `--hidden_size 4096 --num_h
 The trainer's part is counted, not guessed: the real model, adapters and FSDP2 make a forward, a backward and an
 optimizer step among fake ranks, with tensors that have shapes and no memory. vLLM's part is arithmetic: its weights,
 its share of the GPU, and a KV cache in what that leaves. GB are 10⁹ bytes, as on the box that a GPU comes in.
-
-The critic of train_ppo.py, a second model, is not in it.
 """
 
 import argparse
 import copy
+import dataclasses
 import math
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -33,10 +32,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 import fsdp_utils
 import lora
+import models
 from configs.base import Config, parse_config
-from policy import Packed, Policy, pack
+from policy import Critic, Packed, Policy, pack
 
 GB = 1e9
+HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
 RESERVED = 2.5 * GB  # CUDA contexts, NCCL's buffers, kernels' workspaces, and what torch cannot use of its blocks
 ENGINE_TOKENS = 8192  # that vLLM pushes through the model at once; it sets memory for their activations aside
 
@@ -49,7 +50,7 @@ SHAPES = {  # from the models' config.json; the last two: vocabulary, and whethe
     "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
 }
 ROWS = (
-    *("base shard", "adapters", "gradients", "optimizer", "gathered weights", "activations", "logprob chunk"),
+    *("base shard", "adapters", "gradients", "optimizer", "critic", "gathered weights", "activations", "logprob chunk"),
     *("vLLM weights", "vLLM working memory", "KV cache", "streamed weights", "reserved"),
 )
 KNOBS = {  # what makes a row smaller, in the order to try
@@ -57,6 +58,7 @@ KNOBS = {  # what makes a row smaller, in the order to try
     "adapters": "a smaller lora_rank",
     "gradients": "a smaller lora_rank",
     "optimizer": "optimizer_offload true",
+    "critic": "critic_lora_rank above 0, or param_offload true",
     "gathered weights": "reshard_after_forward true; what is left is the largest block, and embedding and head",
     "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
@@ -83,14 +85,22 @@ Ledger = dict[str, float]  # row -> bytes of one GPU
 
 
 @dataclass
-class Trainer:
-    """What one rank of the trainer holds, in bytes."""
+class Learner:
+    """What one rank holds of the policy or of the critic, in bytes."""
 
     base: float  # shards
     adapters: float
     trained: float  # shards of whatever is trained
-    logprobs: dict[str, Ledger]  # moments of a forward without gradients, each at its peak
+    forward: dict[str, Ledger]  # moments of a forward without gradients, each at its peak
     update: dict[str, Ledger]  # and of a forward, a backward and an optimizer step
+
+
+@dataclass
+class Trainer:
+    """What one rank of the trainer holds, and what it gives to vLLM, in bytes."""
+
+    policy: Learner
+    critic: Learner | None  # with PPO
     model: float  # whole, as vLLM has it
     engine: float  # one GPU's share of that
     streamed: float  # by a sync
@@ -103,9 +113,9 @@ class Tracker(FSDPMemTracker):
     A moment is a decoder block's forward or backward, or what is before, between and after the blocks.
     """
 
-    def __init__(self, policy: Policy, optimizer: torch.optim.Optimizer):
-        super().__init__(policy, optimizer)
-        self.vocabulary, self.layers = policy.model.config.vocab_size, len(policy.model.base_model.layers)
+    def __init__(self, module: Policy | Critic, optimizer: torch.optim.Optimizer):
+        super().__init__(module, optimizer)
+        self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.base_model.layers)
         self.moments: dict[str, Ledger] = {}
 
     def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
@@ -129,80 +139,67 @@ class Tracker(FSDPMemTracker):
             self.moments[moment] = ledger
 
 
-def shard_policy(config: Config, shape: PretrainedConfig, device: torch.device) -> Policy:
-    """As `prepare.build_policy`, without files and values."""
-    full, dtype = config.lora_rank == 0, getattr(torch, config.dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32 if full else dtype)
-    if config.base_dtype == "nf4":
-        lora.quantize_base(model)
-    if not full:
-        options = {"dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
-        lora.inject(model, config.target_modules, config.lora_rank, config.lora_alpha, **options)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model).train()
-    fsdp_utils.shard(
-        policy,
-        model.base_model.layers,
-        device,
-        config.fsdp_size,
-        compute_dtype=dtype if full else None,
-        reshard_after_forward=config.reshard_after_forward,
-    )
-    return policy
-
-
-def full_batch(config: Config, device: torch.device) -> Packed:
+def full_batch(config: Config) -> Packed:
     """The largest micro-batch: as many sequences of full length as its budget holds, or one."""
     count = max(1, config.tokens_per_microbatch // config.max_model_len)
     prompt, completion = [1] * config.max_prompt_length, [1] * config.max_completion_length
-    return pack([prompt] * count, [completion] * count, device)
+    return pack([prompt] * count, [completion] * count, HERE)
 
 
-def run_trainer(config: Config, policy: Policy, device: torch.device) -> tuple[dict[str, Ledger], dict[str, Ledger]]:
-    """The moments of a logprob pass and of an update, over the largest micro-batch."""
-    policy.model.to_empty(device=device)
-    fsdp_utils.compute_buffers(policy.model, device)
-    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # so that its state is there, as in every step but the first
-    optimizer.zero_grad()
-    batch = full_batch(config, device)
-    with Tracker(policy, optimizer) as logprobs, torch.no_grad():
-        policy(batch)
-    fsdp_utils.reshard(policy)
-    with Tracker(policy, optimizer) as update:
-        policy(batch).logprobs.sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return logprobs.moments, update.moments
-
-
-def measure(config: Config, shape: PretrainedConfig, fake: bool = True) -> Trainer:
-    """Runs the policy among the ranks of the process group that there is; `fake`: with tensors without memory."""
-    device = torch.device("cpu")  # shapes and lifetimes are those of a GPU
-    policy = shard_policy(config, shape, device)  # outside of the fake mode: a mesh holds ranks, not data
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        logprobs, update = run_trainer(config, policy, device)
-    parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in policy.named_parameters()}
-    adapters = sum(size for name, size in parameters.items() if ".adapters." in name)
+def measure(config: Config, shape: PretrainedConfig) -> Trainer:
+    """Runs the models among the ranks of the process group that there is, with tensors without memory."""
+    config = dataclasses.replace(config, param_offload=False)  # what lives on the host is told apart in `phases`
+    policy = make(models.meta_policy, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
+    critic = make(models.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        learners = [module and run_learner(config, module) for module in (policy, critic)]
     width = getattr(torch, config.dtype).itemsize
     whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
     sent = [whole[name] for name in whole if name in sent_by_sync(policy, config, list(whole))]
     at_once = [a + b for a, b in pairwise(sent)] if config.sync_prefetch else sent
     return Trainer(
-        base=sum(parameters.values()) - adapters,
-        adapters=adapters,
-        trained=sum(fsdp_utils.local(p).nbytes for p in policy.parameters() if p.requires_grad),
-        logprobs=logprobs,
-        update=update,
+        *learners,
         model=sum(whole.values()),
         engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
         streamed=sum(sent),
         streamed_peak=max(at_once),
+    )
+
+
+def make(meta: Callable, config: Config, shape: PretrainedConfig, rank: int) -> Policy | Critic:
+    """The policy or the critic as it is trained, sharded, but without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=models.parameter_dtype(config, rank))
+    return meta(config, model, HERE)
+
+
+def run_learner(config: Config, module: Policy | Critic) -> Learner:
+    """Its shards, and what it holds in a forward and in an update over the largest micro-batch."""
+    module.model.to_empty(device=HERE)
+    fsdp_utils.compute_buffers(module.model, HERE)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # so that its state is there, as in every step but the first
+    optimizer.zero_grad()
+    batch = full_batch(config)
+    with Tracker(module, optimizer) as forward, torch.no_grad():
+        module(batch)
+    fsdp_utils.reshard(module)
+    with Tracker(module, optimizer) as update:
+        out = module(batch)
+        (out if isinstance(module, Critic) else out.logprobs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}
+    adapters = sum(size for name, size in parameters.items() if ".adapters." in name)
+    return Learner(
+        base=sum(parameters.values()) - adapters,
+        adapters=adapters,
+        trained=sum(fsdp_utils.local(parameter).nbytes for parameter in trained),
+        forward=forward.moments,
+        update=update.moments,
     )
 
 
@@ -249,8 +246,10 @@ def with_layers(shape: PretrainedConfig, count: int) -> PretrainedConfig:
 
 def line(few, more, steps: int):
     """`more`, and as many times what it has more than `few`, for each number in them."""
-    if isinstance(more, Trainer):
-        return Trainer(**line(vars(few), vars(more), steps))
+    if more is None:
+        return None
+    if dataclasses.is_dataclass(more):
+        return type(more)(**line(vars(few), vars(more), steps))
     if isinstance(more, dict):
         return {key: line(few[key], more[key], steps) for key in more if key in few}
     return more + steps * (more - few)
@@ -291,30 +290,48 @@ def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float
     kv_cache = config.kv_cache_gb * 2**30 or config.gpu_memory_utilization * gpu - trainer.engine - working
     engine = {"vLLM weights": trainer.engine, "KV cache": max(kv_cache, 0.0)}
     awake = {} if config.sleep_level else engine
-    shards = {} if config.param_offload else {"base shard": trainer.base, "adapters": trainer.adapters}
-    away = config.param_offload or config.optimizer_offload
-    state = {} if away else {"optimizer": 2 * trainer.trained}
+    policy, critic = trainer.policy, trainer.critic
+    shards = {} if config.param_offload else {"base shard": policy.base, "adapters": policy.adapters}
+    state = {"optimizer": state_on_gpu(policy, config)}
+    waiting = {"critic": weights_on_gpu(critic, config) + state_on_gpu(critic, config)} if critic else {}
     reserved = {"reserved": RESERVED}
 
-    def on_gpu(moment: str, ledger: Ledger) -> Ledger:
-        """Without what lives on the host in that moment."""
-        ledger = dict(ledger)
-        if config.param_offload or (config.optimizer_offload and not moment.startswith("optimizer")):
-            ledger["optimizer"] = 0.0
-        if config.param_offload:
-            ledger["gradients"] = max(0.0, ledger["gradients"] - trainer.trained)
-        return ledger
-
-    def peak(moments: dict[str, Ledger]) -> Ledger:
-        return max((on_gpu(*moment) for moment in moments.items()), key=lambda ledger: sum(ledger.values()))
+    def peak(kind: str) -> Ledger:
+        """The fullest moment of the policy, or of the critic while the policy waits."""
+        ledgers = [waiting | on_gpu(policy, config, *moment) for moment in getattr(policy, kind).items()]
+        for moment in getattr(critic, kind).items() if critic else []:
+            ledger = on_gpu(critic, config, *moment)
+            own = {"critic": weights_on_gpu(critic, config) + ledger["optimizer"]}
+            ledgers.append(ledger | own | state)
+        return max(ledgers, key=lambda ledger: sum(ledger.values()))
 
     streamed = {"streamed weights": trainer.streamed_peak}
     return {
-        "rollout": shards | state | engine | {"vLLM working memory": working} | reserved,
-        "logprobs": shards | peak(trainer.logprobs) | awake | reserved,
-        "update": shards | peak(trainer.update) | awake | reserved,
-        "sync": shards | state | streamed | {"vLLM weights": trainer.engine} | awake | reserved,
+        "rollout": shards | state | waiting | engine | {"vLLM working memory": working} | reserved,
+        "logprobs": shards | peak("forward") | awake | reserved,
+        "update": shards | peak("update") | awake | reserved,
+        "sync": shards | state | waiting | streamed | {"vLLM weights": trainer.engine} | awake | reserved,
     }
+
+
+def weights_on_gpu(learner: Learner, config: Config) -> float:
+    """Bytes of a model's shards there while it waits."""
+    return 0.0 if config.param_offload else learner.base + learner.adapters
+
+
+def state_on_gpu(learner: Learner, config: Config) -> float:
+    """And of its optimizer."""
+    return 0.0 if config.param_offload or config.optimizer_offload else 2 * learner.trained
+
+
+def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Ledger:
+    """A moment's ledger without what lives on the host then."""
+    ledger = dict(ledger)
+    if config.param_offload or (config.optimizer_offload and not moment.startswith("optimizer")):
+        ledger["optimizer"] = 0.0
+    if config.param_offload:
+        ledger["gradients"] = max(0.0, ledger["gradients"] - learner.trained)
+    return ledger
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,8 +383,9 @@ def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, ba
 
 def host_memory(config: Config, trainer: Trainer, gpus: int) -> float:
     """Of all ranks together, on one host."""
-    shards = (trainer.base + trainer.adapters + trainer.trained) * config.param_offload
-    state = 2 * trainer.trained * (config.param_offload or config.optimizer_offload)
+    learners = [trainer.policy, *filter(None, [trainer.critic])]
+    shards = sum(each.base + each.adapters + each.trained for each in learners) * config.param_offload
+    state = sum(2 * each.trained for each in learners) * (config.param_offload or config.optimizer_offload)
     asleep = trainer.engine * (config.sleep_level == 1)
     return gpus * (shards + state + asleep) + trainer.model * config.use_shm
 

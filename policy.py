@@ -1,4 +1,4 @@
-"""The model as RL sees it: packed tokens in, logprobs out. No padding, and no (tokens, vocabulary) matrix.
+"""The model as RL sees it: packed tokens in, logprobs or values out. No padding, and no (tokens, vocabulary) matrix.
 
 Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
 layer works on tokens and never notices. Only the positions that predict a completion token reach the head.
@@ -198,6 +198,22 @@ class Policy(nn.Module):
         starts = batch.rows.diff(prepend=batch.rows[:1] - 2) != 1  # a prompt's end; a sequence's rows are neighbours
         states = hidden.detach()[starts]  # log Z reads the policy, it does not shape it
         return Scores(logprobs, entropy, self.log_z(states.to(self.log_z[0].weight.dtype))[:, 0].float())
+
+
+class Critic(nn.Module):
+    """A language model with one linear in place of its head: the value of what precedes each completion token."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device):
+        super().__init__()
+        model.set_attn_implementation("lorl_packed")
+        model.set_output_embeddings(nn.Identity())
+        self.model = model
+        self.value = nn.Linear(model.config.hidden_size, 1, bias=False, device=device, dtype=torch.float32)
+        nn.init.zeros_(self.value.weight)  # at first it expects nothing of anything
+
+    def forward(self, batch: Packed) -> Tensor:
+        """(R,) float32."""
+        return predicting_states(self.model, batch).float() @ self.value.weight[0].float()
 
 
 def make_log_z(hidden_size: int, seed: int, device: torch.device) -> nn.Sequential:

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import checkpoint
 import fsdp_utils
 import lora
 import reward
 import tiny_model
-from adapter_files import open_adapter
 from configs.base import Config
-from policy import Policy, make_log_z
+from models import build_policy
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
 from tracking import RunLog
@@ -40,13 +40,8 @@ def prepare(config: Config) -> Run:
     saved = resume(config) if config.resume else None
     with fsdp_utils.in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
         policy = build_policy(config, fast_folder, world)
-        trainable = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
-        if saved:
-            checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
+        optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
         engine = build_engine(config, fast_folder)
-    if config.optimizer_offload:
-        fsdp_utils.offload_state(optimizer)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, *prompts, policy, optimizer, engine, log, saved)
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
@@ -173,66 +168,17 @@ def tokenize(problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase,
     return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids) if len(tokens) <= longest]
 
 
-def build_policy(config: Config, folder: str, world: fsdp_utils.World) -> Policy:
-    """The model, sharded and loaded, with its adapters; without any, trained as a whole from float32 parameters."""
-    dtype, full = getattr(torch, config.dtype), config.lora_rank == 0
-    model = fsdp_utils.meta_model(folder, torch.float32 if full else dtype)
-    if not full:
-        inject_adapters(model, config)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    flow = config.algorithm == "flowrl"  # it learns log Z beside the policy
-    log_z = make_log_z(model.config.hidden_size, config.seed, world.device) if flow else None
-    policy = Policy(model, log_z).train()
-    fsdp_utils.shard(
-        policy,
-        model.base_model.layers,
-        world.device,
-        config.fsdp_size,
-        compute_dtype=dtype if full else None,
-        reshard_after_forward=config.reshard_after_forward,
-        param_offload=config.param_offload,
-    )
-    home = torch.device("cpu") if config.param_offload else world.device
-    fsdp_utils.load_weights(model, folder, world.device, home)
-    if not full:
-        fill_adapters(model, config, world)
-    return policy
-
-
-def inject_adapters(model: PreTrainedModel, config: Config) -> None:
-    """Gives the model, still without memory, the policy's adapter, and the reference's if there is one."""
-    for path in filter(None, (config.lora_adapter_path, config.ref_adapter_path)):
-        with open_adapter(path):
-            pass  # a bad folder is refused now, before the weights are read
-    if config.base_dtype == "nf4":
-        lora.quantize_base(model)
-    if config.ref_adapter_path:
-        with open_adapter(config.ref_adapter_path) as file:
-            scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
-            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
-    lora.inject(
-        model,
-        config.target_modules,
-        config.lora_rank,
-        config.lora_alpha,
-        rslora=config.use_rslora,
-        dropout=config.lora_dropout,
-        merged=config.lora_forward == "merged",
-    )
-
-
-def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
-    """Puts values into the adapters: from their folders, or those that change nothing."""
-    if config.ref_adapter_path:
-        lora.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
-    if not config.lora_adapter_path:
-        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
-        return
-    lost = lora.load_adapter(model, config.lora_adapter_path, seed=config.seed, fill=fsdp_utils.fill)
-    if world.rank == 0:
-        less = f", cut to rank {config.lora_rank}: {lost:.2%} of its update is lost" if lost else ""
-        print(f"starts from adapter {config.lora_adapter_path}{less}")
+def make_optimizer(
+    config: Config, learner: str, module: nn.Module, learning_rate: float, saved: Saved | None
+) -> torch.optim.AdamW:
+    """AdamW over what is trained of the policy or the critic; of a resumed run both get the checkpoint's values."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=config.weight_decay)
+    if saved:
+        checkpoint.restore_state(saved.folder, {learner: (module, optimizer)})
+    if config.optimizer_offload:
+        fsdp_utils.offload_state(optimizer)
+    return optimizer
 
 
 def build_engine(config: Config, folder: str) -> Engine:

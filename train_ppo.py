@@ -21,17 +21,16 @@ from itertools import chain
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
-import checkpoint
 import fsdp_utils
 import lora
 from batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config, parse_config
-from policy import Packed, predicting_states
-from prepare import on_disk, prepare
+from models import build_critic
+from policy import Critic
+from prepare import make_optimizer, on_disk, prepare
 from run import Run, launch, set_learning_rate
 from train_grpo import (
     Algorithm,
@@ -48,44 +47,6 @@ from train_grpo import (
 )
 
 PPO = Algorithm(advantage=None, loss=clip_token, weight=all_tokens)  # the advantage is the critic's, see `judge`
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The critic
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Critic(nn.Module):
-    """A language model with one linear in place of its head: the value of what precedes each completion token."""
-
-    def __init__(self, model: PreTrainedModel, device: torch.device):
-        super().__init__()
-        model.set_attn_implementation("lorl_packed")
-        model.set_output_embeddings(nn.Identity())
-        self.model = model
-        self.value = nn.Linear(model.config.hidden_size, 1, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.value.weight)  # at first it expects nothing of anything
-
-    def forward(self, batch: Packed) -> Tensor:
-        """(R,) float32."""
-        return predicting_states(self.model, batch).float() @ self.value.weight[0].float()
-
-
-def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
-    """The critic, sharded and loaded: float32 parameters that are multiplied in `dtype`, or a frozen base with LoRA."""
-    dtype, full = getattr(torch, config.dtype), config.critic_lora_rank == 0
-    model = fsdp_utils.meta_model(folder, torch.float32 if full else dtype)
-    critic = Critic(model, world.device).train()
-    if not full:
-        lora.inject(model, config.target_modules, config.critic_lora_rank, config.lora_alpha)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    layers = model.base_model.layers
-    fsdp_utils.shard(critic, layers, world.device, config.fsdp_size, compute_dtype=dtype if full else None)
-    fsdp_utils.load_weights(model, folder, world.device)
-    if not full:
-        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
-    return critic
 
 
 @dataclass
@@ -257,12 +218,10 @@ def prepare_ppo() -> Learners:
         raise ValueError(f"critic_warmup_steps must be fewer than the {config.steps} steps, or the policy never learns")
     run = prepare(config)
     critic = build_critic(config, on_disk(config), run.world)
-    trained = [parameter for parameter in critic.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.critic_learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, run.saved)
     run.learners["critic"] = (critic, optimizer)
-    if run.saved:
-        checkpoint.restore_state(run.saved.folder, {"critic": (critic, optimizer)})
-    run.log.print(f"critic {sum(parameter.numel() for parameter in trained) / 1e6:,.2f}M parameters trained")
+    trained = sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
+    run.log.print(f"critic {trained / 1e6:,.2f}M parameters trained")
     return Learners(run, critic, optimizer)
 
 

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node=2 benchmarks/algorithms.py --steps 40 --seeds 3 --out runs/algorithms
 
-One engine and one model serve all runs in turn; each begins with a fresh adapter, optimizer and random numbers. Only
-the algorithm and the seed differ, so an algorithm's own best learning rate may lie elsewhere. FlowRL is not among them:
-its model has a part of its own, log Z. Writes OUT.json (the curves), OUT.md (the table) and OUT.png.
+One engine serves all runs in turn; each begins with a fresh policy, optimizer and random numbers. Only the algorithm
+and the seed differ, so an algorithm's own best learning rate may lie elsewhere. Writes OUT.json (the curves), OUT.md
+(the table) and OUT.png.
 """
 
 import argparse
@@ -20,13 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import fsdp_utils
-import lora
 import train_grpo
 import train_ppo
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
-from prepare import on_disk, prepare
+from models import build_critic, build_policy
+from prepare import make_optimizer, on_disk, prepare
 from run import Run
 from tracking import RunLog
 
@@ -56,15 +55,14 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
 
 def train_once(run: Run, config: Config) -> list[float]:
     """Trains from the start; held-out accuracy of sampled completions, after steps 5, 10, ..."""
-    lora.init_adapters(run.policy.model, config.seed, fill=fsdp_utils.fill)
-    trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    log = RunLog(config, write=run.world.rank == 0)
-    run = dataclasses.replace(run, config=config, optimizer=optimizer, log=log)
+    folder, log = on_disk(config), RunLog(config, write=run.world.rank == 0)
+    policy = build_policy(config, folder, run.world)
+    optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved=None)
+    run = dataclasses.replace(run, config=config, policy=policy, optimizer=optimizer, log=log)
     run.sync()
     if config.algorithm == "ppo":
-        critic = train_ppo.build_critic(config, on_disk(config), run.world)
-        optimizer = torch.optim.AdamW(critic.parameters(), lr=config.critic_learning_rate)
+        critic = build_critic(config, folder, run.world)
+        optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, saved=None)
         train_ppo.train(train_ppo.Learners(run, critic, optimizer))
     else:
         train_grpo.train(run)
@@ -108,8 +106,7 @@ def write(curves: dict[str, list[list[float]]], arguments: argparse.Namespace) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    rows = [name for name, row in train_grpo.ALGORITHMS.items() if not row.flow]
-    parser.add_argument("--algorithms", nargs="+", default=[*rows, "ppo"])
+    parser.add_argument("--algorithms", nargs="+", default=[*train_grpo.ALGORITHMS, "ppo"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning_rate", type=float, default=2e-3)

@@ -247,16 +247,17 @@ def plan(rows: Rows, size: Size, work: Path) -> None:
     def peak(moments: dict[str, planner.Ledger]) -> float:
         return max(sum(ledger.values()) - ledger["optimizer"] for ledger in moments.values())
 
-    kept = trainer.base + trainer.adapters + 2 * trainer.trained
+    policy = trainer.policy
+    kept = policy.base + policy.adapters + 2 * policy.trained
     for what, foreseen, measured in (
         ("kept", kept, rows.found("update", "kept: weights, adapters, optimizer")),
-        ("update, beyond it", peak(trainer.update), rows.found("update", "factored: peak beyond what is kept")),
-        ("logprobs, beyond it", peak(trainer.logprobs), rows.found("update", "logprobs: peak beyond what is kept")),
+        ("update, beyond it", peak(policy.update), rows.found("update", "factored: peak beyond what is kept")),
+        ("logprobs, beyond it", peak(policy.forward), rows.found("update", "logprobs: peak beyond what is kept")),
     ):
         report_plan(rows, what, foreseen, measured)
     if ON_GPU:
         total = torch.cuda.mem_get_info()[1]
-        foreseen = sum(planner.phases(config, shape, trainer, total)["rollout"].values()) - 2 * trainer.trained
+        foreseen = sum(planner.phases(config, shape, trainer, total)["rollout"].values()) - 2 * policy.trained
         report_plan(rows, "with vLLM", foreseen, rows.found("sync", "memory in use, with vLLM"))
     else:
         rows.unable("with vLLM", "its share of a GPU, and there is none")

@@ -135,11 +135,12 @@ def check_config(size: Size, **settings):
 def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True):
     """A run without a task, an optimizer and a log; and without an engine unless it is to `sample`."""
     import fsdp_utils
+    import models
     import prepare
     from run import Prompt, Run
 
     world = fsdp_utils.init_world()
-    policy = prepare.build_policy(config, folder, world)
+    policy = models.build_policy(config, folder, world)
     engine = prepare.build_engine(config, folder) if sample else None
     asked = [Prompt(None, token_ids) for token_ids in prompts]
     return Run(config, world, None, asked, asked, policy, None, engine, None)

@@ -145,6 +145,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     """Of each mode: how far vLLM's logprobs are from the policy's before training, after it, and after the stream;
     and the mean logprob under the reference.
     """
+    import models
     import prepare
     import run
     from configs.arithmetic_cpu import config as base
@@ -155,7 +156,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     for mode, changes in MODES.items():
         changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
         config = dataclasses.replace(base, **changes)
-        trained = prepare.build_policy(config, model, world)
+        trained = models.build_policy(config, model, world)
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )

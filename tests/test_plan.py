@@ -19,6 +19,8 @@ WAYS = {  # layers, and settings
     "four bits": (3, dict(gradient_checkpointing=True, base_dtype="nf4", lora_rank=2)),
     "merged": (3, dict(gradient_checkpointing=False, lora_forward="merged", sleep_level=2)),
     "everything trained": (3, dict(gradient_checkpointing=True, lora_rank=0)),
+    "critic": (6, dict(algorithm="ppo", tokens_per_microbatch=4096)),
+    "critic with adapters": (3, dict(algorithm="ppo", critic_lora_rank=4, base_dtype="nf4")),
 }
 
 
@@ -28,31 +30,18 @@ def settings(way: str, **others) -> Config:
 
 
 def really(folders):
-    """For each way, of this rank's policy as the trainer builds it: shards, peaks, and what a sync moves."""
-    from prepare import build_policy
+    """For each way, of this rank's models as the trainer builds them: shards, peaks, and what a sync moves."""
+    import models
     from rollout import whole_modules
     from stream import SyncStats, summon_layers
 
     world, found = fsdp_utils.init_world(), {}
     for way, folder in folders.items():
         config = settings(way)
-        policy = build_policy(config, str(folder), world)
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trained)
-        batch = plan.full_batch(config, world.device)
-
-        def update(policy=policy, optimizer=optimizer, batch=batch):
-            policy(batch).logprobs.sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        update()  # the optimizer's state comes with its first step
-        fsdp_utils.reshard(policy)
-        with PeakBytes() as logprobs, torch.no_grad():
-            policy(batch)
-        fsdp_utils.reshard(policy)
-        with PeakBytes() as whole:
-            update()
+        policy = models.build_policy(config, str(folder), world)
+        found[way] = {"policy": learner(config, policy)}
+        if config.algorithm == "ppo":
+            found[way]["critic"] = learner(config, models.build_critic(config, str(folder), world))
         fsdp_utils.reshard(policy)
         stats, adapted = SyncStats(), [path for path, _ in plan.lora.lora_layers(policy.model)]
         modules = None if config.sleep_level == 2 or not adapted else whole_modules(adapted)
@@ -60,18 +49,38 @@ def really(folders):
         options = {"dtype": dtype, "prefetch": config.sync_prefetch, "release": True}
         for _ in summon_layers(policy.model, world.device, modules=modules, stats=stats, **options):
             pass
-        size = {name: fsdp_utils.local(parameter).nbytes for name, parameter in policy.named_parameters()}
-        state = sum(fsdp_utils.local(t).nbytes for s in optimizer.state.values() for t in s.values() if t.ndim)
-        found[way] = {
-            "base": sum(size[name] for name in size if ".adapters." not in name),
-            "adapters": sum(size[name] for name in size if ".adapters." in name),
-            "optimizer": state,
-            "logprobs": logprobs.peak,
-            "update": whole.peak,
-            "streamed": stats.bytes,
-            "streamed_peak": stats.peak_bytes,
-        }
+        found[way] |= {"streamed": stats.bytes, "streamed_peak": stats.peak_bytes}
     return found
+
+
+def learner(config, module):
+    """What a policy or a critic holds, and the peaks of its forward and of its update."""
+    from prepare import make_optimizer
+
+    optimizer = make_optimizer(config, "learner", module, 1e-5, saved=None)
+    batch = plan.full_batch(config)
+
+    def update():
+        out = module(batch)
+        (out if isinstance(out, torch.Tensor) else out.logprobs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    update()  # the optimizer's state comes with its first step
+    fsdp_utils.reshard(module)
+    with PeakBytes() as forward, torch.no_grad():
+        module(batch)
+    fsdp_utils.reshard(module)
+    with PeakBytes() as whole:
+        update()
+    size = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}
+    return {
+        "base": sum(size[name] for name in size if ".adapters." not in name),
+        "adapters": sum(size[name] for name in size if ".adapters." in name),
+        "optimizer": sum(fsdp_utils.local(t).nbytes for s in optimizer.state.values() for t in s.values() if t.ndim),
+        "forward": forward.peak,
+        "update": whole.peak,
+    }
 
 
 def peak(moments):
@@ -80,20 +89,25 @@ def peak(moments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks, ways", [(1, ["plain", "recomputed", "merged"]), (2, ["recomputed", *list(WAYS)[2:]])])
+@pytest.mark.parametrize(
+    "ranks, ways", [(1, ["plain", "recomputed", "merged", "critic"]), (2, ["recomputed", *list(WAYS)[2:]])]
+)
 def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
     sizes = dict(hidden_size=128, intermediate_size=352, vocab_size=4000)
     folders = {way: model_folder("qwen2", num_hidden_layers=WAYS[way][0], **sizes) for way in ways}
     results = on_ranks(ranks, really, folders, folder=tmp_path)
     for way, folder in folders.items():
         planned = plan.plan_trainer(settings(way), AutoConfig.from_pretrained(folder), ranks)
-        for found in results:
-            real = found[way]
-            for exact in ("base", "adapters", "streamed", "streamed_peak"):
-                assert getattr(planned, exact) == real[exact], (way, exact)
-            assert 2 * planned.trained == real["optimizer"]
-            assert peak(planned.logprobs) == pytest.approx(real["logprobs"], rel=0.03), way
-            assert peak(planned.update) == pytest.approx(real["update"], rel=0.03), way
+        ours, *_ = found = [result[way] for result in results]  # the plan is of the first rank; others may lack a row
+        assert (planned.streamed, planned.streamed_peak) == (ours["streamed"], ours["streamed_peak"]), way
+        learners = {"policy": planned.policy} | ({"critic": planned.critic} if planned.critic else {})
+        assert learners.keys() == ours.keys() - {"streamed", "streamed_peak"}
+        for which, learner in learners.items():
+            assert (learner.base, learner.adapters) == (ours[which]["base"], ours[which]["adapters"]), (way, which)
+            assert 2 * learner.trained == ours[which]["optimizer"], (way, which)
+            for one in found:
+                assert peak(learner.forward) == pytest.approx(one[which]["forward"], rel=0.03), (way, which)
+                assert peak(learner.update) == pytest.approx(one[which]["update"], rel=0.03), (way, which)
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
@@ -107,9 +121,17 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
 def test_the_72b_fits_on_eight_gpus_and_not_on_small_ones(monkeypatch, capsys):
     arguments = "--config", str(ROOT / "configs/qwen2_5_72b_gsm8k.py"), "--gpus", "8"
     code, text = run(monkeypatch, capsys, *arguments, "--gpu_memory_gb", "80")
-    assert code == 0 and "72.7B parameters" in text and "It fits" in text
+    assert code == 0 and "72.7B parameters" in text and "It fits" in text and "critic" not in text
     code, text = run(monkeypatch, capsys, *arguments, "--gpu_memory_gb", "24", "--sleep_level", "0")
     assert code == 1 and "It does not fit" in text and "sleep_level" in text
+
+
+def test_a_critic_is_there_in_every_phase(monkeypatch, capsys):
+    """Trained as a whole, it has float32 weights and Adam's two moments of each."""
+    arguments = "--config", str(ROOT / "configs/qwen2_5_7b_gsm8k.py"), "--gpus", "8", "--gpu_memory_gb", "80"
+    _, text = run(monkeypatch, capsys, *arguments, "--algorithm", "ppo")
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("critic  ")]
+    assert all(float(value) == pytest.approx(3 * 4 * 7.07 / 8, rel=0.01) for value in row[1:]), "7.62B without the head"
 
 
 def test_mistakes_are_one_line(monkeypatch, capsys):

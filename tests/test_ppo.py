@@ -9,8 +9,9 @@ from test_algorithms import F64, micro_batch
 
 import fsdp_utils
 from configs.base import Config
+from models import build_critic
 from policy import pack
-from train_ppo import build_critic, gae, normalize, value_loss
+from train_ppo import gae, normalize, value_loss
 
 PROMPTS = [[5, 9, 2], [7, 7, 7, 7], [3], [11, 4]]
 COMPLETIONS = [[8, 1, 30, 2], [6], [12, 13, 99], [14, 15]]
@@ -65,9 +66,23 @@ def critic_on_ranks(folder):
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     dtypes = {p.dtype for name, p in adapted.named_parameters() if ".adapters." not in name and "value" not in name}
 
+    options = dict(
+        base_dtype="nf4", use_rslora=True, lora_dropout=0.25, param_offload=True, reshard_after_forward=False
+    )
+    obedient = build_critic(Config(critic_lora_rank=4, lora_alpha=6.0, **options), str(folder), world)
+    layer = obedient.model.model.layers[0].mlp.down_proj
+    group = obedient.model.model.layers[0]._get_fsdp_state()._fsdp_param_group
+    followed = (
+        type(layer.weight).__name__,
+        layer.adapters["policy"].scale,
+        layer.adapters["policy"].dropout,
+        group.fsdp_params[0].offload_to_cpu,
+        group._reshard_after_forward,
+    )
+
     batches = [micro_batch([2, 1], [1.0 + world.rank, 5.0]), micro_batch([1], [100.0], [0.0])]
     normalize(batches, world)
-    return values.detach(), gradients, trained, dtypes, batches[0].advantages
+    return values.detach(), gradients, trained, dtypes, followed, batches[0].advantages
 
 
 def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
@@ -91,9 +106,10 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
     for name, parameter in body.named_parameters():
         torch.testing.assert_close(gradients[f"model.model.{name}"], parameter.grad, rtol=1e-3, atol=1e-4)
 
-    _, _, trained, dtypes, _ = results[0]
+    _, _, trained, dtypes, followed, _ = results[0]
     assert len(trained) == 2 * 2 + 1 and all("q_proj.adapters" in n or n == "value.weight" for n in trained)
     assert dtypes == {torch.bfloat16}
+    assert followed == ("NF4Weight", 3.0, 0.25, True, False), "the critic obeys the same options as the policy"
     whole = torch.cat([advantages for *_, advantages in results])  # 1, 1, 5, 2, 2, 5 of the two ranks, no filler
     raw = torch.tensor([1, 1, 5, 2, 2, 5], dtype=F64)
     torch.testing.assert_close(whole, (raw - raw.mean()) / (raw.std(unbiased=False) + 1e-6))

@@ -1,6 +1,4 @@
-"""The engine generates the same tokens for the same requests, whatever else is in the batch and was there before."""
-
-from pathlib import Path
+"""The engine generates the same tokens for the same requests, whatever else is in the batch."""
 
 from conftest import on_ranks
 
@@ -10,9 +8,8 @@ from rollout import Engine, Request
 
 def generations(folder, requests):
     """All completions at once, and then each request's alone."""
-    world = fsdp_utils.init_world()
-    sizes = {"tensor_parallel_size": world.size, "max_model_len": 256, "max_completion_length": 4}
-    engine = Engine(str(folder), dtype="bfloat16", **sizes)
+    fsdp_utils.init_world()
+    engine = Engine(str(folder), dtype="bfloat16", max_model_len=256, max_completion_length=4)
     return engine.generate(requests), [engine.generate([request]) for request in requests]
 
 
@@ -26,13 +23,3 @@ def test_requests_that_exceed_one_pass_are_answered_as_if_alone(model_folder, tm
     ((together, alone),) = on_ranks(1, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path)
     assert [completion.request for completion in together] == [i for i in range(40) for _ in range(2)]
     assert [c.token_ids for c in together] == [c.token_ids for answers in alone for c in answers]
-
-
-def test_an_engine_that_was_killed_is_not_in_the_way(model_folder, tmp_path):
-    """Its ranks' shared memory stays behind, under the name that vLLM gives every such engine."""
-    for rank in range(2):
-        Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").write_bytes(bytes(64))
-    requests = [Request([5, 6, 7], samples=2, temperature=1.0, seed=1)]
-    results = on_ranks(2, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path)
-    assert all(together == alone[0] == results[0][0] for together, alone in results)
-    assert not list(Path("/dev/shm").glob("*cpushm*"))

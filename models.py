@@ -1,0 +1,116 @@
+"""The models that are trained, out of a configuration: the policy, and PPO's critic; with adapters, sharded, loaded.
+
+They come in two steps: without memory, but with everything in its place, which is all that plan.py needs; then loaded.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+import fsdp_utils
+import lora
+from adapter_files import open_adapter
+from configs.base import Config
+from policy import Critic, Policy, make_log_z
+
+
+def build_policy(config: Config, folder: str, world: fsdp_utils.World) -> Policy:
+    """The policy; without adapters (`lora_rank` 0), trained as a whole."""
+    model = fsdp_utils.meta_model(folder, parameter_dtype(config, config.lora_rank))
+    policy = meta_policy(config, model, world.device)
+    load(model, config, folder, world.device)
+    if config.lora_rank:
+        fill_adapters(model, config, world)
+    return policy
+
+
+def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
+    """The critic, out of the policy's base; `critic_lora_rank` 0: trained as a whole."""
+    model = fsdp_utils.meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
+    critic = meta_critic(config, model, world.device)
+    load(model, config, folder, world.device)
+    if config.critic_lora_rank:
+        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+    return critic
+
+
+def parameter_dtype(config: Config, rank: int) -> torch.dtype:
+    """Of a base with adapters of that rank. Without any (0), it is trained, and a small update of bfloat16 is none."""
+    return getattr(torch, config.dtype) if rank else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without memory
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def meta_policy(config: Config, model: PreTrainedModel, device: torch.device) -> Policy:
+    """The sharded policy around a meta model of `parameter_dtype`."""
+    for path in filter(None, (config.lora_adapter_path, config.ref_adapter_path)):
+        with open_adapter(path):
+            pass  # a bad folder is refused now, before the weights are read
+    if config.ref_adapter_path:
+        with open_adapter(config.ref_adapter_path) as file:
+            scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
+            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
+    if config.lora_rank:
+        adapt(model, config, config.lora_rank)
+    flow = config.algorithm == "flowrl"  # it learns log Z beside the policy
+    policy = Policy(model, make_log_z(model.config.hidden_size, config.seed, device) if flow else None)
+    spread(policy, config, config.lora_rank, device)
+    return policy
+
+
+def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) -> Critic:
+    """The sharded critic around a meta model of `parameter_dtype`."""
+    critic = Critic(model, device)
+    if config.critic_lora_rank:
+        adapt(model, config, config.critic_lora_rank)
+    spread(critic, config, config.critic_lora_rank, device)
+    return critic
+
+
+def adapt(model: PreTrainedModel, config: Config, rank: int) -> None:
+    """Freezes the base, stores it as `base_dtype` says, and gives it the adapters that are trained."""
+    if config.base_dtype == "nf4":
+        lora.quantize_base(model)
+    options = {"rslora": config.use_rslora, "dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
+    lora.inject(model, config.target_modules, rank, config.lora_alpha, **options)
+
+
+def spread(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
+    """Shards the module; what is trained as a whole (`rank` 0) is multiplied in `dtype`."""
+    model: PreTrainedModel = module.train().model
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    fsdp_utils.shard(
+        module,
+        model.base_model.layers,
+        device,
+        config.fsdp_size,
+        compute_dtype=None if rank else getattr(torch, config.dtype),
+        reshard_after_forward=config.reshard_after_forward,
+        param_offload=config.param_offload,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Values
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def load(model: PreTrainedModel, config: Config, folder: str, device: torch.device) -> None:
+    """Gives the sharded model its base's values, where the configuration wants them to be."""
+    fsdp_utils.load_weights(model, folder, device, torch.device("cpu") if config.param_offload else device)
+
+
+def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
+    """Puts values into the policy's adapters: from their folders, or those that change nothing."""
+    if config.ref_adapter_path:
+        lora.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
+    if not config.lora_adapter_path:
+        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+        return
+    lost = lora.load_adapter(model, config.lora_adapter_path, seed=config.seed, fill=fsdp_utils.fill)
+    if world.rank == 0:
+        less = f", cut to rank {config.lora_rank}: {lost:.2%} of its update is lost" if lost else ""
+        print(f"starts from adapter {config.lora_adapter_path}{less}")
