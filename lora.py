@@ -113,6 +113,7 @@ class LowRankLinear(torch.autograd.Function):
         scale: float,
         merged: bool,
     ) -> Tensor:
+        """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out), in the dtype of x."""
         ctx.save_for_backward(x, A, B)
         ctx.weight = weight  # not saved: FSDP frees W after the forward and refills the same tensor
         ctx.scale, ctx.merged = scale, merged
@@ -125,6 +126,7 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        """dy (..., out) -> gradients of x, A and B; those of A and B in float32."""
         x, A, B = ctx.saved_tensors
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)

@@ -105,6 +105,7 @@ class FrozenHead(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
+        """hidden (R, D), weight (V, D), targets (R,) -> logprobs and entropy (R,), float32."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         entropy = torch.empty_like(logprobs)

@@ -82,6 +82,7 @@ def resume(config: Config) -> Saved | None:
     """The checkpoint to go on from; None for a run that has not written any yet: it starts anew."""
 
     def find() -> tuple[Path, Progress, list, dict[str, Any]] | None:
+        """Its folder, progress, the random states of all ranks, and the log's position."""
         run = Path(config.output_dir, config.run_name)
         folder = checkpoint.find(run, config.resume, say=print)
         if folder is None:
