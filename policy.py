@@ -6,6 +6,7 @@ layer works on tokens and never notices. Only the positions that predict a compl
 Shapes: T tokens of a packed row, R of them predicted (the completions' tokens), D hidden, V vocabulary.
 """
 
+import inspect
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -20,6 +21,9 @@ from transformers import AttentionInterface, PreTrainedModel
 # Elements of the logits that the head holds at a time, in float32: 128 MiB on a GPU, whose GEMMs need many rows;
 # 64 MiB on a CPU, which is 110 rows of Qwen2.5's vocabulary and was the fastest of 16 to 512 MiB there.
 LOGITS_AT_ONCE = 1 << (25 if torch.cuda.is_available() else 24)
+
+# Fewer heads of keys and values than of queries: torch 2.11 takes them as they are, later ones want to be told.
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, le
         starts = F.pad(ends, (1, 0))
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         out = varlen_attn(
-            q, k, v, starts, starts, lengths[0], lengths[0], scale=scaling, window_size=(-1, 0), enable_gqa=True
+            q, k, v, starts, starts, lengths[0], lengths[0], scale=scaling, window_size=(-1, 0), **GROUPED
         )
         return out[None], None
     # Sequences of one length stand together, so they are a batch without copying or padding anything. In float32,

@@ -20,6 +20,7 @@ import nf4
 from fsdp_utils import gather, local
 from nf4 import NF4Weight
 
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
 ELEMENTS_AT_ONCE = 1 << 20  # of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each
 
 
@@ -123,7 +124,7 @@ class Gathering:
         # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
         self.own = self.buffer[mine * share : (mine + 1) * share]
         write_rows(weight, adapter, self.own[: len(local(sharded))], stats)
-        self.work = dist.all_gather_single(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
+        self.work = all_gather(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
         stats.bytes += self.length * self.buffer[0].nbytes
         stats.hold(self.buffer)
 
