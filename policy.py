@@ -8,7 +8,7 @@ Shapes: T tokens of a packed row, R of them predicted (the completions' tokens),
 
 import inspect
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class Packed:
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (T,) each sequence counts from 0
     lengths: list[int]  # of the sequences; their sum is T
+    starts: Tensor  # (sequences + 1,) int32, where each begins, and where the last one ends
     rows: Tensor  # (R,) positions whose next token is a completion token
     targets: Tensor  # (R,) those tokens
 
@@ -59,26 +60,31 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
         position_ids += range(lengths[-1])
     if lengths != sorted(lengths, reverse=True):
         raise ValueError(f"sequences must be packed longest first, not {lengths}")
-    as_tensor = lambda values: torch.tensor(values, dtype=torch.long, device=device)  # noqa: E731
-    return Packed(as_tensor(input_ids), as_tensor(position_ids), lengths, as_tensor(rows), as_tensor(targets))
+    starts = list(accumulate(lengths, initial=0))
+    as_tensor = lambda values, dtype=torch.long: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    return Packed(
+        as_tensor(input_ids),
+        as_tensor(position_ids),
+        lengths,
+        as_tensor(starts, torch.int32),
+        as_tensor(rows),
+        as_tensor(targets),
+    )
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, lengths=None, **_):
+def packed_attention(module, query, key, value, attention_mask, scaling=None, packed: Packed | None = None, **_):
     """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out."""
     if query.is_cuda:
-        ends = torch.tensor(lengths, device=query.device).cumsum(0, dtype=torch.int32)
-        starts = F.pad(ends, (1, 0))
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        out = varlen_attn(
-            q, k, v, starts, starts, lengths[0], lengths[0], scale=scaling, window_size=(-1, 0), **GROUPED
-        )
+        of_queries_and_keys = (packed.starts, packed.starts, packed.lengths[0], packed.lengths[0])
+        out = varlen_attn(q, k, v, *of_queries_and_keys, scale=scaling, window_size=(-1, 0), **GROUPED)
         return out[None], None
     # Sequences of one length stand together, so they are a batch without copying or padding anything. In float32,
     # since PyTorch's CPU kernel needs ten times as long for the backward of short sequences in bfloat16.
     wide = torch.promote_types(query.dtype, torch.float32)
     widened = [tensor.to(wide) for tensor in (query, key, value)]
     outputs, start = [], 0
-    for length, group in groupby(lengths):
+    for length, group in groupby(packed.lengths):
         count = len(list(group))
         span = slice(start, start + count * length)
         q, k, v = (tensor[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for tensor in widened)
@@ -168,7 +174,7 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 def predicting_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """(R, D) last hidden states at the positions that predict a completion token."""
     hidden = model.base_model(
-        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], lengths=batch.lengths, use_cache=False
+        input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
     return hidden[batch.rows]
 

@@ -82,14 +82,15 @@ def check_four_bits(rows: Rows) -> None:
 
 def attention_errors(lengths: list[int], heads: int = 8, kv_heads: int = 2, width: int = 64) -> dict[str, float]:
     """Of `packed_attention` with grouped heads, against a masked softmax over all pairs of tokens in float64."""
-    from policy import packed_attention
+    from policy import pack, packed_attention
 
     tokens = sum(lengths)
+    packed = pack([[0] * length for length in lengths], [[] for _ in lengths], DEVICE)
     inputs = [
         torch.randn(1, count, tokens, width, device=DEVICE).bfloat16().requires_grad_()
         for count in (heads, kv_heads, kv_heads)
     ]
-    out, _ = packed_attention(None, *inputs, None, scaling=width**-0.5, lengths=lengths)
+    out, _ = packed_attention(None, *inputs, None, scaling=width**-0.5, packed=packed)
     dout = torch.randn_like(out)
     out.backward(dout)
     q, k, v = wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
