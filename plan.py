@@ -34,7 +34,7 @@ import fsdp_utils
 import lora
 import models
 from configs.base import Config, parse_config
-from policy import Critic, Packed, Policy, pack
+from policy import Critic, Packed, Policy, Scores, pack
 
 GB = 1e9
 HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
@@ -188,8 +188,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
         module(batch)
     fsdp_utils.reshard(module)
     with Tracker(module, optimizer) as update:
-        out = module(batch)
-        (out if isinstance(module, Critic) else out.logprobs).sum().backward()
+        backward(module(batch))
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}
@@ -201,6 +200,12 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
         forward=forward.moments,
         update=update.moments,
     )
+
+
+def backward(out: torch.Tensor | Scores) -> None:
+    """From all that a policy or a critic says and could be trained by."""
+    parts = out if isinstance(out, Scores) else [out]
+    sum(part.sum() for part in parts if part is not None and part.requires_grad).backward()
 
 
 def sent_by_sync(policy: Policy, config: Config, names: list[str]) -> set[str]:

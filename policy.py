@@ -8,7 +8,7 @@ Shapes: T tokens of a packed row, R of them predicted (the completions' tokens),
 
 import inspect
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ class Packed:
     position_ids: Tensor  # (T,) each sequence counts from 0
     lengths: list[int]  # of the sequences; their sum is T
     starts: Tensor  # (sequences + 1,) int32, where each begins, and where the last one ends
+    prompt_ends: Tensor  # (sequences,) where each one's prompt has its last token
     rows: Tensor  # (R,) positions whose next token is a completion token
     targets: Tensor  # (R,) those tokens
 
@@ -50,25 +51,27 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     >>> packed.input_ids.tolist(), packed.rows.tolist(), packed.targets.tolist()
     ([1, 2, 3, 5, 6, 4, 7, 8], [2, 3, 5, 6], [5, 6, 7, 8])
     """
-    input_ids, position_ids, rows, targets, lengths = [], [], [], [], []
+    input_ids, position_ids, starts, prompt_ends, rows, targets = [], [], [0], [], [], []
     for prompt, completion in zip(prompts, completions, strict=True):
         first = len(input_ids) + len(prompt) - 1  # the prompt's last token predicts the completion's first
+        prompt_ends.append(first)
         rows += range(first, first + len(completion))
         targets += completion
-        lengths.append(len(prompt) + len(completion))
         input_ids += prompt + completion
-        position_ids += range(lengths[-1])
+        position_ids += range(len(prompt) + len(completion))
+        starts.append(len(input_ids))
+    lengths = [end - start for start, end in pairwise(starts)]
     if lengths != sorted(lengths, reverse=True):
         raise ValueError(f"sequences must be packed longest first, not {lengths}")
-    starts = list(accumulate(lengths, initial=0))
     as_tensor = lambda values, dtype=torch.long: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
     return Packed(
-        as_tensor(input_ids),
-        as_tensor(position_ids),
-        lengths,
-        as_tensor(starts, torch.int32),
-        as_tensor(rows),
-        as_tensor(targets),
+        input_ids=as_tensor(input_ids),
+        position_ids=as_tensor(position_ids),
+        lengths=lengths,
+        starts=as_tensor(starts, torch.int32),
+        prompt_ends=as_tensor(prompt_ends),
+        rows=as_tensor(rows),
+        targets=as_tensor(targets),
     )
 
 
@@ -171,12 +174,11 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def predicting_states(model: PreTrainedModel, batch: Packed) -> Tensor:
-    """(R, D) last hidden states at the positions that predict a completion token."""
-    hidden = model.base_model(
+def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
+    """(T, D) what the last block, normalised, says at each position."""
+    return model.base_model(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
-    return hidden[batch.rows]
 
 
 class Scores(NamedTuple):
@@ -200,15 +202,14 @@ class Policy(nn.Module):
 
     def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> Scores:
         """Scores the completions at that temperature; the entropy has a gradient only if asked for."""
-        hidden = predicting_states(self.model, batch)
-        head = self.model.get_output_embeddings()
+        states, head = last_states(self.model, batch), self.model.get_output_embeddings()
         score = trained_head if head.weight.requires_grad else FrozenHead.apply
-        logprobs, entropy = score(hidden, head.weight, batch.targets, temperature, entropy_gradient)
+        logprobs, entropy = score(states[batch.rows], head.weight, batch.targets, temperature, entropy_gradient)
         if self.log_z is None:
             return Scores(logprobs, entropy)
-        starts = batch.rows.diff(prepend=batch.rows[:1] - 2) != 1  # a prompt's end; a sequence's rows are neighbours
-        states = hidden.detach()[starts]  # log Z reads the policy, it does not shape it
-        return Scores(logprobs, entropy, self.log_z(states.to(self.log_z[0].weight.dtype))[:, 0].float())
+        asked = states.detach()[batch.prompt_ends]  # log Z reads the policy, it does not shape it
+        log_z = self.log_z(asked.to(self.log_z[0].weight.dtype))
+        return Scores(logprobs, entropy, log_z[:, 0].float().clone())  # FSDP warns of a view
 
 
 class Critic(nn.Module):
@@ -224,7 +225,7 @@ class Critic(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """(R,) float32."""
-        return predicting_states(self.model, batch).float() @ self.value.weight[0].float()
+        return last_states(self.model, batch)[batch.rows].float() @ self.value.weight[0].float()
 
 
 def make_log_z(hidden_size: int, seed: int, device: torch.device) -> nn.Sequential:

@@ -19,6 +19,7 @@ WAYS = {  # layers, and settings
     "four bits": (3, dict(gradient_checkpointing=True, base_dtype="nf4", lora_rank=2)),
     "merged": (3, dict(gradient_checkpointing=False, lora_forward="merged", sleep_level=2)),
     "everything trained": (3, dict(gradient_checkpointing=True, lora_rank=0)),
+    "log Z": (3, dict(algorithm="flowrl")),
     "critic": (6, dict(algorithm="ppo", tokens_per_microbatch=4096)),
     "critic with adapters": (3, dict(algorithm="ppo", critic_lora_rank=4, base_dtype="nf4")),
 }
@@ -61,8 +62,7 @@ def learner(config, module):
     batch = plan.full_batch(config)
 
     def update():
-        out = module(batch)
-        (out if isinstance(out, torch.Tensor) else out.logprobs).sum().backward()
+        plan.backward(module(batch))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import policy
-from policy import FrozenHead, Policy, pack
+from policy import FrozenHead, Policy, make_log_z, pack
 
 CPU = torch.device("cpu")
 
@@ -63,6 +63,18 @@ def test_neighbours_do_not_leak(model_folder):
     after = ours(pack(prompts, completions, CPU)).logprobs
     assert torch.equal(before[:6], after[:6]) and torch.equal(before[12:], after[12:])
     assert not torch.equal(before[6:12], after[6:12])
+
+
+def test_log_z_is_of_each_sequences_prompt(model_folder):
+    """It reads the prompt's last token, in the order of the sequences; also where one has no completion."""
+    folder = model_folder("qwen2", dtype=torch.float32)
+    plain, ours = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    log_z = make_log_z(64, seed=0, device=CPU)
+    torch.nn.init.normal_(log_z[-1].weight)
+    prompts, completions = [[5] * 9, [6, 7, 8], [9, 10]], [[], [11, 12], [13]]
+    found = Policy(ours, log_z)(pack(prompts, completions, CPU)).log_z
+    states = [plain.base_model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]
+    torch.testing.assert_close(found, log_z(torch.stack(states))[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_masks_come_from_lengths():
