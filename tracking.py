@@ -130,9 +130,8 @@ class RunLog:
     def record(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to wandb."""
         if self.write:
-            finite = {
-                name: value if math.isfinite(value) else None for name, value in metrics.items()
-            }  # JSON has no NaN
+            # JSON has no NaN
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             self.append("metrics", [finite])
             self.wandb.log(finite, step=metrics["step"])
 

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from benchmarks.what_bounds import own_times, table
 from configs.base import Config
 from tracking import RunLog
 
@@ -43,3 +44,22 @@ def test_timeline(tmp_path):
     assert {"rollout", "update", "save"} <= spans.keys()
     update, mm = spans["update"], spans["aten::mm"]
     assert update["ts"] <= mm["ts"] <= update["ts"] + update["dur"]
+    rows = {line.split(" | ")[0]: line for line in table(tmp_path / "run" / "trace_2.json.gz")}
+    assert "`aten::" in rows["| update"]
+    assert int(rows["| rollout"].split("|")[-2].strip(" %")) > 90, "it slept"
+
+
+def test_an_operators_time_is_without_that_of_those_it_calls():
+    def span(name, start, end, thread=1):
+        return {"name": name, "ts": start, "dur": end - start, "pid": 1, "tid": thread}
+
+    spans = [span("linear", 0, 10), span("mm", 1, 7), span("copy", 2, 4), span("add", 7, 9), span("mm", 10, 13)]
+    own = own_times([*spans, span("linear", 3, 6, thread=2)])
+    assert sorted(own) == [
+        ("add", 7, 2),
+        ("copy", 2, 2),
+        ("linear", 0, 2),
+        ("linear", 3, 3),
+        ("mm", 1, 4),
+        ("mm", 10, 3),
+    ]
