@@ -64,8 +64,8 @@ def introduce(run: Run) -> None:
     weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
     states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # a gradient, and Adam's two
     log.print(
-        f"memory {weights:,.1f} MB of weights and {states:,.1f} MB of gradients and optimizer a process, a KV cache "
-        f"for {engine.kv_cache_tokens:,} tokens an engine; what a step takes beside them: python plan.py"
+        f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
+        f"{engine.kv_cache_tokens:,} tokens of KV cache; plan.py counts the rest"
     )
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
