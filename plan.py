@@ -33,7 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 import fsdp_utils
 import lora
 import models
-from configs.base import Config, parse_config
+from command_line import parse_config
+from configs.base import Config
 from policy import Critic, Packed, Policy, Scores, pack
 
 GB = 1e9

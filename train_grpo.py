@@ -32,7 +32,8 @@ import fsdp_utils
 import lora
 import reward
 from batching import MicroBatch, batch_metrics, make_updates
-from configs.base import Config, parse_config
+from configs.base import Config
+from command_line import parse_config
 from prepare import prepare
 from rollout import Completion
 from run import Run, launch, set_learning_rate

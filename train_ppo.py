@@ -27,7 +27,8 @@ from torch.nn.utils.rnn import pad_sequence
 import fsdp_utils
 import lora
 from batching import MicroBatch, batch_metrics, make_updates
-from configs.base import Config, parse_config
+from configs.base import Config
+from command_line import parse_config
 from models import build_critic
 from policy import Critic
 from prepare import make_optimizer, on_disk, prepare

@@ -11,7 +11,8 @@ from conftest import ROOT, torchrun
 import train_grpo
 import train_ppo
 from batching import MicroBatch, make_updates
-from configs.base import Config, read_config_file
+from command_line import read_config_file
+from configs.base import Config
 from fsdp_utils import World
 from policy import FrozenHead
 from rollout import Completion

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import adapter_files
 import checkpoint
 import reward
-from configs.base import LIMITS, Config, parse_config
+from command_line import parse_config
+from configs.base import LIMITS, Config
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}

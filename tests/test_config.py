@@ -7,7 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, complaints, on_ranks
 
-from configs.base import Config, parse_config
+from command_line import parse_config
+from configs.base import Config
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 

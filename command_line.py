@@ -1,0 +1,68 @@
+"""From the command line to a `Config`.
+
+A config file is Python that says `config = Config(...)`, and lists only what differs from configs/base.py:
+
+    train_grpo.py --config configs/arithmetic_cpu.py --learning_rate 3e-4
+
+Config files are code: run only those that you trust.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from configs.base import LIMITS, Config
+
+
+class OneLineParser(HfArgumentParser):
+    """An argument parser whose errors are ValueErrors of one line."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """argparse's, which knows no limits: `Config` checks them."""
+        return super().add_argument(*names, **{name: value for name, value in options.items() if name not in LIMITS})
+
+
+def parse_config(arguments: list[str], description: str) -> Config:
+    """The `Config` of a command line: the file after `--config`, then `--field value` on top of it.
+
+    Raises ValueError or OSError of one line for whatever is wrong; `--help` prints all fields and exits.
+    """
+    parser = OneLineParser(Config, description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--config", required="-h" not in arguments and "--help" not in arguments, help="a file of configs/"
+    )
+    known, _ = parser.parse_known_args(arguments)
+    parser.set_defaults(**dataclasses.asdict(read_config_file(known.config)))
+    config, _, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], fields, n=1, cutoff=0.0)
+        raise ValueError(f"unknown option {unknown[0]!r}; the nearest there is: {nearest[0]}")
+    return config
+
+
+def read_config_file(path: str) -> Config:
+    """Runs a config file and returns its `config`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file {path!r}; see configs/ for those there are")
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it can import configs.base from anywhere
+    try:
+        config = runpy.run_path(path).get("config")
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"config file {path!r} fails: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not isinstance(config, Config):
+        raise ValueError(f"config file {path!r} must define config = Config(...), found {type(config).__name__}")
+    return config
