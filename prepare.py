@@ -22,7 +22,7 @@ from configs.base import Config
 from models import build_policy
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
-from tracking import RunLog
+from tracking import RunLog, in_use
 
 
 def prepare(config: Config) -> Run:
@@ -72,10 +72,12 @@ def introduce(run: Run) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ValueError if the folder could not be made or written."""
+    """Raises ValueError if the run's folder could not be made or written, or if another run is writing it."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise ValueError(f"cannot write to {str(folder)!r}, for {str(parent)!r} is no folder one may write to")
+    if in_use(folder):
+        raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another run_name")
 
 
 def resume(config: Config) -> Saved | None:

@@ -9,6 +9,7 @@ runs/NAME/checkpoints/     see train_grpo.py
 """
 
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
@@ -55,6 +56,8 @@ class RunLog:
             file = self.files[name] = open(self.folder / f"{name}.jsonl", "ab", buffering=0)
             if position:
                 file.truncate(min(position[name], file.tell()))  # what came after the checkpoint will come again
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `in_use`
         self.wandb = wandb.init(
             project=config.wandb_project,
             name=config.run_name,
@@ -186,6 +189,18 @@ class RunLog:
             for file in self.files.values():
                 file.close()
             self.wandb.finish()
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process is writing the run of that folder: it has a lock, which goes when it ends, however it does."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        with suppress(OSError), open(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
 
 
 def accuracy(metrics: dict[str, float]) -> str:

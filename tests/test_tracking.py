@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
+from prepare import check_writable
 from tracking import RunLog
 
 
@@ -47,6 +48,17 @@ def test_timeline(tmp_path):
     rows = {line.split(" | ")[0]: line for line in table(tmp_path / "run" / "trace_2.json.gz")}
     assert "`aten::" in rows["| update"]
     assert int(rows["| rollout"].split("|")[-2].strip(" %")) > 90, "it slept"
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    """A second run of the same name would move it aside and write its own checkpoints among those of the first."""
+    config = Config(output_dir=str(tmp_path), run_name="run", wandb_mode="disabled")
+    check_writable(tmp_path / "run")
+    log = RunLog(config, write=True)
+    with pytest.raises(ValueError, match="is being written by a run that has not ended; choose another run_name"):
+        check_writable(tmp_path / "run")
+    log.close()
+    check_writable(tmp_path / "run")
 
 
 def test_an_operators_time_is_without_that_of_those_it_calls():
