@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RATES = {  # alpha stays 32, so that the best rate of LoRA hardly depends on the rank (Thinking Machines)
     1: (1e-3, 2e-3, 4e-3, 8e-3),
     4: (1e-3, 2e-3, 4e-3, 8e-3),
-    16: (5e-4, 1e-3, 2e-3, 4e-3),
-    32: (5e-4, 1e-3, 2e-3, 4e-3),
+    16: (1e-3, 2e-3, 4e-3, 8e-3),
+    32: (1e-3, 2e-3, 4e-3, 8e-3),
     0: (3e-5, 1e-4, 3e-4, 1e-3),  # full: about a tenth of LoRA's
 }
 
