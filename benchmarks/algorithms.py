@@ -54,7 +54,7 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
 
 
 def train_once(run: Run, config: Config) -> list[float]:
-    """Trains from the start; held-out accuracy of sampled completions, after steps 5, 10, ..."""
+    """Trains from the start; held-out accuracy of sampled completions, after steps 0, 5, 10, ..."""
     folder, log = on_disk(config), RunLog(config, write=run.world.rank == 0)
     policy = build_policy(config, folder, run.world)
     optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved=None)
@@ -88,12 +88,13 @@ def write(curves: dict[str, list[list[float]]], arguments: argparse.Namespace) -
     lines = [f"`{command}` on {where}", "", "| algorithm | held-out accuracy | lowest and highest seed | seeds |"]
     lines.append("|---|---|---|---|")
     figure, axes = plt.subplots(figsize=(9, 5.5))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, runs in sorted(curves.items(), key=lambda item: -statistics.mean(run[-1] for run in item[1])):
         final = [run[-1] for run in runs]
         mean = statistics.mean(final)
         lines.append(f"| `{name}` | {mean:.1%} | {min(final):.1%} to {max(final):.1%} | {len(final)} |")
-        xs = [min(EVERY * (i + 1), arguments.steps) for i in range(len(runs[0]))]
         points = list(zip(*runs))
+        xs = [min(EVERY * i, arguments.steps) for i in range(len(points))]
         axes.plot(xs, [statistics.mean(point) for point in points], label=f"{name}  {mean:.1%}")
         axes.fill_between(xs, [min(point) for point in points], [max(point) for point in points], alpha=0.1)
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
