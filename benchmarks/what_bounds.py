@@ -17,13 +17,17 @@ SHOWN = 4  # operators per phase
 
 
 def read(path: Path) -> tuple[list[dict], list[dict]]:
-    """The spans of the phases, and what took their time: kernels if there are any, else operators."""
+    """The spans of the phases, in order, and what took their time: kernels if there are any, else operators."""
     with gzip.open(path) as file:
         events = [event for event in json.load(file)["traceEvents"] if event.get("ph") == "X"]
     kinds = defaultdict(list)
     for event in events:
         kinds[event.get("cat")].append(event)
-    phases = sorted(kinds["user_annotation"], key=lambda event: event["ts"])
+    phases = []
+    for span in sorted(kinds["user_annotation"], key=lambda event: event["ts"]):
+        within = phases and span["ts"] < phases[-1]["ts"] + phases[-1]["dur"]
+        if span["tid"] == span["pid"] and not within:  # others are FSDP's and the optimizer's, or of other threads
+            phases.append(span)
     kernels = kinds["kernel"] + kinds["gpu_memcpy"] + kinds["gpu_memset"]
     return phases, kernels or kinds["cpu_op"]
 
@@ -60,13 +64,12 @@ def table(path: Path) -> list[str]:
     phases, events = read(path)
     own = own_times(events)
     lines = ["| phase | seconds | most of it | Python and waiting |", "|---|---|---|---|"]
-    names = {phase["name"] for phase in phases}
     for name in dict.fromkeys(phase["name"] for phase in phases):
         spans = [(phase["ts"], phase["ts"] + phase["dur"]) for phase in phases if phase["name"] == name]
         total = sum(end - start for start, end in spans)
         times = Counter()
         for operator, start, microseconds in own:
-            if operator not in names and any(begin <= start < end for begin, end in spans):
+            if any(begin <= start < end for begin, end in spans):
                 times[operator] += microseconds
         most = ", ".join(f"`{operator}` {time / total:.0%}" for operator, time in times.most_common(SHOWN))
         rest = max(0.0, 1 - sum(times.values()) / total)
