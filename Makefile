@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 # Bytecode is left to the first import, which needs a part of it; setting up takes half the time then.
-PIP := $(PIP) --no-compile
+PIP := $(BIN)/pip install -q --no-deps --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test test-all soak lint clean
