@@ -4,6 +4,7 @@
 A trainer samples, learns, and calls `score`, `sync`, `evaluate` and `save` in between.
 """
 
+import ctypes
 import faulthandler
 import json
 import math
@@ -252,6 +253,7 @@ class Run:
         config, last = self.config, step == self.config.steps
         if last or (config.eval_every and step % config.eval_every == 0):
             metrics |= self.evaluate(step)
+            give_memory_back()
         self.log.step(step, metrics)
         self.check_health(metrics)
         self.finish_step(step)
@@ -372,6 +374,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
     for group in optimizer.param_groups:
         group["lr"] = peak * schedule(step, config)
     return peak * schedule(step, config)
+
+
+def give_memory_back() -> None:
+    """Returns to the system what is free: glibc keeps it, in ever smaller pieces, 60 MB more in 100 steps of tensors on
+    the CPU. Elsewhere there is nothing to do.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:

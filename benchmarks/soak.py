@@ -106,7 +106,7 @@ def main() -> None:
     before = left_behind()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        long_run = ["--steps", str(options.steps), "--eval_every", "100", "--save_every", "100", *shared]
+        long_run = ["--steps", str(options.steps), "--eval_every", "20", "--save_every", "100", *shared]
         notes = watch(start(folder, "long", long_run), folder, "long", options.seconds)
         flat, clean = judge(notes), left_behind() <= before
         print(f"/dev/shm after {options.steps} steps: {'clean' if clean else sorted(left_behind() - before)}")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
 from prepare import check_writable
+from run import give_memory_back
 from tracking import RunLog
 
 
@@ -59,6 +61,20 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
         check_writable(tmp_path / "run")
     log.close()
     check_writable(tmp_path / "run")
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """Also from between what is still in use."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) >> 10  # MiB
+
+    tensors = [torch.ones(1 << 12) for _ in range(16_000)]  # 16 KiB each, 250 MiB
+    kept = tensors[::100]
+    del tensors
+    before = resident()
+    give_memory_back()
+    assert resident() < before - 150 and len(kept) == 160
 
 
 def test_an_operators_time_is_without_that_of_those_it_calls():
