@@ -45,8 +45,8 @@ def parameter_dtype(config: Config, rank: int) -> torch.dtype:
 
 def meta_policy(config: Config, model: PreTrainedModel, device: torch.device) -> Policy:
     """The sharded policy around a meta model of `parameter_dtype`."""
-    for path in filter(None, (config.lora_adapter_path, config.ref_adapter_path)):
-        with open_adapter(path):
+    if config.lora_adapter_path:
+        with open_adapter(config.lora_adapter_path):
             pass  # a bad folder is refused now, before the weights are read
     if config.ref_adapter_path:
         with open_adapter(config.ref_adapter_path) as file:

@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import os
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
 from prepare import check_writable
@@ -65,16 +66,12 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
 
 def test_freed_memory_goes_back_to_the_system():
     """Also from between what is still in use."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) >> 10  # MiB
-
-    tensors = [torch.ones(1 << 12) for _ in range(16_000)]  # 16 KiB each, 250 MiB
+    tensors = [torch.ones(1 << 12) for _ in range(16_000)]  # 16 KiB each, 262 MB
     kept = tensors[::100]
     del tensors
-    before = resident()
+    before = own_megabytes(os.getpid())
     give_memory_back()
-    assert resident() < before - 150 and len(kept) == 160
+    assert own_megabytes(os.getpid()) < before - 160 and len(kept) == 160
 
 
 def test_an_operators_time_is_without_that_of_those_it_calls():

@@ -55,11 +55,11 @@ def test_gsm8k_runs(tmp_path, tiny_folder, ranks, tensor_parallel_size):
     """The real problems through the tiny model, on one process, with TP, and with two engines of two ranks."""
     if not GSM8K.is_dir():
         pytest.skip(f"no GSM8K at {GSM8K}; set GSM8K_DIR")
-    for rank in range(tensor_parallel_size):  # what a killed engine of these ranks leaves must not be in the way
+    for rank in range(2) if tensor_parallel_size == 2 else ():  # what a killed engine leaves must not be in the way
         Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").write_bytes(bytes(64))
     options = ["--steps", "2", "--data_dir", str(GSM8K), "--tensor_parallel_size", str(tensor_parallel_size)]
     metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, tiny_folder, *options)
-    assert tensor_parallel_size == 1 or not list(Path("/dev/shm").glob("*cpushm*"))
+    assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert any("final answer after ####" in sample["prompt"] for sample in samples)
