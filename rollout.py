@@ -18,6 +18,8 @@ from torch import Tensor
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process; read at vllm's import
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+if not torch.cuda.is_available():
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or vLLM compiles a line of its own in C++: 2 s, and needs g++
 warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 from vllm import LLM, SamplingParams  # noqa: E402
