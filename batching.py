@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from configs.base import Config
 from fsdp_utils import World
 from policy import Packed, pack
 from rollout import Completion
@@ -26,7 +27,7 @@ class MicroBatch:
     packed: Packed
     completions: list[int]  # which of the step's completions it holds, in this order
     sequences: Tensor  # (R,) int64, which of those a token belongs to: 0, 0, 0, 1, 1, ...
-    advantages: Tensor
+    advantages: Tensor  # for PPO, at first the reward of the whole completion on each of its tokens
     weights: Tensor  # all 0 in a filler, see `assign`
     sampler_logprobs: Tensor
     old_logprobs: Tensor | None = None  # of the policy that the update starts from; None: of the policy as it is
@@ -71,56 +72,45 @@ def assign(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]
 
 
 def make_updates(
-    prompts: list[list[int]],
     completions: list[Completion],
     advantages: Tensor,
-    weight: Callable[[Tensor], Tensor],
-    *,
-    updates: int,
-    budget: int,
-    drop_useless: bool,
+    weight: Callable[[Tensor, Config], Tensor],
+    config: Config,
     world: World,
+    drop_useless: bool = False,
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each of the step's updates. Every rank has the whole step, so none has to ask.
 
-    prompts: token ids of each completion's prompt. advantages: (N,). weight: from the (n,) lengths of an update's
-    completions to the (n,) weights of their tokens. updates: each takes its share of the completions, in order.
-    budget: tokens per micro-batch. drop_useless: leave out what has no advantage, as where a whole group has one
-    reward; right if nothing but the advantage gives a gradient.
+    advantages: (N,). weight: from the (n,) lengths of an update's completions to the (n,) weights of their tokens.
+    Each of the `updates_per_rollout` takes its share of the completions, in order. drop_useless: leave out what has no
+    advantage, as where a whole group has one reward; right if nothing but the advantage gives a gradient.
     """
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     plan = []
-    for share in torch.arange(len(completions)).chunk(updates):
+    for share in torch.arange(len(completions)).chunk(config.updates_per_rollout):
         useful = [i for i in share.tolist() if abs(advantages[i]) > ROUNDING or not drop_useless]
         if not useful:
             continue
         weights = torch.zeros_like(lengths)
-        weights[share] = weight(lengths[share])
-        total = [len(prompts[i]) + len(completions[i].token_ids) for i in useful]
+        weights[share] = weight(lengths[share], config)
+        total = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in useful]
         filler = useful[total.index(min(total))]
         batches = []
-        for bin in assign(total, world.size, budget)[world.rank]:
+        for bin in assign(total, world.size, config.tokens_per_microbatch)[world.rank]:
             chosen = [useful[i] for i in bin] or [filler]
-            batches.append(
-                make_micro_batch(chosen, prompts, completions, advantages, weights * bool(bin), world.device)
-            )
+            batches.append(make_micro_batch(chosen, completions, advantages, weights * bool(bin), world.device))
         plan.append(batches)
     return plan
 
 
 def make_micro_batch(
-    chosen: list[int],
-    prompts: list[list[int]],
-    completions: list[Completion],
-    advantages: Tensor,
-    weights: Tensor,
-    device: torch.device,
+    chosen: list[int], completions: list[Completion], advantages: Tensor, weights: Tensor, device: torch.device
 ) -> MicroBatch:
     """Packs the chosen completions, and spreads what belongs to a completion over its tokens."""
     repeats = torch.tensor([len(completions[i].token_ids) for i in chosen])
     logprobs = list(chain.from_iterable(completions[i].logprobs for i in chosen))
     return MicroBatch(
-        packed=pack([prompts[i] for i in chosen], [completions[i].token_ids for i in chosen], device),
+        packed=pack([completions[i].prompt_ids for i in chosen], [completions[i].token_ids for i in chosen], device),
         completions=chosen,
         sequences=torch.arange(len(chosen)).repeat_interleave(repeats).to(device),
         advantages=advantages[chosen].repeat_interleave(repeats).float().to(device),

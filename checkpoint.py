@@ -1,25 +1,24 @@
 """Checkpoints: everything a run needs to go on as if nothing had happened, written whole or not at all.
 
     checkpoints/step_000010/state.safetensors   trained parameters and optimizer moments, whole tensors, float32
-    checkpoints/step_000010/state.json          step, random states, how far the logs had come, configuration
+    checkpoints/step_000010/state.json          step, how far the logs had come, configuration
     checkpoints/step_000010/adapter/            the same adapter as a peft folder, for everybody else
     checkpoints/step_000010/checksums.json      SHA-256 of every file above; written last
     latest, best                                files that name the newest one, and the one with the best evaluation
 
-Nothing depends on how many ranks there were. Files are safetensors and JSON: reading one runs no code.
+Nothing depends on how many ranks there were, and no random state is kept: a step's random numbers follow from its own
+number, see `Run.finish_step`. Files are safetensors and JSON: reading one runs no code.
 """
 
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,8 +27,10 @@ from torch import Tensor, nn
 from fsdp_utils import fill, gather, reading, reshard
 
 # What a resumed run may not change: the checkpoint's tensors, or its place in the data, would not fit.
-FIXED = "model task dtype base_dtype target_modules lora_rank lora_alpha use_rslora algorithm seed prompts_per_step "
-FIXED += "group_size max_prompt_length critic_lora_rank"
+FIXED = (
+    *("model", "task", "dtype", "base_dtype", "target_modules", "lora_rank", "lora_alpha", "use_rslora", "algorithm"),
+    *("seed", "prompts_per_step", "group_size", "max_prompt_length", "critic_lora_rank"),
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -83,38 +84,6 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramet
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Random numbers
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def random_state() -> dict[str, Any]:
-    """Of all that this process may draw from, dropout and rewards included, as JSON can hold it."""
-    kind, keys, *numpy_rest = np.random.get_state()
-    version, words, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "cuda": torch.cuda.get_rng_state().numpy().tobytes().hex() if torch.cuda.is_available() else "",
-        "numpy": [kind, keys.tobytes().hex(), *numpy_rest],
-        "python": [version, list(words), gauss],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Goes on from such a state."""
-
-    def unpack(text: str) -> np.ndarray:
-        return np.frombuffer(bytearray.fromhex(text), dtype=np.uint8)
-
-    torch.set_rng_state(torch.from_numpy(unpack(state["torch"])))
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.from_numpy(unpack(state["cuda"])))
-    kind, keys, *numpy_rest = state["numpy"]
-    np.random.set_state((kind, unpack(keys).view(np.uint32), *numpy_rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
 
 
 # ---------------------------------------------------------------------------------------------------------------

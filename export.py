@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter_files import AdapterFile, open_adapter
-from fsdp_utils import find_model
+from fsdp_utils import find_model, weight_files
 from lora import merge
 
 FILE_BYTES = 4 << 30
@@ -25,7 +25,7 @@ NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.jso
 
 def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model's folder, one at a time."""
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise ValueError(f"there are no safetensors files in {str(folder)!r}")
     for path in files:

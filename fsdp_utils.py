@@ -349,9 +349,8 @@ def reshard(root: nn.Module) -> None:
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Puts a whole tensor, which every rank has, into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
-        local = distribute_tensor(
-            whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-        )
-        parameter.to_local().copy_(local.to_local())
+        whole = whole.to(parameter.device)
+        sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(sharded.to_local())
     else:
         parameter.copy_(whole)

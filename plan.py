@@ -30,12 +30,14 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+import checkpoint
 import fsdp_utils
 import lora
 import models
 from command_line import parse_config
 from configs.base import Config
 from policy import Critic, Packed, Policy, Scores, pack
+from stream import to_send
 
 GB = 1e9
 HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
@@ -156,7 +158,8 @@ def measure(config: Config, shape: PretrainedConfig) -> Trainer:
         learners = [module and run_learner(config, module) for module in (policy, critic)]
     width = getattr(torch, config.dtype).itemsize
     whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
-    sent = [whole[name] for name in whole if name in sent_by_sync(policy, config, list(whole))]
+    modules = to_send(policy.model, everything=config.sleep_level == 2)
+    sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
     at_once = [a + b for a, b in pairwise(sent)] if config.sync_prefetch else sent
     return Trainer(
         *learners,
@@ -180,10 +183,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     fsdp_utils.compute_buffers(module.model, HERE)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # so that its state is there, as in every step but the first
-    optimizer.zero_grad()
+    checkpoint.allocate_state(optimizer, trained)  # it is there in every step but the first
     batch = full_batch(config)
     with Tracker(module, optimizer) as forward, torch.no_grad():
         module(batch)
@@ -207,18 +207,6 @@ def backward(out: torch.Tensor | Scores) -> None:
     """From all that a policy or a critic says and could be trained by."""
     parts = out if isinstance(out, Scores) else [out]
     sum(part.sum() for part in parts if part is not None and part.requires_grad).backward()
-
-
-def sent_by_sync(policy: Policy, config: Config, names: list[str]) -> set[str]:
-    """The names of the weights that `Run.sync` streams to vLLM."""
-    adapted = {path for path, _ in lora.lora_layers(policy.model)}
-    if not adapted or config.sleep_level == 2:
-        return set(names)
-    if config.target_modules != ["all-linear"]:
-        from rollout import whole_modules  # brings vLLM with it, which takes its time
-
-        adapted = whole_modules(adapted)
-    return {name for name in names if name.rpartition(".")[0] in adapted}
 
 
 @contextmanager

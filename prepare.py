@@ -6,10 +6,8 @@ import os
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -83,8 +81,7 @@ def check_writable(folder: Path) -> None:
 def resume(config: Config) -> Saved | None:
     """The checkpoint to go on from; None for a run that has not written any yet: it starts anew."""
 
-    def find() -> tuple[Path, Progress, list, dict[str, Any]] | None:
-        """Its folder, progress, the random states of all ranks, and the log's position."""
+    def find() -> Saved | None:
         run = Path(config.output_dir, config.run_name)
         folder = checkpoint.find(run, config.resume, say=print)
         if folder is None:
@@ -93,23 +90,18 @@ def resume(config: Config) -> Saved | None:
         try:
             state = json.loads((folder / "state.json").read_text())
             progress, settings = Progress(**state["progress"]), dict(state["config"])
-            random_states, log = list(state["random_states"]), dict(state["log"])
+            log = dict(state["log"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
-        for name in checkpoint.FIXED.split():
+        for name in checkpoint.FIXED:
             before, now = settings.get(name), getattr(config, name)
             if before != now:
                 raise ValueError(
                     f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep"
                 )
-        return folder, progress, random_states, log
+        return Saved(folder, progress, log)
 
-    found = fsdp_utils.on_first_rank(find)
-    if found is None:
-        return None
-    folder, progress, random_states, log = found
-    same_ranks = len(random_states) == dist.get_world_size()
-    return Saved(folder, progress, random_states[dist.get_rank()] if same_ranks else None, log)
+    return fsdp_utils.on_first_rank(find)
 
 
 def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:

@@ -60,15 +60,6 @@ def find_task(task: str) -> Task:
     return TASKS[task]
 
 
-def overlong_penalty(length: int, limit: int, buffer: float) -> float:
-    """0 up to `limit - buffer` tokens, from there falling in a straight line to -1 at `limit`. DAPO, equation 13.
-
-    >>> [overlong_penalty(length, limit=100, buffer=20) for length in (50, 80, 85, 100)]
-    [0.0, 0.0, -0.25, -1.0]
-    """
-    return min(0.0, limit - buffer - length) / buffer if buffer else 0.0
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Answers
 # ---------------------------------------------------------------------------------------------------------------

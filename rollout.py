@@ -28,9 +28,6 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 
 import lora  # noqa: E402
 
-# vLLM fuses these linears into one module, which it loads only when all of its parts have come.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its LoRA kernels are made for; others take the next larger
 
 
@@ -46,6 +43,7 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     request: int  # index of the request it answers
+    prompt_ids: list[int]  # which had this prompt
     token_ids: list[int]  # with the end-of-sequence token, if it was reached
     logprobs: list[float]  # of those tokens, under the sampler, at the sampling temperature
     truncated: bool  # cut off at max_completion_length
@@ -135,6 +133,7 @@ class Engine:
         completions = [
             Completion(
                 request=i,
+                prompt_ids=requests[i].prompt_ids,
                 token_ids=list(sample.token_ids),
                 logprobs=list(sample.logprobs.logprobs),
                 truncated=sample.finish_reason == "length",
@@ -148,7 +147,7 @@ class Engine:
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, under the weights in vLLM, at temperature 1."""
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         prompt = TokensPrompt(prompt_token_ids=token_ids)
         (output,) = self.llm.generate([prompt], params, lora_request=self.adapter(adapter), use_tqdm=False)
         return [entry[token].logprob for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:])]
@@ -206,17 +205,3 @@ def forget_killed_engines() -> None:
     for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
         left.unlink(missing_ok=True)
     dist.barrier()
-
-
-def whole_modules(changed: Iterable[str]) -> set[str]:
-    """Module names, completed to all parts of the modules that vLLM fuses.
-
-    >>> sorted(whole_modules(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]))
-    ['layers.0.mlp.down_proj', 'layers.0.mlp.gate_proj', 'layers.0.mlp.up_proj']
-    """
-    whole = set()
-    for path in changed:
-        parent, _, name = path.rpartition(".")
-        parts = next((group for group in FUSED if name in group), (name,))
-        whole |= {f"{parent}.{part}" for part in parts}
-    return whole

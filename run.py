@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 import checkpoint
 import export
@@ -35,8 +35,8 @@ import reward
 import sync
 from configs.base import Config
 from policy import Policy
-from rollout import Completion, Engine, Request, whole_modules
-from stream import SyncStats, summon_layers
+from rollout import Completion, Engine, Request
+from stream import SyncStats, summon_layers, to_send
 from tracking import RunLog, accuracy
 
 T = TypeVar("T")
@@ -71,7 +71,6 @@ class Saved:
 
     folder: Path
     progress: Progress
-    random_state: dict[str, Any] | None  # this rank's; None if there were more or fewer ranks
     log: dict[str, Any]  # how far the log had come
 
 
@@ -208,10 +207,8 @@ class Run:
         if self.config.sync == "adapter":
             metrics = sync.send_adapter(self.policy, self.engine)
         else:
-            adapted = [path for path, _ in lora.lora_layers(self.policy.model)]
-            all_of_it = everything or self.engine.sleep_level == 2 or not adapted
-            stats = SyncStats()
-            self.engine.load_weights(self.weights(None if all_of_it else whole_modules(adapted), stats))
+            modules, stats = to_send(self.policy.model, everything or self.engine.sleep_level == 2), SyncStats()
+            self.engine.load_weights(self.weights(modules, stats))
             metrics = stats.metrics()
         self.engine.wake("kv_cache")
         metrics["sync/seconds"] = time.perf_counter() - start
@@ -232,9 +229,7 @@ class Run:
         )
 
     def begin(self) -> None:
-        """Evaluates before the first step; a resumed run has its random numbers go on instead."""
-        if self.saved and self.saved.random_state:
-            checkpoint.set_random_state(self.saved.random_state)
+        """Evaluates before the first step, unless the run is a resumed one."""
         if not self.saved:
             metrics = self.evaluate(step=0)
             self.log.record({"step": 0, **metrics})
@@ -244,9 +239,14 @@ class Run:
             self.log.print(f"all {self.config.steps} steps are done; to go on, add --steps to the command")
 
     def finish_step(self, step: int) -> None:
-        """From here on, a checkpoint is one of this step, also if the next one has begun when it is written."""
+        """From here on, a checkpoint is one of this step, also if the next one has begun when it is written.
+
+        What the next one draws (dropout, a reward of chance) depends on the seed, the step and the rank alone: a run
+        that begins here, resumed, draws the same.
+        """
         self.progress = replace(self.progress, step=step, prompts_taken=self.taken)
-        self.random_state, self.position = checkpoint.random_state(), self.log.position()
+        self.position = self.log.position()
+        set_seed(request_seed(self.config.seed, step, self.world.rank))
 
     def conclude(self, step: int, metrics: dict[str, float]) -> None:
         """Ends a step: evaluates and saves if it is time, logs, and stops the run if it was asked to stop."""
@@ -298,14 +298,7 @@ class Run:
         if accuracy is not None and accuracy > progress.best_accuracy:
             progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
         tensors = checkpoint.gather_state(self.learners, keep=self.world.rank == 0)
-        random_states: list = [None] * self.world.size
-        dist.all_gather_object(random_states, self.random_state)
-        state = {
-            "progress": asdict(progress),
-            "random_states": random_states,
-            "log": self.position,
-            "config": asdict(self.config),
-        }
+        state = {"progress": asdict(progress), "log": self.position, "config": asdict(self.config)}
         if fsdp_utils.on_first_rank(lambda: self.write_checkpoint(progress, state, tensors)):
             self.progress, self.saved_step = progress, progress.step
 

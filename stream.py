@@ -6,7 +6,7 @@ that the sampler loads and, with `prefetch`, the next one, which is gathered mea
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,8 @@ from fsdp_utils import gather, local
 from nf4 import NF4Weight
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
+# vLLM fuses these linears into one module, which on a CPU it loads only when all of its parts have come.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 ELEMENTS_AT_ONCE = 1 << 20  # of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each
 
 
@@ -59,6 +61,26 @@ class SyncStats:
             if intended:
                 metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
         return metrics
+
+
+def to_send(model: nn.Module, everything: bool = False) -> set[str] | None:
+    """The modules whose weights a sync streams: those with adapters, completed to what vLLM fuses; None: all."""
+    adapted = [path for path, _ in lora.lora_layers(model)]
+    return whole_modules(adapted) if adapted and not everything else None
+
+
+def whole_modules(changed: Iterable[str]) -> set[str]:
+    """Module names, completed to all parts of the modules that vLLM fuses.
+
+    >>> sorted(whole_modules(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]))
+    ['layers.0.mlp.down_proj', 'layers.0.mlp.gate_proj', 'layers.0.mlp.up_proj']
+    """
+    whole = set()
+    for path in changed:
+        parent, _, name = path.rpartition(".")
+        parts = next((group for group in FUSED if name in group), (name,))
+        whole |= {f"{parent}.{part}" for part in parts}
+    return whole
 
 
 def summon_layers(

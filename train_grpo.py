@@ -30,7 +30,6 @@ from torch.distributed.fsdp import FSDPModule
 
 import fsdp_utils
 import lora
-import reward
 from batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
 from command_line import parse_config
@@ -284,7 +283,7 @@ def update(
     share_of_loss: Callable[[MicroBatch], tuple[Tensor, Metrics]],
     may_stop: bool = False,
 ) -> dict[str, float]:
-    """One optimizer update; returns the sums of metrics over this rank's tokens, and under "tokens" their number.
+    """One optimizer update; returns the sums of metrics over the tokens of all ranks, and under "tokens" their number.
 
     `may_stop`: a run that was asked to stop does so between micro-batches; right if no parameter changed this step.
     """
@@ -300,23 +299,22 @@ def update(
         sums["loss"] += loss.detach()  # already a share of the update's loss
         for name, values in info.items():
             sums[name] += (values * counts).sum()
-    norm = apply_gradients(optimizer, run.config.max_grad_norm, sums["loss"].item())
-    totals = torch.stack(list(sums.values())).tolist()  # only here is the GPU waited for
-    of_all_ranks = {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}  # whose shares are added up
-    return dict(zip(sums, totals)) | {name: value / run.world.size for name, value in of_all_ranks.items()}
+    totals = torch.stack(list(sums.values())).cpu()  # only here is the GPU waited for
+    dist.all_reduce(totals)
+    metrics = dict(zip(sums, totals.tolist()))
+    norm = apply_gradients(optimizer, run.config.max_grad_norm, metrics["loss"])
+    return metrics | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> float:
     """Takes the optimizer's step with gradients scaled down to `max_norm` (0: as they are); their norm before that.
 
-    Gradients that are not finite are thrown away instead, and so are those of a loss that is not finite on any rank;
-    the norm is then NaN. All ranks have the same norm, so all do the same.
+    Gradients that are not finite are thrown away instead, and so are those of a loss that is not; the norm is then NaN.
+    The loss and the norm are those of all ranks, so all do the same.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = fsdp_utils.gather(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))).item()
-    bad_losses = torch.tensor(int(not math.isfinite(loss)))
-    dist.all_reduce(bad_losses)
-    norm = math.nan if bad_losses else norm
+    norm = norm if math.isfinite(loss) else math.nan
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -324,16 +322,13 @@ def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: flo
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of all ranks, out of the sums that `update` returns; loss and norm per update."""
+    """Means over the tokens of a step's updates, out of the sums that `update` returns; loss and norm per update."""
     if not updates:
         return {}
-    names = list(updates[0])
-    totals = torch.tensor([sum(update[name] for update in updates) for name in names], dtype=torch.float64)
-    dist.all_reduce(totals)
-    metrics = dict(zip(names, totals.tolist()))
-    tokens = metrics.pop("tokens")
+    totals = {name: sum(update[name] for update in updates) for name in updates[0]}
+    tokens = totals.pop("tokens")
     divisors = {"loss": len(updates), "grad_norm": len(updates), "skipped_updates": 1}  # of all others: tokens
-    return {name: value / divisors.get(name.rpartition("/")[2], tokens) for name, value in metrics.items()}
+    return {name: value / divisors.get(name.rpartition("/")[2], tokens) for name, value in totals.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -347,13 +342,12 @@ def train(run: Run) -> None:
     run.begin()
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
-        prompts, completions, scores = [], [], torch.empty(0, dtype=torch.float64)
+        completions, scores = [], torch.empty(0, dtype=torch.float64)
         for attempt in range(config.max_rollouts):  # more than one: dynamic sampling, DAPO, arXiv 2503.14476, eq. 11
             # 1. rollout
             log.phase("rollout")
             asked = run.take(config.prompts_per_step)
             sampled = run.sample(asked, step, attempt)
-            prompts += [asked[completion.request].token_ids for completion in sampled]
             completions += sampled
 
             # 2. reward
@@ -365,27 +359,20 @@ def train(run: Run) -> None:
                 break
         run.engine.sleep()  # until the sync
         metrics = rollout_metrics(completions, scores) | {"rollout/kept_frac": len(kept) / len(scores)}
-        prompts, completions = [prompts[i] for i in kept], [completions[i] for i in kept]
+        completions = [completions[i] for i in kept]
 
         # 3. advantage
         log.phase("logprobs")
         rewards = scores[kept] + overlong_penalties(completions, config)
         if config.kl_coef and config.kl_in == "reward":
-            divergences = reference_kl(run, prompts, completions)
+            divergences = reference_kl(run, completions)
             rewards -= config.kl_coef * divergences
             metrics["reward/kl_ref"] = divergences.mean().item()
         advantages = algorithm.advantage(rewards.view(len(kept) // config.group_size, config.group_size)).flatten()
 
         # 4. logprobs: of the reference, and of the policy that sampled if it is about to change more than once
         updates = make_updates(
-            prompts,
-            completions,
-            advantages,
-            weight=lambda lengths: algorithm.weight(lengths, config),
-            updates=config.updates_per_rollout,
-            budget=config.tokens_per_microbatch,
-            drop_useless=only_advantages(config),
-            world=run.world,
+            completions, advantages, algorithm.weight, config, run.world, drop_useless=only_advantages_teach(config)
         )
         with torch.no_grad():
             for batch in chain.from_iterable(updates):
@@ -436,23 +423,24 @@ def rollout_metrics(completions: list[Completion], scores: Tensor) -> dict[str, 
 
 
 def overlong_penalties(completions: list[Completion], config: Config) -> Tensor:
-    """(N,) what each completion's length costs, 0 to -1; all 0 without `overlong_buffer`."""
+    """(N,) what each completion's length costs: 0 until it is in the buffer before the limit, from there falling in a
+    straight line to -1 at the limit; all 0 without `overlong_buffer`. DAPO, arXiv 2503.14476, equation 13.
+    """
     limit, buffer = config.max_completion_length, config.overlong_buffer * config.max_completion_length
-    penalties = [reward.overlong_penalty(len(completion.token_ids), limit, buffer) for completion in completions]
-    return torch.tensor(penalties, dtype=torch.float64)
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
+    return ((limit - buffer - lengths) / (buffer or 1)).clamp(max=0.0)  # without a buffer none is beyond the limit
 
 
 @torch.no_grad()
-def reference_kl(run: Run, prompts: list[list[int]], completions: list[Completion]) -> Tensor:
+def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     """(N,) KL of the sampler from the reference, summed over each completion; for the reward."""
     config, world = run.config, run.world
-    nothing = torch.ones(len(completions))
-    plan = {"updates": 1, "budget": config.tokens_per_microbatch, "drop_useless": False, "world": world}
     totals = torch.zeros(len(completions), dtype=torch.float64, device=world.device)
-    for batch in chain.from_iterable(make_updates(prompts, completions, nothing, torch.ones_like, **plan)):
+    updates = make_updates(completions, torch.ones(len(completions)), sum_of_tokens, config, world)
+    for batch in chain.from_iterable(updates):
         with lora.reference(run.policy):
             ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
-        penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator) * batch.weights  # 0 in a filler
+        penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator) * (batch.weights > 0)  # not a filler's
         owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
         totals.index_add_(0, owners, penalty.double())
     dist.all_reduce(totals)
@@ -464,7 +452,7 @@ def reference_kl(run: Run, prompts: list[list[int]], completions: list[Completio
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def only_advantages(config: Config) -> bool:
+def only_advantages_teach(config: Config) -> bool:
     """Whether a completion without advantage has no gradient, so that nobody needs to look at it."""
     others = config.kl_coef and config.kl_in == "loss", config.entropy_coef, ALGORITHMS[config.algorithm].needs_all
     return not any(others)

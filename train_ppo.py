@@ -15,7 +15,6 @@ Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its co
 import quiet  # noqa: F401, I001  before torch
 
 import sys
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -30,7 +29,6 @@ from batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
 from command_line import parse_config
 from models import build_critic
-from policy import Critic
 from prepare import make_optimizer, on_disk, prepare
 from run import Run, launch, set_learning_rate
 from train_grpo import (
@@ -48,15 +46,6 @@ from train_grpo import (
 )
 
 PPO = Algorithm(advantage=None, loss=clip_token, weight=all_tokens)  # the advantage is the critic's, see `judge`
-
-
-@dataclass
-class Learners:
-    """What PPO trains: the run's policy, and a critic."""
-
-    run: Run
-    critic: Critic
-    optimizer: torch.optim.Optimizer  # the critic's
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,14 +85,14 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: Conf
 
 
 @torch.no_grad()
-def judge(learners: Learners, batches: list[MicroBatch]) -> None:
+def judge(run: Run, batches: list[MicroBatch]) -> None:
     """Gives the step's micro-batches their values, advantages and returns.
 
     On entry, `advantages` holds on each token the reward of its whole completion.
     """
-    run, config = learners.run, learners.run.config
+    config, (critic, _) = run.config, run.learners["critic"]
     for batch in batches:
-        values = batch.values = learners.critic(batch.packed)
+        values = batch.values = critic(batch.packed)
         ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
         rewards = torch.where(ends, batch.advantages, 0.0)
         if config.kl_coef:
@@ -131,15 +120,16 @@ def normalize(batches: list[MicroBatch], world: fsdp_utils.World) -> None:
         batch.advantages = (batch.advantages - mean) / (std + 1e-6)
 
 
-def update_critic(learners: Learners, batches: list[MicroBatch], may_stop: bool) -> dict[str, float]:
+def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[str, float]:
     """One optimizer update of the critic; as `update_policy`."""
+    critic, optimizer = run.learners["critic"]
 
     def share_of_loss(batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        values = learners.critic(batch.packed)
-        losses, info = value_loss(values, batch.values, batch.returns, learners.run.config)
+        values = critic(batch.packed)
+        losses, info = value_loss(values, batch.values, batch.returns, run.config)
         return (losses * batch.weights).sum(), info | {"value": values.detach(), "return": batch.returns}
 
-    sums = update(learners.run, learners.critic, learners.optimizer, batches, share_of_loss, may_stop)
+    sums = update(run, critic, optimizer, batches, share_of_loss, may_stop)
     return {name if name == "tokens" else f"critic/{name}": value for name, value in sums.items()}
 
 
@@ -148,10 +138,10 @@ def update_critic(learners: Learners, batches: list[MicroBatch], may_stop: bool)
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def train(learners: Learners) -> None:
+def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
-    run = learners.run
     config, log, policy = run.config, run.log, run.policy
+    _, critic_optimizer = run.learners["critic"]
     run.begin()
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
@@ -168,17 +158,9 @@ def train(learners: Learners) -> None:
 
         # 3. advantage, out of values; and 4. logprobs
         log.phase("logprobs")
-        updates = make_updates(
-            [prompts[completion.request].token_ids for completion in completions],
-            completions,
-            scores + overlong_penalties(completions, config),
-            weight=lambda lengths: all_tokens(lengths, config),
-            updates=config.updates_per_rollout,
-            budget=config.tokens_per_microbatch,
-            drop_useless=False,
-            world=run.world,
-        )
-        judge(learners, list(chain.from_iterable(updates)))
+        rewards = scores + overlong_penalties(completions, config)  # `judge` makes advantages of them
+        updates = make_updates(completions, rewards, PPO.weight, config, run.world)
+        judge(run, list(chain.from_iterable(updates)))
         if len(updates) * config.epochs_per_rollout > 1:
             with torch.no_grad():
                 for batch in chain.from_iterable(updates):
@@ -186,11 +168,11 @@ def train(learners: Learners) -> None:
 
         # 5. update
         log.phase("update")
-        set_learning_rate(learners.optimizer, config.critic_learning_rate, step, config)
+        set_learning_rate(critic_optimizer, config.critic_learning_rate, step, config)
         lr = set_learning_rate(run.optimizer, config.learning_rate, step, config)
         critic_sums, policy_sums = [], []
         for batches in updates * config.epochs_per_rollout:
-            critic_sums.append(update_critic(learners, batches, may_stop=not critic_sums))
+            critic_sums.append(update_critic(run, batches, may_stop=not critic_sums))
             if step > config.critic_warmup_steps:
                 policy_sums.append(update_policy(run, batches, PPO.loss))
 
@@ -207,7 +189,7 @@ def train(learners: Learners) -> None:
     run.end()
 
 
-def prepare_ppo() -> Learners:
+def prepare_ppo() -> Run:
     """The command line's run and its critic."""
     config = parse_config(sys.argv[1:], description=__doc__)
     if config.algorithm != "ppo":
@@ -223,7 +205,7 @@ def prepare_ppo() -> Learners:
     run.learners["critic"] = (critic, optimizer)
     trained = sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
     run.log.print(f"critic {trained / 1e6:,.2f}M parameters trained")
-    return Learners(run, critic, optimizer)
+    return run
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def train_once(run: Run, config: Config) -> list[float]:
     if config.algorithm == "ppo":
         critic = build_critic(config, folder, run.world)
         optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, saved=None)
-        train_ppo.train(train_ppo.Learners(run, critic, optimizer))
+        run.learners["critic"] = (critic, optimizer)
+        train_ppo.train(run)
     else:
         train_grpo.train(run)
     if run.world.rank:

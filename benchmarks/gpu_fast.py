@@ -135,21 +135,15 @@ def update_run(size: Size, work: Path):
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, scale.words, (count, config.max_model_len), generator=generator).tolist()
     prompts = [row[: size.prompt] for row in ids]
-    completions = [Completion(i, row[size.prompt :], [-10.0] * size.completion, True) for i, row in enumerate(ids)]
+    completions = [
+        Completion(i, prompts[i], row[size.prompt :], [-10.0] * size.completion, True) for i, row in enumerate(ids)
+    ]
     run = bare_run(config, model_folder(work, scale), prompts, sample=False)
     trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
     run.learners = {}
-    (batches,) = make_updates(
-        prompts,
-        completions,
-        torch.randn(count, generator=generator).double(),
-        weight=lambda lengths: ALGORITHMS["grpo"].weight(lengths, config),
-        updates=1,
-        budget=config.tokens_per_microbatch,
-        drop_useless=False,
-        world=run.world,
-    )
+    advantages = torch.randn(count, generator=generator).double()
+    (batches,) = make_updates(completions, advantages, ALGORITHMS["grpo"].weight, config, run.world)
     return run, batches
 
 
@@ -170,10 +164,8 @@ def flops(size: Size, recompute: bool) -> float:
 
 def sync(rows: Rows, size: Size, work: Path) -> None:
     """A sync into real vLLM: bytes of merged weights per second, and what it needs beside them."""
-    import lora
     from benchmarks.weight_sync import random_adapter
-    from rollout import whole_modules
-    from stream import SyncStats
+    from stream import SyncStats, to_send
 
     scale, roof = vs_trl.SCALES[size.scale], copy_roof(size)
     config = check_config(size, gpu_memory_utilization=VLLM_SHARE, enforce_eager=True)
@@ -182,7 +174,7 @@ def sync(rows: Rows, size: Size, work: Path) -> None:
     random_adapter(run.policy.model, 0, 0.02)
     verified = run.sync(verify=True)
     rows.right("share of the update that is missing in vLLM", abs(1 - verified["sync/arrived"]), 0.1)
-    sent = whole_modules([path for path, _ in lora.lora_layers(run.policy.model)])
+    sent = to_send(run.policy.model)
     largest = max(tensor.nbytes for _, tensor in run.weights(sent))
     moved, seconds = verified["sync/bytes"], median_seconds(run.sync, size.rounds)
     merging = median_seconds(lambda: [None for _ in run.weights(sent, SyncStats())], size.rounds)

@@ -27,20 +27,11 @@ def align(run: Run) -> tuple[list[int], list[dict[str, Any]]]:
     completions = run.sample(asked, step=1)
     rewards = run.score(asked, completions)
     advantages = algorithm.advantage(rewards.view(-1, config.group_size)).flatten()
-    (batches,) = make_updates(
-        [asked[completion.request].token_ids for completion in completions],
-        completions,
-        advantages,
-        weight=lambda lengths: algorithm.weight(lengths, config),
-        updates=1,
-        budget=config.tokens_per_microbatch,
-        drop_useless=True,
-        world=run.world,
-    )
+    (batches,) = make_updates(completions, advantages, algorithm.weight, config, run.world, drop_useless=True)
     batch = max(batches, key=lambda batch: batch.weights.sum())
     logprobs = run.policy(batch.packed, config.temperature).logprobs
     which = int(advantages[batch.completions].argmax())  # of the batch; one that is to become likelier
-    prompt = asked[completions[batch.completions[which]].request].token_ids
+    prompt = completions[batch.completions[which]].prompt_ids
     start, ids = sum(batch.packed.lengths[:which]), batch.packed.input_ids.tolist()
     table = []
     for position in range(start, start + batch.packed.lengths[which]):

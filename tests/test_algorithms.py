@@ -17,7 +17,7 @@ from fsdp_utils import World
 from policy import FrozenHead
 from rollout import Completion
 from run import schedule
-from train_grpo import ALGORITHMS, importance_weight, kl, policy_loss, settle, worth_learning
+from train_grpo import ALGORITHMS, importance_weight, kl, overlong_penalties, policy_loss, settle, worth_learning
 
 NAMES = list(ALGORITHMS)
 F64 = torch.float64
@@ -224,7 +224,7 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
     old = -torch.rand(sum(lengths), generator=generator)
     parameter = (old + 0.3 * torch.randn(len(old), generator=generator)).requires_grad_()
     completions = [
-        Completion(request=0, token_ids=[0] * len(part), logprobs=part.tolist(), truncated=False)
+        Completion(request=0, prompt_ids=[0], token_ids=[0] * len(part), logprobs=part.tolist(), truncated=False)
         for part in old.split(lengths)
     ]
 
@@ -232,10 +232,8 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
         loss, count = 0.0, 0
         for rank in range(ranks):
             world = World(rank, ranks, torch.device("cpu"))
-            ((*batches,),) = make_updates(
-                [[0]] * 12, completions, advantages, lambda n: algorithm.weight(n, config), updates=1, budget=budget,
-                drop_useless=False, world=world,
-            )  # fmt: skip
+            plan = dataclasses.replace(config, tokens_per_microbatch=budget)
+            ((*batches,),) = make_updates(completions, advantages, algorithm.weight, plan, world)
             for batch in batches:
                 logprobs = torch.cat([parameter.split(lengths)[i] for i in batch.completions])
                 batch.old_logprobs = batch.ref_logprobs = batch.sampler_logprobs
@@ -252,6 +250,15 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
 # ---------------------------------------------------------------------------------------------------------------
 # KL, entropy, importance sampling, dual clip
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def test_overlong_penalties():
+    """Of lengths 50, 80, 85 and 100 where 100 is the limit and a fifth of it the buffer, by hand."""
+    completions = [Completion(0, [], [0] * length, [], truncated=length == 100) for length in (50, 80, 85, 100)]
+    config = dataclasses.replace(config_of("dapo"), max_completion_length=100, overlong_buffer=0.2)
+    assert overlong_penalties(completions, config).tolist() == [0.0, 0.0, -0.25, -1.0]
+    config = dataclasses.replace(config, overlong_buffer=0.0)
+    assert not overlong_penalties(completions, config).any()
 
 
 def test_kl_estimators():

@@ -495,7 +495,6 @@ def bad_checkpoints(run: Path, bad: Path) -> list[Case]:
         "progress": progress,
         "config": dataclasses.asdict(now),
         "log": {"metrics": 0, "samples": 0, "wandb": None},
-        "random_states": [checkpoint.random_state()],
     }
     cases = []
 

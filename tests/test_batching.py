@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import fsdp_utils
 import lora
 from batching import assign, batch_metrics, make_updates
+from configs.base import Config
 from policy import Policy
 from rollout import Completion
 
@@ -81,21 +82,20 @@ def test_balance_is_that_of_karmarkar_karp(ranks, budget):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def make_step() -> tuple[list[list[int]], list[Completion], torch.Tensor]:
-    """Prompts, completions and advantages of three groups of four; the second group has nothing to learn."""
+def make_step() -> tuple[list[Completion], torch.Tensor]:
+    """Completions and advantages of three groups of four; the second group has nothing to learn."""
     rng = random.Random(0)
     groups = [[rng.randrange(160) for _ in range(rng.randint(3, 9))] for _ in range(3)]
-    prompts = [groups[i // 4] for i in range(12)]
     completions = []
     for i in range(12):
         token_ids = [rng.randrange(160) for _ in range(rng.choice([1, 4, 4, 11, 30]))]
-        completions.append(Completion(i // 4, token_ids, [-1.0] * len(token_ids), truncated=False))
+        completions.append(Completion(i // 4, groups[i // 4], token_ids, [-1.0] * len(token_ids), truncated=False))
     advantages = torch.tensor([rng.gauss(0, 1) for _ in range(12)], dtype=torch.float64)
     advantages[4:8] = 1e-17  # what rounding makes of 0
-    return prompts, completions, advantages
+    return completions, advantages
 
 
-def token_weights(lengths: torch.Tensor) -> torch.Tensor:
+def token_weights(lengths: torch.Tensor, config: Config) -> torch.Tensor:
     return 1 / (len(lengths) * lengths)
 
 
@@ -125,8 +125,9 @@ def plain_gradients(folder: Path) -> dict[str, torch.Tensor]:
     lora.inject(model, ["all-linear"], 4, 8.0)
     set_adapters(model)
     loss = 0.0
-    for prompt, completion, advantage in zip(*make_step()):
-        logits = model(torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+    for completion, advantage in zip(*make_step()):
+        ids, start = completion.prompt_ids + completion.token_ids, len(completion.prompt_ids)
+        logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
         logp = (logits / TEMPERATURE).log_softmax(-1)[range(len(completion.token_ids)), completion.token_ids]
         loss = loss - advantage * logp.mean() / 12
     loss.backward()
@@ -148,16 +149,14 @@ def gradients(policy: Policy, batches: list, world: fsdp_utils.World) -> dict[st
 
 def cut_and_compare(folder: Path) -> dict[tuple, tuple]:
     """Per way to cut the step: micro-batches, fillers on any rank, the largest relative error, and the metrics."""
-    world, (prompts, completions, advantages) = fsdp_utils.init_world(), make_step()
+    world, (completions, advantages) = fsdp_utils.init_world(), make_step()
     expected, results = plain_gradients(folder), {}
     for size in sorted({1, world.size}):
         policy = load_policy(folder, size, world)
         for budget in (1 << 20, 90, 50, 5):
             for drop in (True, False):
-                updates = make_updates(
-                    prompts, completions, advantages, token_weights, updates=1, budget=budget, drop_useless=drop,
-                    world=world,
-                )  # fmt: skip
+                config = Config(tokens_per_microbatch=budget)
+                updates = make_updates(completions, advantages, token_weights, config, world, drop)
                 fillers = torch.tensor(sum(not batch.weights.any() for batch in updates[0]))
                 dist.all_reduce(fillers)
                 found = gradients(policy, updates[0], world)
@@ -191,15 +190,13 @@ def test_fillers_contribute_exactly_nothing(model_folder):
     lora.inject(model, ["all-linear"], 4, 8.0)
     set_adapters(model)
     policy = Policy(model)
-    prompts, completions, advantages = make_step()
+    completions, advantages = make_step()
     advantages[:11] = 0
     norms = []
     for rank in range(3):
         world = fsdp_utils.World(rank, 3, torch.device("cpu"))
-        updates = make_updates(
-            prompts, completions, advantages, token_weights, updates=1, budget=64, drop_useless=True, world=world
-        )
-        ((batch,),) = updates
+        config = Config(tokens_per_microbatch=64)
+        ((batch,),) = make_updates(completions, advantages, token_weights, config, world, drop_useless=True)
         (batch.advantages * policy(batch.packed)[0] * batch.weights).sum().backward()
         grads = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
         norms.append(sum(grad.abs().sum().item() for grad in grads))

@@ -1,5 +1,7 @@
 """`python lora.py export` and `inspect`, against peft's merge and plain algebra."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -39,6 +41,15 @@ def test_exported_model_is_pefts_merge_rounded_once(architecture, model_folder, 
         found["model.layers.0.mlp.up_proj.weight"] != load(base, torch.bfloat16).model.layers[0].mlp.up_proj.weight
     ).any()
     torch.testing.assert_close(load(tmp_path / "o")(IDS).logits, merged(IDS).logits, rtol=0, atol=0.05)
+
+
+def test_only_files_of_the_index_are_exported(model_folder, tmp_path):
+    """Some models of the hub also hold their weights once more, under names of their makers' own."""
+    shutil.copytree(model_folder("mistral"), tmp_path / "base")
+    weights = dict.fromkeys(load_file(tmp_path / "base" / "model.safetensors"), "model.safetensors")
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "base" / "consolidated.safetensors")
+    assert {name for name, _ in export.read_model(tmp_path / "base")} == weights.keys()
 
 
 def test_inspect_prints_what_each_module_gets_and_keeps(model_folder, tmp_path):

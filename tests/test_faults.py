@@ -198,7 +198,8 @@ def empty_updates(tiny: str) -> dict[str, list[float]]:
 
     world, norms = fsdp_utils.init_world(), {}
     for name, algorithm in train_grpo.ALGORITHMS.items():
-        config = Config(model=tiny, algorithm=name, group_size=2, lora_rank=4, dtype="float32")
+        small = {"group_size": 2, "lora_rank": 4, "tokens_per_microbatch": 64}
+        config = Config(model=tiny, algorithm=name, dtype="float32", **small)
         config = train_grpo.settle(config, algorithm)
         policy = build_policy(config, tiny, world)
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
@@ -211,12 +212,10 @@ def empty_updates(tiny: str) -> dict[str, list[float]]:
 def update_norm(session: SimpleNamespace, algorithm: train_grpo.Algorithm, lengths: list[int]) -> float:
     """The gradient norm of an update over two groups of two completions of those lengths."""
     config, world = session.config, session.world
-    completions = [Completion(i // 2, [7] * n, [-1.0] * n, truncated=False) for i, n in enumerate(lengths)]
+    completions = [Completion(i // 2, [5, 6], [7] * n, [-1.0] * n, truncated=False) for i, n in enumerate(lengths)]
     advantages = algorithm.advantage(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)).flatten()
-    weight = lambda lengths: algorithm.weight(lengths, config)  # noqa: E731
-    useless = train_grpo.only_advantages(config)
-    plan = {"updates": 1, "budget": 64, "drop_useless": useless, "world": world}
-    (batches,) = make_updates([[5, 6]] * 4, completions, advantages, weight, **plan)
+    useless = train_grpo.only_advantages_teach(config)
+    (batches,) = make_updates(completions, advantages, algorithm.weight, config, world, drop_useless=useless)
     for batch in batches if algorithm.flow else []:
         batch.ref_logprobs = session.policy(batch.packed).logprobs.detach()
     return train_grpo.update_policy(session, batches, algorithm.loss)["grad_norm"]

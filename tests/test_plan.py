@@ -33,8 +33,7 @@ def settings(way: str, **others) -> Config:
 def really(folders):
     """For each way, of this rank's models as the trainer builds them: shards, peaks, and what a sync moves."""
     import models
-    from rollout import whole_modules
-    from stream import SyncStats, summon_layers
+    from stream import SyncStats, summon_layers, to_send
 
     world, found = fsdp_utils.init_world(), {}
     for way, folder in folders.items():
@@ -44,8 +43,7 @@ def really(folders):
         if config.algorithm == "ppo":
             found[way]["critic"] = learner(config, models.build_critic(config, str(folder), world))
         fsdp_utils.reshard(policy)
-        stats, adapted = SyncStats(), [path for path, _ in plan.lora.lora_layers(policy.model)]
-        modules = None if config.sleep_level == 2 or not adapted else whole_modules(adapted)
+        modules, stats = to_send(policy.model, everything=config.sleep_level == 2), SyncStats()
         dtype = getattr(torch, config.dtype)
         options = {"dtype": dtype, "prefetch": config.sync_prefetch, "release": True}
         for _ in summon_layers(policy.model, world.device, modules=modules, stats=stats, **options):

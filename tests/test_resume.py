@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from torch import nn
 
 import checkpoint
 from configs.base import Config
+from run import Progress, Run
 from tracking import RunLog
 
 NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may differ between two equal runs
@@ -320,13 +322,18 @@ def test_resuming_an_older_checkpoint_sets_the_newer_aside(tmp_path):
     assert names == ["step_000001", "step_000002", "step_000003.old"]
 
 
-def test_random_numbers_go_on():
-    """Through JSON, of torch, numpy and Python."""
-    state = json.dumps(checkpoint.random_state())
-    draw = lambda: (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1))  # noqa: E731
-    expected = [draw() for _ in range(3)]
-    checkpoint.set_random_state(json.loads(state))
-    assert [draw() for _ in range(3)] == expected
+def test_random_numbers_follow_from_the_step():
+    """Of torch, numpy and Python, whatever was drawn before; other ones on every rank and in every step."""
+
+    def draws(rank: int, step: int) -> tuple:
+        run = SimpleNamespace(config=Config(), world=SimpleNamespace(rank=rank), progress=Progress(), taken=0)
+        run.log = SimpleNamespace(position=lambda: {})
+        Run.finish_step(run, step)
+        return torch.rand(1).item(), np.random.rand(), random.random(), random.gauss(0, 1)
+
+    found = {(rank, step): draws(rank, step) for rank in range(2) for step in range(3)}
+    assert {place: draws(*place) for place in reversed(found)} == found
+    assert all(len(set(kind)) == len(found) for kind in zip(*found.values()))
 
 
 def test_names_cannot_leave_the_folder(tmp_path):
