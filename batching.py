@@ -56,7 +56,7 @@ def assign(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]
     [[[1, 3]], [[0, 2]]]
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    count = -(-sum(lengths) // (ranks * budget)) or 1
+    count = -(-sum(min(length, budget) for length in lengths) // (ranks * budget)) or 1
     while True:  # with too few bins, some would overflow: add one per rank, or 5%
         bins: list[list[int]] = [[] for _ in range(ranks * count)]
         lightest = [(0, bin) for bin in range(len(bins))]  # a heap of (tokens, bin)

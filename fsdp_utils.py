@@ -32,6 +32,7 @@ import nf4
 T = TypeVar("T")
 
 SHARED_MEMORY = Path("/dev/shm")
+UNKNOWN = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")  # to policy.py
 FLOATS = ("BF16", "F16", "F32", "F64")  # what weights may be stored as; quantised ones are not understood
 
 
@@ -136,6 +137,9 @@ def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"model {folder!r} is a {type(model).__name__}, which has no decoder blocks named `layers`")
+    for name in UNKNOWN:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
     return model
 
 

@@ -143,10 +143,14 @@ class Tracker(FSDPMemTracker):
 
 
 def full_batch(config: Config) -> Packed:
-    """The largest micro-batch: as many sequences of full length as its budget holds, or one."""
-    count = max(1, config.tokens_per_microbatch // config.max_model_len)
-    prompt, completion = [1] * config.max_prompt_length, [1] * config.max_completion_length
-    return pack([prompt] * count, [completion] * count, HERE)
+    """The largest micro-batch: as many sequences of full length as its budget holds, and a shorter one; or one."""
+    count, rest = divmod(max(config.tokens_per_microbatch, config.max_model_len), config.max_model_len)
+    lengths = [(config.max_prompt_length, config.max_completion_length)] * count
+    if rest > 1:
+        completion = min(rest - 1, config.max_completion_length)
+        lengths.append((rest - completion, completion))
+    prompts, completions = ([[1] * length for length in column] for column in zip(*lengths))
+    return pack(prompts, completions, HERE)
 
 
 def measure(config: Config, shape: PretrainedConfig) -> Trainer:
@@ -335,6 +339,8 @@ def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Led
 
 def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float) -> tuple[str, bool]:
     """The text, and whether it all fits."""
+    if gpus % config.tensor_parallel_size:
+        raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
     trainer = plan_trainer(config, shape, gpus)
     ledgers = phases(config, shape, trainer, gpu_gb * GB)
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}

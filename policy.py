@@ -75,12 +75,18 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     )
 
 
-def packed_attention(module, query, key, value, attention_mask, scaling=None, packed: Packed | None = None, **_):
-    """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out."""
-    if query.is_cuda:
+def packed_attention(
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, packed: Packed | None = None, **_
+):
+    """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out.
+
+    A token sees the `sliding_window` last ones, itself included; None: all.
+    """
+    if query.is_cuda and query.dtype != torch.float32:  # which the kernel does not know
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         of_queries_and_keys = (packed.starts, packed.starts, packed.lengths[0], packed.lengths[0])
-        out = varlen_attn(q, k, v, *of_queries_and_keys, scale=scaling, window_size=(-1, 0), **GROUPED)
+        window = (sliding_window - 1 if sliding_window else -1, 0)
+        out = varlen_attn(q, k, v, *of_queries_and_keys, scale=scaling, window_size=window, **GROUPED)
         return out[None], None
     # Sequences of one length stand together, so they are a batch without copying or padding anything. In float32,
     # since PyTorch's CPU kernel needs ten times as long for the backward of short sequences in bfloat16.
@@ -91,7 +97,10 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, pa
         count = len(list(group))
         span = slice(start, start + count * length)
         q, k, v = (tensor[0, :, span].unflatten(1, (count, length)).transpose(0, 1) for tensor in widened)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        seen = None
+        if sliding_window and sliding_window < length:
+            seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril().triu(1 - sliding_window)
+        out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None, scale=scaling, enable_gqa=True)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
         start = span.stop
     return torch.cat(outputs)[None].to(query.dtype), None

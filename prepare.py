@@ -4,6 +4,7 @@ import json
 import math
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -86,22 +87,25 @@ def resume(config: Config) -> Saved | None:
         folder = checkpoint.find(run, config.resume, say=print)
         if folder is None:
             print(f"{str(run)!r} has no checkpoint to resume from: this run starts at the beginning")
-            return None
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            progress, settings = Progress(**state["progress"]), dict(state["config"])
-            log = dict(state["log"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
-        for name in checkpoint.FIXED:
-            before, now = settings.get(name), getattr(config, name)
-            if before != now:
-                raise ValueError(
-                    f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep"
-                )
-        return Saved(folder, progress, log)
+        return folder and read_saved(folder, config)
 
     return fsdp_utils.on_first_rank(find)
+
+
+def read_saved(folder: Path, config: Config) -> Saved:
+    """What a checkpoint's state.json says. Raises ValueError if it is no state of such a run."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        progress, settings, log = Progress(**state["progress"]), dict(state["config"]), dict(state["log"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
+    for name in checkpoint.FIXED:
+        before, now = settings.get(name), getattr(config, name)
+        if before != now:
+            raise ValueError(f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep")
+    if progress.best_step not in checkpoint.written(folder.parents[1]):  # it gave way to a better one, of a later step
+        progress = replace(progress, best_step=-1, best_accuracy=-1.0)
+    return Saved(folder, progress, log)
 
 
 def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
@@ -125,12 +129,12 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
     def load(split: str) -> list[reward.Problem]:
         return reward.load_problems(config.task, split, config.data_dir, config.cache_dir)
 
-    train, test = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")[: config.eval_problems]))
+    splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
     with fsdp_utils.reading(f"the tokenizer of model {tokenizer.name_or_path!r}"):
-        prompts = [tokenize(problems, tokenizer, config.max_prompt_length) for problems in (train, test)]
-    if not all(prompts):
+        train, test = (tokenize(problems, tokenizer, config.max_prompt_length) for problems in splits)
+    if not (train and test):
         raise ValueError(f"no prompt fits in max_prompt_length, {config.max_prompt_length} tokens")
-    return prompts
+    return [train, test[: config.eval_problems]]
 
 
 def check_fit(config: Config, model: PretrainedConfig, prompts: list[list[Prompt]]) -> None:

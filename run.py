@@ -60,7 +60,7 @@ class Progress:
 
     step: int = 0
     prompts_taken: int = 0  # from the endless stream of training prompts
-    updates_skipped: int = 0  # in a row, for a loss or gradients that were not finite
+    updates_skipped: int = 0  # for a loss or gradients that were not finite, since the last step without any
     best_accuracy: float = -1.0  # of the checkpoints that were evaluated,
     best_step: int = -1  # and which of them has it
 
@@ -271,8 +271,8 @@ class Run:
             names = ("loss", "grad_norm", "critic/loss", "critic/grad_norm")
             seen = ", ".join(f"{name} {metrics[name]}" for name in names if name in metrics)
             raise RuntimeError(
-                f"loss or gradients were NaN or infinite in {self.progress.updates_skipped:.0f} updates in a row, more "
-                f"than max_skipped {self.config.max_skipped}; the last step had {seen}"
+                f"loss or gradients were NaN or infinite in {self.progress.updates_skipped:.0f} updates, some in every "
+                f"one of the last steps, more than max_skipped {self.config.max_skipped}; the last step had {seen}"
             )
         limit, mismatch = self.config.max_mismatch, metrics.get("mismatch/kl", 0.0)
         if limit and mismatch > limit:
@@ -284,7 +284,8 @@ class Run:
         """Closes the log, and says where everything is."""
         self.log.close()
         folder, kind = self.log.folder, "adapter" if self.config.lora_rank else "model"
-        self.log.print(f"\n{kind:<8} {folder / 'checkpoints' / f'step_{self.progress.step:06d}' / kind}")
+        newest = folder / "checkpoints" / f"step_{self.saved_step or 0:06d}" / kind
+        self.log.print(f"\n{kind:<8} {newest if self.saved_step else 'could not be saved'}")
         self.log.print(f"metrics  {folder / 'metrics.jsonl'}")
         self.log.print(f"samples  {folder / 'samples.jsonl'}")
         self.log.print(f"next     python plot.py {folder}")

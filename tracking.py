@@ -17,6 +17,7 @@ import netrc
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -175,8 +176,11 @@ class RunLog:
         cells = [[str(value).replace("|", "\\|").replace("\n", "<br>") for value in row] for row in rows]
         lines = [" | ".join(row) for row in (COLUMNS, ["---"] * len(COLUMNS), *cells)]
         path = self.folder / "evals" / f"step_{step:06d}.md"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(f"| {line} |" for line in lines) + "\n")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(f"| {line} |" for line in lines) + "\n")
+        except OSError as error:
+            self.print(f"no table of samples: {error}. The run goes on.")
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
         self.wandb.log({"eval/samples": wandb.Table(columns=list(COLUMNS), data=texts)}, step=step)
         shown = " ".join(f"{first['prompt']} {first['completion']}".split())
@@ -225,9 +229,11 @@ def reset_peak_memory() -> None:
 
 
 def wandb_mode(mode: str) -> str:
-    """`auto` is online for who is logged in to wandb, else offline."""
+    """`auto` is what the environment says, else online for who is logged in to wandb, else offline."""
     if mode != "auto":
         return mode
+    if "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"]
     try:
         logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in netrc.netrc().hosts
     except (OSError, netrc.NetrcParseError):
@@ -244,5 +250,5 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    return {"versions": versions, "commit": commit, "command": sys.argv, "cores": os.cpu_count()}
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "cores": os.cpu_count()}

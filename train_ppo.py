@@ -15,6 +15,7 @@ Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its co
 import quiet  # noqa: F401, I001  before torch
 
 import sys
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -142,6 +143,8 @@ def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
     config, log, policy = run.config, run.log, run.policy
     _, critic_optimizer = run.learners["critic"]
+    waits = config.critic_warmup_steps  # of the policy's, whose learning rate begins when it does
+    after_waiting = replace(config, steps=config.steps - waits)
     run.begin()
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
@@ -169,11 +172,11 @@ def train(run: Run) -> None:
         # 5. update
         log.phase("update")
         set_learning_rate(critic_optimizer, config.critic_learning_rate, step, config)
-        lr = set_learning_rate(run.optimizer, config.learning_rate, step, config)
+        lr = set_learning_rate(run.optimizer, config.learning_rate, max(step - waits, 0), after_waiting)
         critic_sums, policy_sums = [], []
         for batches in updates * config.epochs_per_rollout:
             critic_sums.append(update_critic(run, batches, may_stop=not critic_sums))
-            if step > config.critic_warmup_steps:
+            if step > waits:
                 policy_sums.append(update_policy(run, batches, PPO.loss))
 
         # 6. sync

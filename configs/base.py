@@ -27,7 +27,7 @@ class Config:
     output_dir: str = option("runs", "where the folders of runs are")
     steps: int = option(100, "training steps; each is one rollout and one update", least=1)
     seed: int = option(0, "decides the order of problems, the adapter's start and every sampled token", least=0)
-    eval_every: int = option(10, "steps between evaluations on held-out problems; 0: only at the end", least=0)
+    eval_every: int = option(10, "steps between evaluations on held-out problems; 0: only first and last", least=0)
     eval_problems: int = option(256, "held-out problems per evaluation", least=1)
     eval_samples: int = option(1, "sampled completions per held-out problem, beside one greedy completion", least=1)
     save_every: int = option(50, "steps between checkpoints; 0: only at the end", least=0)
@@ -36,14 +36,14 @@ class Config:
         "", "go on from a checkpoint: alone, the run's newest whole one; or its folder", nargs="?", const="latest"
     )
     max_skipped: int = option(
-        5, "stop after so many updates in a row had to be skipped for NaN or infinite gradients", least=0
+        5, "stop after so many updates were skipped for NaN or infinite gradients, some in every step", least=0
     )
     max_mismatch: float = option(
         0.1, "stop if the sampler's KL from the trainer, per token, is above this; 0: never", least=0
     )
     profile: int = option(0, "write a torch profiler trace of this step, see tracking.py; 0: none", least=0)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
-        "auto", "auto: online if logged in, else offline"
+        "auto", "auto: $WANDB_MODE, or online if logged in, else offline"
     )
     wandb_project: str = option("lorl", "the project in wandb")
 
@@ -78,7 +78,7 @@ class Config:
     # Rollout
     prompts_per_step: int = option(64, "P: problems per step", least=1)
     group_size: int = option(8, "G: completions per problem; the group is each one's baseline, so at least 2", least=1)
-    max_prompt_length: int = option(512, "tokens; problems with longer prompts are left out, and counted", least=1)
+    max_prompt_length: int = option(512, "tokens; problems with longer prompts are left out", least=1)
     max_completion_length: int = option(1024, "tokens; longer completions are cut off", least=1)
     temperature: float = option(1.0, "of sampling; logprobs are taken at the same temperature", above=0)
     tensor_parallel_size: int = option(1, "ranks that share one vLLM engine; divides the number of processes", least=1)

@@ -372,6 +372,7 @@ def bad_models(bad: Path, tiny_folder: Path) -> list[Case]:
     configured("other width", ["mlp", "999"], intermediate_size=999)
     configured("more layers", ["num_hidden_layers", "layer_types"], num_hidden_layers=4)
     layers = ["full_attention"] * 4
+    configured("scaled logits", ["logits_scaling 8.0", "not implemented"], logits_scaling=8.0)
     configured("layers that are not there", ["model.layers.3."], num_hidden_layers=4, layer_types=layers)
 
     case("no tokenizer", {"tokenizer.json": None, "tokenizer_config.json": None}, ["tokenizer"])

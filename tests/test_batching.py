@@ -47,6 +47,12 @@ def test_every_sequence_is_in_one_micro_batch_that_fits(ranks, budget, count):
         assert longest == sorted(longest, reverse=True), "memory runs out in the first micro-batch or not at all"
 
 
+def test_longer_sequences_than_the_budget_bring_no_fillers():
+    """Each of them is alone in its micro-batch; that it would fill several does not make more of them."""
+    assert [len(batches) for batches in assign([300] * 64, ranks=2, budget=1)] == [32, 32]
+    assert [len(batches) for batches in assign([3000] * 8 + [200] * 56, ranks=2, budget=1024)] == [10, 10]
+
+
 def karmarkar_karp(lengths: list[int], parts: int) -> list[int]:
     """Sums of the parts that the largest differencing method finds (Karmarkar and Karp 1982)."""
     partials = [[length] + [0] * (parts - 1) for length in lengths]

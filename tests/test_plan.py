@@ -1,5 +1,6 @@
 """plan.py against real runs: the same bytes, counted by other means (torch's profiler, the stream's own count)."""
 
+import dataclasses
 import sys
 
 import pytest
@@ -135,3 +136,11 @@ def test_a_critic_is_there_in_every_phase(monkeypatch, capsys):
 def test_mistakes_are_one_line(monkeypatch, capsys):
     code, text = run(monkeypatch, capsys, "--config", str(ROOT / "configs/arithmetic_cpu.py"), "--gpu", "8")
     assert code == 2 and text.startswith("error: unknown option '--gpu'") and text.count("\n") == 1
+    code, text = run(monkeypatch, capsys, "--config", str(ROOT / "configs/qwen2_5_72b_gsm8k.py"), "--gpus", "4")
+    assert code == 2 and text == "error: tensor_parallel_size 8 does not divide the 4 GPUs\n"
+
+
+def test_the_largest_micro_batch_fills_the_budget():
+    config = Config(max_prompt_length=512, max_completion_length=8192, tokens_per_microbatch=17_500)
+    assert plan.full_batch(config).lengths == [8704, 8704, 92]
+    assert plan.full_batch(dataclasses.replace(config, tokens_per_microbatch=1)).lengths == [8704]

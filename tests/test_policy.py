@@ -35,10 +35,13 @@ def test_frozen_head_is_exact_in_float64(monkeypatch, temperature, logits_at_onc
     torch.testing.assert_close(ours.grad, plain.grad, atol=1e-13, rtol=1e-12)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
-def test_packed_logprobs_equal_the_padded_models(model_folder, architecture):
+@pytest.mark.parametrize(
+    "architecture, settings",
+    [("llama", {}), ("qwen2", {}), ("qwen3", {}), *[("mistral", {"sliding_window": size}) for size in (None, 6)]],
+)
+def test_packed_logprobs_equal_the_padded_models(model_folder, architecture, settings):
     """Each completion's logprobs, against the untouched Hugging Face model run on one sequence at a time."""
-    folder = model_folder(architecture, dtype=torch.float32)
+    folder = model_folder(architecture, dtype=torch.float32, **settings)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     ours = Policy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     torch.manual_seed(1)

@@ -118,12 +118,13 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
 def test_a_short_run(tmp_path, tiny_folder):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
     options = "--steps 4 --wandb_mode disabled --run_name ppo --eval_problems 32 --prompts_per_step 128"
-    options += " --kl_coef 0.01 --kl_in reward --kl_estimator k1 --epochs_per_rollout 2"
+    options += " --warmup_steps 1 --kl_coef 0.01 --kl_in reward --kl_estimator k1 --epochs_per_rollout 2"
     config = str(ROOT / "configs/arithmetic_cpu_ppo.py")
     done = torchrun(2, "train_ppo.py", "--config", config, *options.split(), "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
     _before, *steps = map(json.loads, (tmp_path / "ppo/metrics.jsonl").read_text().splitlines())
     assert ["policy/kl_ref" in step for step in steps] == [False, False, True, True]
+    assert [step["lr"] for step in steps] == [0.0, 0.0, 0.001, 0.002], "it is warmed up when it begins"
     assert steps[3]["critic/error"] < 0.7 * steps[3]["reward/mean"]  # that is the error of expecting nothing
     assert steps[3]["critic/value"] == pytest.approx(steps[3]["critic/return"], abs=0.15)
     assert steps[3]["policy/clip_frac"] > 0 and steps[3]["policy/kl_ref"] != 0

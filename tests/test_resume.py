@@ -1,5 +1,6 @@
 """A run that dies goes on as if it had not: on real processes, killed for real."""
 
+import dataclasses
 import json
 import os
 import random
@@ -19,8 +20,9 @@ from torch import nn
 
 import checkpoint
 from configs.base import Config
+from prepare import read_saved
 from run import Progress, Run
-from tracking import RunLog
+from tracking import COLUMNS, RunLog
 
 NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may differ between two equal runs
 GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"
@@ -281,7 +283,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path):
     assert checkpoint.find(tmp_path, "latest", print).name == "step_000001"
 
 
-def test_what_a_disk_is_too_full_for_fails_and_leaves_nothing(tmp_path):
+def test_what_a_disk_is_too_full_for_fails_and_leaves_nothing(tmp_path, capsys):
     """A real file system of 64 KiB."""
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True
@@ -298,6 +300,8 @@ def test_what_a_disk_is_too_full_for_fails_and_leaves_nothing(tmp_path):
             log.append("samples", [{"step": step, "text": "x" * 1000}])
         with pytest.raises(OSError, match="samples.jsonl are not on the disk"):
             log.flush()
+        log.tabulate([dict.fromkeys(COLUMNS, "a") | {"step": 1, "kind": "eval", "reward": 0.0}])
+        assert "no table of samples: [Errno 28]" in capsys.readouterr().out
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "r" / "samples.jsonl").write_text("")  # somebody has made room
         log.flush()
@@ -352,3 +356,14 @@ def test_old_checkpoints_go_but_the_best_stays(tmp_path):
     assert list(checkpoint.written(tmp_path)) == [1, 999_999, 1_000_000]
     assert (tmp_path / "latest").read_text() == "checkpoints/step_1000000\n"
     assert checkpoint.find(tmp_path, "latest", print).name == "step_1000000"
+
+
+def test_a_best_checkpoint_that_is_gone_is_none(tmp_path):
+    """Resumed from before the better one, for which the one that was best until then had been deleted."""
+    config = Config()
+    for step, best in ((10, 10), (20, 10)):
+        state = {"config": dataclasses.asdict(config), "log": {}, "progress": {"step": step, "best_step": best}}
+        folder = checkpoint.write(tmp_path, step, state, {"a": torch.zeros(2)}, lambda folder: None)
+    assert read_saved(folder, config).progress == Progress(step=20, best_step=10)
+    shutil.rmtree(tmp_path / "checkpoints/step_000010")
+    assert read_saved(folder, config).progress == Progress(step=20)

@@ -13,7 +13,7 @@ from benchmarks.what_bounds import own_times, table
 from configs.base import Config
 from prepare import check_writable
 from run import give_memory_back
-from tracking import RunLog
+from tracking import RunLog, wandb_mode
 
 
 def test_timeline(tmp_path):
@@ -62,6 +62,15 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
         check_writable(tmp_path / "run")
     log.close()
     check_writable(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [({}, "offline"), ({"WANDB_API_KEY": "x"}, "online"), ({"WANDB_API_KEY": "x", "WANDB_MODE": "dryrun"}, "dryrun")],
+)
+def test_the_environment_decides_about_wandb(monkeypatch, tmp_path, environment, expected):
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | environment)
+    assert wandb_mode("auto") == expected and wandb_mode("online") == "online"
 
 
 def test_freed_memory_goes_back_to_the_system():
