@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +32,7 @@ import nf4
 
 T = TypeVar("T")
 
+LONGEST_WAIT = timedelta(hours=6)  # while one rank downloads a model; one that dies ends all by torchrun
 SHARED_MEMORY = Path("/dev/shm")
 UNKNOWN = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")  # to policy.py
 FLOATS = ("BF16", "F16", "F32", "F64")  # what weights may be stored as; quantised ones are not understood
@@ -61,7 +63,8 @@ def init_world() -> World:
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -244,6 +247,7 @@ def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
         ranks, mine = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
         start = min(mine * -(-len(parameter) // ranks), len(parameter))
     rows = source[start : start + len(shards[0])]
+    rows = rows.cuda() if quantized and torch.cuda.is_available() else rows  # a CPU core takes minutes for billions
     with torch.no_grad():
         for shard, values in zip(shards, nf4.quantize(rows) if quantized else [rows]):
             shard.copy_(values)

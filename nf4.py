@@ -12,6 +12,7 @@ Shapes of a weight (out, in), with K = ceil(in / 64) blocks a row; 0.516 bytes a
     scale  (out, 1) float32       the row's largest magnitude / 255
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -26,12 +27,14 @@ CODEBOOK = torch.tensor(  # as bitsandbytes publishes it; tests derive it from t
         *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ]
 )
-ROWS_AT_ONCE = 1024  # quantised at a time: the work needs 20 bytes a weight, what comes of it half a byte
+# Worked on at a time, where 20 bytes may be needed for each: what a CPU's cache holds is done twice as fast, and a GPU
+# has room for many.
+ELEMENTS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 20)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(out, in) of any float dtype -> packed, absmax, scale."""
-    parts = [quantize_rows(rows.float()) for rows in weight.split(ROWS_AT_ONCE)] or [quantize_rows(weight.float())]
+    parts = [quantize_rows(weight[rows].float()) for rows in slices(weight)] or [quantize_rows(weight.float())]
     packed, absmax, scale = (torch.cat(part) for part in zip(*parts))
     return packed, absmax, scale
 
@@ -51,8 +54,17 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def dequantize(packed: Tensor, absmax: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
     """packed, absmax, scale -> (out, in); computed in float32 and rounded once."""
-    unit = F.embedding(packed.int(), pairs(packed.device)).view(len(packed), -1, BLOCK)
-    return unit.mul_((absmax * scale)[..., None]).to(dtype).flatten(1)[:, :in_features]
+    weight = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
+    for rows in slices(weight):
+        unit = F.embedding(packed[rows].int(), pairs(packed.device)).view(weight[rows].shape[0], -1, BLOCK)
+        weight[rows] = unit.mul_((absmax[rows] * scale[rows])[..., None]).flatten(1)[:, :in_features]
+    return weight
+
+
+def slices(weight: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, in parts of about `ELEMENTS_AT_ONCE`."""
+    step = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+    return (slice(start, start + step) for start in range(0, len(weight), step))
 
 
 @cache

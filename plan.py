@@ -194,6 +194,8 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     fsdp_utils.reshard(module)
     with Tracker(module, optimizer) as update:
         backward(module(batch))
+        update.reset_mod_stats()
+        backward(module(batch))  # of the first, the gradients are there
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}

@@ -43,6 +43,7 @@ def prepare(config: Config) -> Run:
         engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, *prompts, policy, optimizer, engine, log, saved)
+    engine.sleep()
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
     introduce(run)
     return run

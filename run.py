@@ -199,6 +199,7 @@ class Run:
 
         Sent is what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
         """
+        expected = self.verifier.expect(self.policy, self.world.device) if verify else None  # while vLLM leaves room
         start = time.perf_counter()
         fsdp_utils.reshard(self.policy)
         if self.world.device.type == "cuda":
@@ -212,8 +213,8 @@ class Run:
             metrics = stats.metrics()
         self.engine.wake("kv_cache")
         metrics["sync/seconds"] = time.perf_counter() - start
-        if verify:
-            metrics |= self.verifier.check(self.policy, self.engine, self.world.device)
+        if expected:
+            metrics |= self.verifier.check(self.engine, *expected)
         return metrics
 
     def weights(self, modules: set[str] | None = None, stats: SyncStats | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -23,7 +23,9 @@ from nf4 import NF4Weight
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
 # vLLM fuses these linears into one module, which on a CPU it loads only when all of its parts have come.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-ELEMENTS_AT_ONCE = 1 << 20  # of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each
+# Of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each; on a GPU larger ones, or starting
+# kernels would take longer than they do.
+ELEMENTS_AT_ONCE = 1 << (22 if torch.cuda.is_available() else 20)
 
 
 @dataclass
@@ -47,10 +49,9 @@ class SyncStats:
 
     def compare(self, weight: Tensor, merged: Tensor, intended: Tensor) -> None:
         """Compares what rounding left of an update, `merged - weight`, with the update itself."""
-        realised = merged.float() - weight.float()
-        self.moments = self.moments + torch.stack(
-            [(realised * intended).sum(), realised.square().sum(), intended.square().sum()]
-        )
+        realised, intended = (merged.float() - weight.float()).flatten(), intended.float().flatten()
+        pairs = ((realised, intended), (realised, realised), (intended, intended))
+        self.moments = self.moments + torch.stack([torch.dot(one, other) for one, other in pairs])
 
     def metrics(self) -> dict[str, float]:
         """`sync/update_survival` is the cosine between the two: 1 if nothing was lost. Collective."""

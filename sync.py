@@ -50,15 +50,19 @@ class Verifier:
         self.noise: float | None = None
 
     @torch.no_grad()
-    def check(self, policy: Policy, engine: Engine, device: torch.device) -> dict[str, float]:
-        """Raises RuntimeError, on all ranks, unless vLLM gives the texts the policy's logprobs."""
+    def expect(self, policy: Policy, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The texts' logprobs as vLLM should find them, and those of the base; needs as much memory as training."""
         packed = pack([text[:1] for text in self.texts], [text[1:] for text in self.texts], device)
         with rounded(policy.model) if self.merged else nullcontext():
             expected = policy(packed).logprobs
         with lora.disabled(policy.model):
             base = policy(packed).logprobs
-        fsdp_utils.reshard(policy)
-        found = torch.tensor([logprob for text in self.texts for logprob in engine.logprobs(text)], device=device)
+        return expected, base
+
+    def check(self, engine: Engine, expected: Tensor, base: Tensor) -> dict[str, float]:
+        """Raises RuntimeError, on all ranks, unless vLLM finds for the texts what was to be expected."""
+        found = [logprob for text in self.texts for logprob in engine.logprobs(text)]
+        found = torch.tensor(found, device=expected.device)
         difference = (expected - found).abs().mean()
         arrived, error = least_squares(found - base, expected - base)
         worst = torch.stack([difference, (arrived - 1).abs() - 4 * error])

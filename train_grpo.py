@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 import fsdp_utils
 import lora
@@ -272,12 +271,11 @@ def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_st
         batch.log_z = None if log_z is None else log_z[batch.sequences]
         return policy_loss(logprobs, entropy, batch, loss_of, config)
 
-    return update(run, policy, run.optimizer, batches, share_of_loss, may_stop)
+    return update(run, run.optimizer, batches, share_of_loss, may_stop)
 
 
 def update(
     run: Run,
-    module: FSDPModule,
     optimizer: torch.optim.Optimizer,
     batches: list[MicroBatch],
     share_of_loss: Callable[[MicroBatch], tuple[Tensor, Metrics]],
@@ -288,12 +286,13 @@ def update(
     `may_stop`: a run that was asked to stop does so between micro-batches; right if no parameter changed this step.
     """
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=run.world.device))
-    for i, batch in enumerate(batches):
+    for batch in batches:
         if may_stop:
             run.check_stop()
-        module.set_requires_gradient_sync(i == len(batches) - 1)  # gradients are reduced over ranks once
         loss, info = share_of_loss(batch)
-        (loss * run.world.size).backward()  # FSDP averages over ranks; the weights already make the sum right
+        # FSDP averages over ranks; the weights already make the sum right. It does so after each micro-batch, for
+        # until then every rank has whole gradients, and they would be the largest thing there if all weights learn.
+        (loss * run.world.size).backward()
         counts = (batch.weights > 0).float()  # a filler's tokens do not count
         sums["tokens"] += counts.sum()
         sums["loss"] += loss.detach()  # already a share of the update's loss

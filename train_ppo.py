@@ -130,7 +130,7 @@ def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[s
         losses, info = value_loss(values, batch.values, batch.returns, run.config)
         return (losses * batch.weights).sum(), info | {"value": values.detach(), "return": batch.returns}
 
-    sums = update(run, critic, optimizer, batches, share_of_loss, may_stop)
+    sums = update(run, optimizer, batches, share_of_loss, may_stop)
     return {name if name == "tokens" else f"critic/{name}": value for name, value in sums.items()}
 
 

@@ -19,6 +19,6 @@ config = Config(
     gpu_memory_utilization=0.8,
     sleep_level=1,  # vLLM's 15 GB move to the host while the update needs the GPU
     param_offload=True,  # and the four bits are there while vLLM generates
-    tokens_per_microbatch=2048,
+    tokens_per_microbatch=16384,  # each fetches and dequantises all weights: few, and large
     eval_problems=256,
 )

@@ -61,7 +61,8 @@ def learner(config, module):
     batch = plan.full_batch(config)
 
     def update():
-        plan.backward(module(batch))
+        for _ in range(2):
+            plan.backward(module(batch))
         optimizer.step()
         optimizer.zero_grad()
 

@@ -1,6 +1,7 @@
 """What happens around the stream, in which order; and settings that cannot work."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,18 +53,23 @@ def calls_of_a_step(sleep_level, monkeypatch):
     monkeypatch.setattr(
         run, "summon_layers", lambda model, _, **options: streamed(model, torch.device("cpu"), **options)
     )
+    a.verifier = SimpleNamespace(
+        expect=lambda *_: engine.llm.calls.append("expect") or (None, None),
+        check=lambda *_: engine.llm.calls.append("check") or {},
+    )
     engine.sleep()
     engine.llm.calls.append("update")
-    a.sync()
+    a.sync(verify=True)
     return engine.llm.calls
 
 
 def test_sleep_and_wake_leave_each_other_room(monkeypatch):
-    around = ["update", "empty_cache"], ["reset_prefix_cache"]
-    assert calls_of_a_step(0, monkeypatch) == [*around[0], "load 1", *around[1]]
+    """What is verified is computed before vLLM wakes: it needs the memory of a training step."""
+    around = ["update", "expect", "empty_cache"], ["reset_prefix_cache"]
+    assert calls_of_a_step(0, monkeypatch) == [*around[0], "load 1", *around[1], "check"]
     for level, weights in ((1, 1), (2, 3)):  # after level 2, vLLM has lost what does not change, too
         assert calls_of_a_step(level, monkeypatch) == [
-            *(f"sleep {level}", *around[0], "wake weights", f"load {weights}", *around[1], "wake kv_cache")
+            *(f"sleep {level}", *around[0], "wake weights", f"load {weights}", *around[1], "wake kv_cache", "check")
         ]
 
 
