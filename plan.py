@@ -192,10 +192,9 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     with Tracker(module, optimizer) as forward, torch.no_grad():
         module(batch)
     fsdp_utils.reshard(module)
+    backward(module(batch))  # of a first micro-batch, the gradients are there in the next
     with Tracker(module, optimizer) as update:
         backward(module(batch))
-        update.reset_mod_stats()
-        backward(module(batch))  # of the first, the gradients are there
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}

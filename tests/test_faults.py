@@ -137,7 +137,7 @@ def test_what_a_run_survives_and_what_stops_it(tmp_path, tiny_folder):
     assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None, "JSON has no infinity"
     assert all(row["loss"] is not None for row in metrics[3:]), "only the gradients were infinite"
     assert metrics[2]["sync/update_survival"] > 0.9, "the update before it was not touched"
-    assert "were NaN or infinite in 3 updates in a row, more than max_skipped 2" in cause and "grad_norm" in cause
+    assert "were NaN or infinite in 3 updates, some in every" in cause and "grad_norm" in cause
     for step in range(1, 6):
         assert f"no checkpoint of step {step}: " in output and "File too large" in output
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == [], "nothing half-written stays"

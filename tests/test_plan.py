@@ -106,8 +106,8 @@ def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
             assert (learner.base, learner.adapters) == (ours[which]["base"], ours[which]["adapters"]), (way, which)
             assert 2 * learner.trained == ours[which]["optimizer"], (way, which)
             for one in found:
-                assert peak(learner.forward) == pytest.approx(one[which]["forward"], rel=0.03), (way, which)
-                assert peak(learner.update) == pytest.approx(one[which]["update"], rel=0.03), (way, which)
+                assert peak(learner.forward) == pytest.approx(one[which]["forward"], rel=0.04), (way, which)
+                assert peak(learner.update) == pytest.approx(one[which]["update"], rel=0.04), (way, which)
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
