@@ -10,26 +10,21 @@ and the seed differ, so an algorithm's own best learning rate may lie elsewhere.
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_grpo
 import train_ppo
+from benchmarks import curves
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
 from models import build_critic, build_policy
 from prepare import make_optimizer, on_disk, prepare
 from run import Run
 from tracking import RunLog
-
-EVERY = 5  # steps between evaluations
 
 
 def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Config:
@@ -45,7 +40,7 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
         learning_rate=arguments.learning_rate,
         critic_learning_rate=1e-3,
         gae_lambda=0.95,
-        eval_every=EVERY,
+        eval_every=curves.EVERY,
         save_every=0,
         verify_every=0,
         wandb_mode="disabled",
@@ -67,43 +62,17 @@ def train_once(run: Run, config: Config) -> list[float]:
         train_ppo.train(run)
     else:
         train_grpo.train(run)
-    if run.world.rank:
-        return []
-    steps = map(json.loads, (log.folder / "metrics.jsonl").read_text().splitlines())
-    return [step["eval/accuracy"] for step in steps if "eval/accuracy" in step]
+    return curves.accuracies(log.folder) if run.world.rank == 0 else []
 
 
-def write(curves: dict[str, list[list[float]]], arguments: argparse.Namespace) -> None:
-    """The curves, the table of final accuracies, and the picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    out = Path(arguments.out)
-    where = f"{os.cpu_count()} cores of {platform.processor() or platform.machine()}, torch {torch.__version__}"
+def write(found: curves.Curves, arguments: argparse.Namespace) -> None:
+    """All of what there is, the best first."""
     command = f"torchrun --nproc-per-node=2 benchmarks/algorithms.py {' '.join(sys.argv[1:])}"
-    record = {"hardware": where, "command": command, "every": EVERY, "held-out accuracy": curves}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-
-    lines = [f"`{command}` on {where}", "", "| algorithm | held-out accuracy | lowest and highest seed | seeds |"]
-    lines.append("|---|---|---|---|")
-    figure, axes = plt.subplots(figsize=(9, 5.5))
-    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name, runs in sorted(curves.items(), key=lambda item: -statistics.mean(run[-1] for run in item[1])):
-        final = [run[-1] for run in runs]
-        mean = statistics.mean(final)
-        lines.append(f"| `{name}` | {mean:.1%} | {min(final):.1%} to {max(final):.1%} | {len(final)} |")
-        points = list(zip(*runs))
-        xs = [min(EVERY * i, arguments.steps) for i in range(len(points))]
-        axes.plot(xs, [statistics.mean(point) for point in points], label=f"{name}  {mean:.1%}")
-        axes.fill_between(xs, [min(point) for point in points], [max(point) for point in points], alpha=0.1)
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    axes.set(xlabel="step", ylabel="held-out accuracy (sampled)", title="Two-digit sums, the same budget for all")
-    axes.legend(loc="lower right", fontsize=8, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out.with_suffix(".png"), dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    record = {"hardware": curves.hardware(), "command": command, "every": curves.EVERY, "held-out accuracy": found}
+    Path(f"{arguments.out}.json").write_text(json.dumps(record, indent=1) + "\n")
+    best_first = dict(sorted(found.items(), key=lambda item: -statistics.mean(run[-1] for run in item[1])))
+    title = "Two-digit sums, the same budget for all"
+    curves.write(arguments.out, best_first, steps=arguments.steps, kind="algorithm", title=title, command=command)
 
 
 def main() -> None:
@@ -115,13 +84,13 @@ def main() -> None:
     parser.add_argument("--out", default="runs/algorithms")
     arguments = parser.parse_args()
     run = prepare(configure("grpo", 0, arguments))
-    curves: dict[str, list[list[float]]] = {}
+    found: curves.Curves = {}
     for seed in range(arguments.seeds):  # seed by seed, so that what there is when it is stopped is comparable
         for algorithm in arguments.algorithms:
             curve = train_once(run, configure(algorithm, seed, arguments))
             if run.world.rank == 0:
-                curves.setdefault(algorithm, []).append(curve)
-                write(curves, arguments)
+                found.setdefault(algorithm, []).append(curve)
+                write(found, arguments)
 
 
 if __name__ == "__main__":
