@@ -1,6 +1,6 @@
 """One linear with LoRA, ours and peft's, beside the bare frozen linear, in one process: time and saved bytes.
 
-    python benchmarks/lora_layer.py [--tokens 4096] [--sizes 1024x3072 3072x1024] [--rank 32] [--rounds 15]
+    python benchmarks/lora_layer.py [--tokens 4096] [--sizes 1024x3072 2048x11008] [--rank 32] [--rounds 15]
 
 All have a bfloat16 base; x has a gradient, as anywhere but in the first layer. Variants take turns within each round,
 so that a slow moment of the machine hits all of them; medians over the rounds, and `vs bare` is the median of the
@@ -144,7 +144,7 @@ def compare_blocks(tokens: int, rank: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--sizes", nargs="+", default=["1024x3072", "3072x1024"], help="IN x OUT")
+    parser.add_argument("--sizes", nargs="+", default=["1024x3072", "2048x11008", "11008x2048"], help="IN x OUT")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
