@@ -173,7 +173,7 @@ def cut_and_compare(folder: Path) -> dict[tuple, tuple]:
     return results
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gradients_do_not_depend_on_the_cut(model_folder, tmp_path, ranks):
     """Any budget, one copy of the base or one per rank, useless groups dropped or not: one gradient."""
     everyone = on_ranks(ranks, cut_and_compare, model_folder("qwen2", dtype=torch.float64), folder=tmp_path)
