@@ -75,7 +75,7 @@ def load_all(folders):
     return counts
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_loading_into_shards_equals_from_pretrained(ranks, model_folder, tmp_path):
     folders = [
         model_folder("qwen2", **SHAPES),
@@ -260,7 +260,7 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_gradients_equal_one_plain_process(ranks, model_folder, tmp_path):
     folder = model_folder("qwen2", dtype=torch.float32, **SHAPES)
     ways = [way for way in WAYS if way.get("fsdp_size", 1) <= ranks]

@@ -126,6 +126,7 @@ def test_the_72b_fits_on_eight_gpus_and_not_on_small_ones(monkeypatch, capsys):
     assert code == 1 and "It does not fit" in text and "sleep_level" in text
 
 
+@pytest.mark.slow
 def test_a_critic_is_there_in_every_phase(monkeypatch, capsys):
     """Trained as a whole, it has float32 weights and Adam's two moments of each."""
     arguments = "--config", str(ROOT / "configs/qwen2_5_7b_gsm8k.py"), "--gpus", "8", "--gpu_memory_gb", "80"
