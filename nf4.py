@@ -12,6 +12,7 @@ Shapes of a weight (out, in), with K = ceil(in / 64) blocks a row; 0.516 bytes a
     scale  (out, 1) float32       the row's largest magnitude / 255
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 
@@ -56,14 +57,14 @@ def dequantize(packed: Tensor, absmax: Tensor, scale: Tensor, in_features: int, 
     """packed, absmax, scale -> (out, in); computed in float32 and rounded once."""
     weight = torch.empty(len(packed), in_features, dtype=dtype, device=packed.device)
     for rows in slices(weight):
-        unit = F.embedding(packed[rows].int(), pairs(packed.device)).view(weight[rows].shape[0], -1, BLOCK)
+        unit = F.embedding(packed[rows].int(), pairs(packed.device)).view(-1, absmax.shape[1], BLOCK)
         weight[rows] = unit.mul_((absmax[rows] * scale[rows])[..., None]).flatten(1)[:, :in_features]
     return weight
 
 
-def slices(weight: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, in parts of about `ELEMENTS_AT_ONCE`."""
-    step = max(1, ELEMENTS_AT_ONCE // weight.shape[1])
+def slices(weight: Tensor, elements: int = ELEMENTS_AT_ONCE) -> Iterator[slice]:
+    """The rows of a tensor, in parts of about so many elements."""
+    step = max(1, elements // math.prod(weight.shape[1:]))
     return (slice(start, start + step) for start in range(0, len(weight), step))
 
 

@@ -28,7 +28,7 @@ def prepare(config: Config) -> Run:
     """Builds all parts of a run. Raises ValueError or OSError, of one line, for what the user can mend."""
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
-    fsdp_utils.on_first_rank(lambda: check_writable(Path(config.output_dir, config.run_name)))
+    fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     folder = on_disk(config)
     with fsdp_utils.reading(f"model {folder!r}"):
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -43,7 +43,7 @@ def prepare(config: Config) -> Run:
         engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, *prompts, policy, optimizer, engine, log, saved)
-    engine.sleep()
+    engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
     introduce(run)
     return run
@@ -84,10 +84,9 @@ def resume(config: Config) -> Saved | None:
     """The checkpoint to go on from; None for a run that has not written any yet: it starts anew."""
 
     def find() -> Saved | None:
-        run = Path(config.output_dir, config.run_name)
-        folder = checkpoint.find(run, config.resume, say=print)
+        folder = checkpoint.find(config.run_folder, config.resume, say=print)
         if folder is None:
-            print(f"{str(run)!r} has no checkpoint to resume from: this run starts at the beginning")
+            print(f"{str(config.run_folder)!r} has no checkpoint to resume from: this run starts at the beginning")
         return folder and read_saved(folder, config)
 
     return fsdp_utils.on_first_rank(find)
@@ -104,7 +103,7 @@ def read_saved(folder: Path, config: Config) -> Saved:
         before, now = settings.get(name), getattr(config, name)
         if before != now:
             raise ValueError(f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep")
-    if progress.best_step not in checkpoint.written(folder.parents[1]):  # it gave way to a better one, of a later step
+    if progress.best_step not in checkpoint.written(config.run_folder):  # it gave way to a better one, of a later step
         progress = replace(progress, best_step=-1, best_accuracy=-1.0)
     return Saved(folder, progress, log)
 
@@ -112,8 +111,7 @@ def read_saved(folder: Path, config: Config) -> Saved:
 def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
     """The run's folder, with its logs; that of a resumed run as it was when the checkpoint was written."""
     if write and saved:
-        run = Path(config.output_dir, config.run_name)
-        checkpoint.rewind(run, saved.progress.step, saved.progress.best_step)
+        checkpoint.rewind(config.run_folder, saved.progress.step, saved.progress.best_step)
     return RunLog(config, write, saved and saved.log)
 
 

@@ -4,8 +4,9 @@ Every rank of torchrun builds an `Engine`. Ranks that share one engine (tensor p
 it the same requests; engines divide the requests among them, and afterwards every rank holds all completions.
 """
 
+import quiet  # noqa: F401, I001  before torch
+
 import os
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -17,10 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process; read at vllm's import
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or vLLM compiles a line of its own in C++: 2 s, and needs g++
-warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.inputs import TokensPrompt  # noqa: E402

@@ -285,8 +285,8 @@ class Run:
         """Closes the log, and says where everything is."""
         self.log.close()
         folder, kind = self.log.folder, "adapter" if self.config.lora_rank else "model"
-        newest = folder / "checkpoints" / f"step_{self.saved_step or 0:06d}" / kind
-        self.log.print(f"\n{kind:<8} {newest if self.saved_step else 'could not be saved'}")
+        saved = self.saved_step and folder / "checkpoints" / f"step_{self.saved_step:06d}" / kind
+        self.log.print(f"\n{kind:<8} {saved or 'could not be saved'}")
         self.log.print(f"metrics  {folder / 'metrics.jsonl'}")
         self.log.print(f"samples  {folder / 'samples.jsonl'}")
         self.log.print(f"next     python plot.py {folder}")

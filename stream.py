@@ -5,7 +5,6 @@ W is never written: nothing has to be restored, and nothing can drift. What is h
 that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -163,9 +162,7 @@ def write_rows(weight: Tensor | NF4Weight, adapter: lora.Adapter | None, target:
     parameters = list(weight.parameters()) if isinstance(weight, NF4Weight) else [weight]
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)
-    step = max(1, ELEMENTS_AT_ONCE // math.prod(weight.shape[1:]))
-    for start in range(0, len(target), step):
-        rows = slice(start, start + step)
+    for rows in nf4.slices(target, ELEMENTS_AT_ONCE):
         parts = [local(parameter)[rows].to(target.device) for parameter in parameters]
         W = nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, NF4Weight) else parts[0]
         if adapter:

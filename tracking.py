@@ -39,7 +39,7 @@ class RunLog:
 
     def __init__(self, config: Any, write: bool, position: dict[str, Any] | None = None):
         """A new run; or, given the `position` that a checkpoint recorded, the same run again from there on."""
-        self.folder = Path(config.output_dir, config.run_name)
+        self.folder = config.run_folder
         self.steps, self.profile, self.write = config.steps, config.profile, write
         self.phases = ExitStack()  # holds the phase that runs
         self.seconds: dict[str, float] = {}  # of each phase of the step so far

@@ -143,7 +143,7 @@ def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
     config, log, policy = run.config, run.log, run.policy
     _, critic_optimizer = run.learners["critic"]
-    waits = config.critic_warmup_steps  # of the policy's, whose learning rate begins when it does
+    waits = config.critic_warmup_steps  # before the policy learns; the schedule of its learning rate begins there
     after_waiting = replace(config, steps=config.steps - waits)
     run.begin()
 

@@ -175,6 +175,11 @@ class Config:
                 raise ValueError(message)
 
     @property
+    def run_folder(self) -> Path:
+        """Where everything of the run is."""
+        return Path(self.output_dir, self.run_name)
+
+    @property
     def max_model_len(self) -> int:
         """Tokens of the longest sequence."""
         return self.max_prompt_length + self.max_completion_length

@@ -14,8 +14,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# As on a fresh machine, no C++ compiler is found, and nothing that was compiled before.
-os.environ |= {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor")}
+if not torch.cuda.is_available():  # as on a fresh machine, no C++ compiler is found, and nothing that was compiled
+    os.environ |= {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor")}
 
 WORKER = """
 import pickle, sys

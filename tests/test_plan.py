@@ -71,15 +71,18 @@ def learner(config, module):
     with PeakBytes() as forward, torch.no_grad():
         module(batch)
     fsdp_utils.reshard(module)
-    with PeakBytes() as whole:
-        update()
+    updates = []
+    for _ in range(3):  # gloo's thread lets go of a buffer a little late, sometimes
+        with PeakBytes() as whole:
+            update()
+        updates.append(whole.peak)
     size = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}
     return {
         "base": sum(size[name] for name in size if ".adapters." not in name),
         "adapters": sum(size[name] for name in size if ".adapters." in name),
         "optimizer": sum(fsdp_utils.local(t).nbytes for s in optimizer.state.values() for t in s.values() if t.ndim),
         "forward": forward.peak,
-        "update": whole.peak,
+        "update": min(updates),
     }
 
 
@@ -106,8 +109,8 @@ def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
             assert (learner.base, learner.adapters) == (ours[which]["base"], ours[which]["adapters"]), (way, which)
             assert 2 * learner.trained == ours[which]["optimizer"], (way, which)
             for one in found:
-                assert peak(learner.forward) == pytest.approx(one[which]["forward"], rel=0.04), (way, which)
-                assert peak(learner.update) == pytest.approx(one[which]["update"], rel=0.04), (way, which)
+                assert peak(learner.forward) == pytest.approx(one[which]["forward"], rel=0.03), (way, which)
+                assert peak(learner.update) == pytest.approx(one[which]["update"], rel=0.03), (way, which)
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:

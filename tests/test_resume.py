@@ -358,12 +358,13 @@ def test_old_checkpoints_go_but_the_best_stays(tmp_path):
     assert checkpoint.find(tmp_path, "latest", print).name == "step_1000000"
 
 
-def test_a_best_checkpoint_that_is_gone_is_none(tmp_path):
-    """Resumed from before the better one, for which the one that was best until then had been deleted."""
-    config = Config()
+def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):
+    """Resumed, from any folder, before the better one, for which the one that was best until then had been deleted."""
+    config = Config(output_dir=str(tmp_path.parent), run_name=tmp_path.name)
     for step, best in ((10, 10), (20, 10)):
         state = {"config": dataclasses.asdict(config), "log": {}, "progress": {"step": step, "best_step": best}}
         folder = checkpoint.write(tmp_path, step, state, {"a": torch.zeros(2)}, lambda folder: None)
     assert read_saved(folder, config).progress == Progress(step=20, best_step=10)
     shutil.rmtree(tmp_path / "checkpoints/step_000010")
-    assert read_saved(folder, config).progress == Progress(step=20)
+    monkeypatch.chdir(folder.parent)
+    assert read_saved(Path(folder.name), config).progress == Progress(step=20)
