@@ -37,9 +37,7 @@ def parse_config(arguments: list[str], description: str) -> Config:
     Raises ValueError or OSError of one line for whatever is wrong; `--help` prints all fields and exits.
     """
     parser = OneLineParser(Config, description=description, allow_abbrev=False)
-    parser.add_argument(
-        "--config", required="-h" not in arguments and "--help" not in arguments, help="a file of configs/"
-    )
+    parser.add_argument("--config", required=True, help="a file of configs/")
     known, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**dataclasses.asdict(read_config_file(known.config)))
     config, _, unknown = parser.parse_args_into_dataclasses(

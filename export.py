@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter_files import AdapterFile, open_adapter
-from fsdp_utils import find_model, weight_files
+from fsdp_utils import find_model, open_weights, weight_files
 from lora import merge
 
 FILE_BYTES = 4 << 30
@@ -29,22 +29,25 @@ def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if not files:
         raise ValueError(f"there are no safetensors files in {str(folder)!r}")
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        with open_weights(path) as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
 
 
 def merge_all(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors, with the adapter merged into those it has matrices for; raises ValueError if one never came."""
-    missing = {f"{path}.weight": path for path in adapter.paths}
-    for name, tensor in tensors:
-        if name in missing:
-            A, B = fitting(adapter, missing.pop(name), tensor)
+    """The same tensors, with the adapter merged into those it has matrices for."""
+    for name, tensor, path in adapted(tensors, adapter):
+        if path:
+            A, B = fitting(adapter, path, tensor)
             tensor = merge(tensor, A, B, adapter.scale)
         yield name, tensor
+
+
+def adapted(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> Iterator[tuple[str, Tensor, str | None]]:
+    """The same, with the module that a weight belongs to if it is adapted; raises ValueError if one never came."""
+    missing = {f"{path}.weight": path for path in adapter.paths}
+    for name, tensor in tensors:
+        yield name, tensor, missing.pop(name, None)
     if missing:
         raise ValueError(f"the base has no {min(missing)!r}, which the adapter changes ({len(missing)} such tensors)")
 
@@ -57,32 +60,30 @@ def fitting(adapter: AdapterFile, path: str, weight: Tensor) -> tuple[Tensor, Te
     return A, B
 
 
-def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path, write: bool = True) -> None:
-    """Writes a Hugging Face model folder, whole or not at all; all but the tensors is copied from the folder `like`.
-
-    The tensors may come from collectives: then every rank calls this, and one has `write`.
-    """
-    if not write:
-        for _ in tensors:
-            pass
-        return
+def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path) -> None:
+    """Writes a Hugging Face model folder, whole or not at all; all but the tensors is copied from the folder `like`."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists and is not empty")
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weight_map, total = {}, 0
-    for number, batch in enumerate(batches(tensors), start=1):
-        file = f"model-{number:05d}.safetensors"
-        save_file(batch, partial / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(batch, file)
-        total += sum(tensor.nbytes for tensor in batch.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for path in like.iterdir():
-        if path.is_file() and not path.name.endswith(NOT_COPIED):
-            shutil.copy(path, partial)
-    partial.rename(folder)
+    try:
+        weight_map, total = {}, 0
+        for number, batch in enumerate(batches(tensors), start=1):
+            file = f"model-{number:05d}.safetensors"
+            save_file(batch, partial / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(batch, file)
+            total += sum(tensor.nbytes for tensor in batch.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for path in like.iterdir():
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copy(path, partial)
+        partial.rename(folder)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {str(folder)!r}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -123,9 +124,8 @@ def inspect(folder: str, base: str) -> None:
         parameters = sum(matrix.numel() for path in file.paths for matrix in file.matrices(path))
         print(f"size     {parameters:,} parameters")
         print(f"\n{'module':<48}{'|s BA|':>10}{'|s BA|/|W|':>12}{'survival':>10}")
-        for name, weight in read_model(Path(find_model(base))):
-            path = name.removesuffix(".weight")
-            if path in file.paths:
+        for _, weight, path in adapted(read_model(Path(find_model(base))), file):
+            if path:
                 print(f"{path:<48}{effect(file, path, weight)}")
 
 

@@ -34,13 +34,11 @@ T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=6)  # while one rank downloads a model; one that dies ends all by torchrun
 SHARED_MEMORY = Path("/dev/shm")
-UNKNOWN = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")  # to policy.py
+UNSUPPORTED = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")  # by policy.py
 FLOATS = ("BF16", "F16", "F32", "F64")  # what weights may be stored as; quantised ones are not understood
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Processes ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
         try:
             outcome[0] = work()
         except (ValueError, OSError) as error:
-            outcome[1] = str(error)
+            outcome[1] = str(error) or type(error).__name__
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
@@ -95,7 +93,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     try:
         result = work()
     except (ValueError, OSError) as raised:
-        error = str(raised)
+        error = str(raised) or type(raised).__name__
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     if any(errors):
@@ -103,9 +101,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Loading into shards
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Loading into shards --------------------------------------------------------------------------------------
 
 
 def find_model(model: str) -> str:
@@ -140,7 +136,7 @@ def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"model {folder!r} is a {type(model).__name__}, which has no decoder blocks named `layers`")
-    for name in UNKNOWN:
+    for name in UNSUPPORTED:
         if getattr(config, name, None) not in (None, 1.0):
             raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
     return model
@@ -194,13 +190,12 @@ def offload_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_post_hook(lambda *_: move(torch.device("cpu")))
 
 
-def load_weights(model: PreTrainedModel, folder: str, device: torch.device, home: torch.device | None = None) -> None:
+def load_weights(model: PreTrainedModel, folder: str, device: torch.device, param_offload: bool = False) -> None:
     """Gives a sharded meta model its memory and its checkpoint; each rank reads only its own rows of each tensor.
 
-    Parameters live at `home`, if that is not `device`. Adapters get memory but no values. Raises ValueError, on every
-    rank, for missing, broken or mis-shaped files.
+    Adapters get memory but no values. Raises ValueError, on every rank, for missing, broken or mis-shaped files.
     """
-    model.to_empty(device=home or device)
+    model.to_empty(device="cpu" if param_offload else device)
     compute_buffers(model, device)
     on_every_rank(lambda: read_checkpoint(model, folder))
 
@@ -209,16 +204,23 @@ def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
     """Reads this rank's rows of all parameters but the adapters' from the safetensors files of a folder."""
     wanted = dict(lora.base_weights(model))
     for path in weight_files(Path(folder)):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in [name for name in file.keys() if name in wanted]:
-                    read_rows(file.get_slice(name), wanted.pop(name), name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit the model: {error}") from None
+        with open_weights(path) as file:
+            for name in [name for name in file.keys() if name in wanted]:
+                read_rows(file.get_slice(name), wanted.pop(name), name)
     if wanted:  # tied parameters have one name here, and in the file
         raise ValueError(f"the checkpoint in {folder!r} lacks {sorted(wanted)[0]!r} ({len(wanted)} such tensors)")
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator["safe_open"]:
+    """Opens a safetensors file; what is found wrong with it, here or within, is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -332,9 +334,7 @@ def in_shared_memory(folder: str) -> Iterator[str]:
         yield str(copy)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Whole tensors
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Whole tensors --------------------------------------------------------------------------------------------
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -345,6 +345,11 @@ def local(parameter: Tensor) -> Tensor:
 def gather(parameter: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def clip_gradients(parameters: list[Tensor], max_norm: float) -> float:
+    """Scales the gradients down to that norm, which counts those of all ranks; the norm before."""
+    return gather(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
 
 
 def reshard(root: nn.Module) -> None:

@@ -30,9 +30,7 @@ POLICY = "policy"  # the name of the adapter that is trained
 REFERENCE = "reference"  # and of the frozen one, if there is any, that the policy is kept close to
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The layer
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The layer ------------------------------------------------------------------------------------------------
 
 
 class Adapter(nn.Module):
@@ -150,30 +148,33 @@ def dense(weight: Tensor | NF4Weight) -> Tensor:
 
 
 def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + s·B A, computed in float32 (float64 for a float64 W) and rounded once to W's dtype.
-
-    Rows are independent: a shard of W's rows and the same shard of B's give that shard of the merged weight.
-    """
-    wide = torch.promote_types(weight.dtype, A.dtype)
-    A, B, merged = A.to(wide), B.to(wide), torch.empty_like(weight)
+    """`updated`, rounded once to W's dtype; a part at a time, for float32 takes twice W's room."""
+    merged = torch.empty_like(weight)
     for rows in slices(weight):
-        merged[rows] = torch.addmm(weight[rows].to(wide), B[rows], A, alpha=scale)
+        merged[rows] = updated(weight[rows], A, B[rows], scale)
     return merged
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In a model
-# ---------------------------------------------------------------------------------------------------------------
+def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """W + s·B A in float32 (float64 for a float64 W).
+
+    Rows are independent: a shard of W's rows and the same shard of B's give that shard of the sum.
+    """
+    wide = torch.promote_types(weight.dtype, A.dtype)
+    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scale)
+
+
+# ---- In a model -----------------------------------------------------------------------------------------------
 
 
 def inject(
     model: nn.Module, target_modules: list[str], rank: int, alpha: float, *, name: str = POLICY, **options: float | bool
-) -> list[str]:
+) -> None:
     """Freezes the base and gives every targeted linear an adapter; those of that name become the active ones.
 
     `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head.
-    `options` are those of `Adapter`. The values are undefined until `init_adapters` or `load_adapter`. Returns the
-    targeted modules' names; raises ValueError if a target matches nothing.
+    `options` are those of `Adapter`. The values are undefined until `init_adapters` or `load_adapter`. Raises
+    ValueError if a target matches nothing.
     """
     linears = base_linears(model)
     targeted = set(linears) if target_modules == ["all-linear"] else set()
@@ -191,7 +192,6 @@ def inject(
             layer = as_lora_layer(model, path)
             layer.adapters[name] = Adapter(layer, rank, alpha, **options)
     activate(model, name)
-    return [path for path, _ in lora_layers(model, name)]
 
 
 def quantize_base(model: nn.Module) -> None:
@@ -300,9 +300,7 @@ def reference(model: nn.Module):
     return using(model, REFERENCE)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# To and from adapter folders
-# ---------------------------------------------------------------------------------------------------------------
+# ---- To and from adapter folders ------------------------------------------------------------------------------
 
 
 def save_adapter(

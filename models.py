@@ -13,11 +13,11 @@ from configs.base import Config
 from policy import Critic, Policy, make_log_z
 
 
-def build_policy(config: Config, folder: str, world: fsdp_utils.World) -> Policy:
-    """The policy; without adapters (`lora_rank` 0), trained as a whole."""
+def build_policy(config: Config, folder: str, world: fsdp_utils.World, learns_log_z: bool = False) -> Policy:
+    """The policy; without adapters (`lora_rank` 0), trained as a whole. `learns_log_z`: and FlowRL's log Z with it."""
     model = fsdp_utils.meta_model(folder, parameter_dtype(config, config.lora_rank))
-    policy = meta_policy(config, model, world.device)
-    load(model, config, folder, world.device)
+    policy = meta_policy(config, model, world.device, learns_log_z)
+    fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
     if config.lora_rank:
         fill_adapters(model, config, world)
     return policy
@@ -27,7 +27,7 @@ def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic
     """The critic, out of the policy's base; `critic_lora_rank` 0: trained as a whole."""
     model = fsdp_utils.meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
     critic = meta_critic(config, model, world.device)
-    load(model, config, folder, world.device)
+    fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
     if config.critic_lora_rank:
         lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
     return critic
@@ -38,12 +38,10 @@ def parameter_dtype(config: Config, rank: int) -> torch.dtype:
     return getattr(torch, config.dtype) if rank else torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Without memory
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Without memory -------------------------------------------------------------------------------------------
 
 
-def meta_policy(config: Config, model: PreTrainedModel, device: torch.device) -> Policy:
+def meta_policy(config: Config, model: PreTrainedModel, device: torch.device, learns_log_z: bool) -> Policy:
     """The sharded policy around a meta model of `parameter_dtype`."""
     if config.lora_adapter_path:
         with open_adapter(config.lora_adapter_path):
@@ -54,8 +52,7 @@ def meta_policy(config: Config, model: PreTrainedModel, device: torch.device) ->
             lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
     if config.lora_rank:
         adapt(model, config, config.lora_rank)
-    flow = config.algorithm == "flowrl"  # it learns log Z beside the policy
-    policy = Policy(model, make_log_z(model.config.hidden_size, config.seed, device) if flow else None)
+    policy = Policy(model, make_log_z(model.config.hidden_size, config.seed, device) if learns_log_z else None)
     spread(policy, config, config.lora_rank, device)
     return policy
 
@@ -93,14 +90,7 @@ def spread(module: Policy | Critic, config: Config, rank: int, device: torch.dev
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Values
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def load(model: PreTrainedModel, config: Config, folder: str, device: torch.device) -> None:
-    """Gives the sharded model its base's values, where the configuration wants them to be."""
-    fsdp_utils.load_weights(model, folder, device, torch.device("cpu") if config.param_offload else device)
+# ---- Values ---------------------------------------------------------------------------------------------------
 
 
 def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:

@@ -8,7 +8,7 @@ the Qwen2.5 sizes that configs/ names, or are given: `--hidden_size 4096 --num_h
 
 The trainer's part is counted, not guessed: the real model, adapters and FSDP2 make a forward, a backward and an
 optimizer step among fake ranks, with tensors that have shapes and no memory. vLLM's part is arithmetic: its weights,
-its share of the GPU, and a KV cache in what that leaves. GB are 10⁹ bytes, as on the box that a GPU comes in.
+its share of the GPU, and a KV cache in what that leaves. GB are 10⁹ bytes; a GPU that is sold as one of 80 has 85.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,27 +37,28 @@ import lora
 import models
 from command_line import parse_config
 from configs.base import Config
-from policy import Critic, Packed, Policy, Scores, pack
+from policy import Critic, Packed, Policy, PolicyOutput, pack
 from stream import to_send
+from train_grpo import ALGORITHMS, find_algorithm, settle
+from train_ppo import PPO
 
 GB = 1e9
 HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
 RESERVED = 2.5 * GB  # CUDA contexts, NCCL's buffers, kernels' workspaces, and what torch cannot use of its blocks
-ENGINE_TOKENS = 8192  # that vLLM pushes through the model at once; it sets memory for their activations aside
+CUDA_GRAPHS = 1.0 * GB  # vLLM's, which stay where they are while it sleeps
 
 FEW = (3, 4)  # layers of the models that are run; what a larger one needs lies on the line through them
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {  # from the models' config.json; the last two: vocabulary, and whether the head is the embedding
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "tie_word_embeddings"),
+)
+SHAPES = {  # from the models' config.json
     "Qwen/Qwen2.5-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
     "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
     "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
 }
-ROWS = (
-    *("base shard", "adapters", "gradients", "optimizer", "critic", "gathered weights", "activations", "logprob chunk"),
-    *("vLLM weights", "vLLM working memory", "KV cache", "streamed weights", "reserved"),
-)
-KNOBS = {  # what makes a row smaller, in the order to try
+KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
     "base shard": "param_offload true, base_dtype nf4, or more GPUs",
     "adapters": "a smaller lora_rank",
     "gradients": "a smaller lora_rank",
@@ -67,6 +69,7 @@ KNOBS = {  # what makes a row smaller, in the order to try
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
     "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
     "vLLM working memory": "a smaller max_num_seqs",
+    "vLLM CUDA graphs": "enforce_eager true",
     "KV cache": "a smaller gpu_memory_utilization; outside of the rollout: sleep_level 1",
     "streamed weights": "sync_prefetch false, or sleep_level 1 in place of 2",
     "reserved": "nothing",
@@ -82,9 +85,7 @@ LABELS = {  # the tracker's, and the rows they are counted in; shards are counte
 Ledger = dict[str, float]  # row -> bytes of one GPU
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The trainer
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The trainer ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -156,7 +157,9 @@ def full_batch(config: Config) -> Packed:
 def measure(config: Config, shape: PretrainedConfig) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     config = dataclasses.replace(config, param_offload=False)  # what lives on the host is told apart in `phases`
-    policy = make(models.meta_policy, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
+    flow = config.algorithm in ALGORITHMS and ALGORITHMS[config.algorithm].flow
+    policy_of = partial(models.meta_policy, learns_log_z=flow)
+    policy = make(policy_of, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
     critic = make(models.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         learners = [module and run_learner(config, module) for module in (policy, critic)]
@@ -208,9 +211,9 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     )
 
 
-def backward(out: torch.Tensor | Scores) -> None:
+def backward(out: torch.Tensor | PolicyOutput) -> None:
     """From all that a policy or a critic says and could be trained by."""
-    parts = out if isinstance(out, Scores) else [out]
+    parts = out if isinstance(out, PolicyOutput) else [out]
     sum(part.sum() for part in parts if part is not None and part.requires_grad).backward()
 
 
@@ -254,9 +257,7 @@ def line(few, more, steps: int):
     return more + steps * (more - few)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# vLLM, and the phases
-# ---------------------------------------------------------------------------------------------------------------
+# ---- vLLM, and the phases -------------------------------------------------------------------------------------
 
 
 def engine_share(name: str, config: Config, shape: PretrainedConfig) -> float:
@@ -268,10 +269,11 @@ def engine_share(name: str, config: Config, shape: PretrainedConfig) -> float:
     return 1 / (min(ranks, shape.num_key_value_heads) if keys else ranks)
 
 
-def working_memory(config: Config, shape: PretrainedConfig) -> float:
+def working_memory(config: Config, shape: PretrainedConfig, gpu: float) -> float:
     """vLLM's activations of one block and its logits, which it sets aside when it starts. An estimate."""
     width, ranks = getattr(torch, config.dtype).itemsize, config.tensor_parallel_size
-    block = ENGINE_TOKENS * (4 * shape.hidden_size + 3 * shape.intermediate_size / ranks) * width
+    tokens = 16384 if gpu >= 70 * 2**30 else 8192  # that it pushes through the model at once
+    block = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size / ranks) * width
     logits = config.max_num_seqs * shape.vocab_size * (width + 3 * 4)  # and float32 for sampling
     return block + logits
 
@@ -285,15 +287,16 @@ def bytes_per_token(config: Config, shape: PretrainedConfig) -> float:
 
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float) -> dict[str, Ledger]:
     """What one GPU of `gpu` bytes holds at the peak of each phase."""
-    working = working_memory(config, shape)
-    kv_cache = config.kv_cache_gb * 2**30 or config.gpu_memory_utilization * gpu - trainer.engine - working
+    working, graphs = working_memory(config, shape, gpu), 0.0 if config.enforce_eager else CUDA_GRAPHS
+    own = trainer.engine + working + graphs
+    kv_cache = config.kv_cache_gb * 2**30 or config.gpu_memory_utilization * gpu - own
     engine = {"vLLM weights": trainer.engine, "KV cache": max(kv_cache, 0.0)}
     awake = {} if config.sleep_level else engine
     policy, critic = trainer.policy, trainer.critic
     shards = {} if config.param_offload else {"base shard": policy.base, "adapters": policy.adapters}
     state = {"optimizer": state_on_gpu(policy, config)}
     waiting = {"critic": weights_on_gpu(critic, config) + state_on_gpu(critic, config)} if critic else {}
-    reserved = {"reserved": RESERVED}
+    always = {"vLLM CUDA graphs": graphs, "reserved": RESERVED}
 
     def peak(kind: str) -> Ledger:
         """The fullest moment of the policy, or of the critic while the policy waits."""
@@ -306,10 +309,10 @@ def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float
 
     streamed = {"streamed weights": trainer.streamed_peak}
     return {
-        "rollout": shards | state | waiting | engine | {"vLLM working memory": working} | reserved,
-        "logprobs": shards | peak("forward") | awake | reserved,
-        "update": shards | peak("update") | awake | reserved,
-        "sync": shards | state | waiting | streamed | {"vLLM weights": trainer.engine} | awake | reserved,
+        "rollout": shards | state | waiting | engine | {"vLLM working memory": working} | always,
+        "logprobs": shards | peak("forward") | awake | always,
+        "update": shards | peak("update") | awake | always,
+        "sync": shards | state | waiting | streamed | {"vLLM weights": trainer.engine} | awake | always,
     }
 
 
@@ -333,9 +336,7 @@ def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Led
     return ledger
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The report -----------------------------------------------------------------------------------------------
 
 
 def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float) -> tuple[str, bool]:
@@ -351,7 +352,7 @@ def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, ba
         "",
         f"{'':<22}" + "".join(f"{phase:>10}" for phase in ledgers),
     ]
-    for row in ROWS:
+    for row in KNOBS:
         values = [ledger.get(row, 0.0) / GB for ledger in ledgers.values()]
         if any(values):
             lines.append(f"{row:<22}" + "".join(f"{value:>10.2f}" if value else f"{'-':>10}" for value in values))
@@ -393,14 +394,12 @@ def host_memory(config: Config, trainer: Trainer, gpus: int) -> float:
 
 def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig:
     """The model's configuration: from what was given, a folder, `SHAPES`, or the hub (its config.json alone)."""
-    if config.model in SHAPES and not Path(config.model).is_dir():
-        known = dict(zip((*SIZES, "vocab_size", "tie_word_embeddings"), SHAPES[config.model]))
-    else:
-        known = {}
-    if known or len(given) == len(SIZES) + 2:
+    known = {} if Path(config.model).is_dir() else dict(zip(SIZES, SHAPES.get(config.model, ())))
+    if known or len(given) == len(SIZES):
         return AutoConfig.for_model("qwen2", **known | given)
     folder = str(Path(config.cache_dir, "tiny")) if config.model == "tiny" else config.model
-    shape = AutoConfig.from_pretrained(folder)
+    with fsdp_utils.reading(f"model {folder!r}"):
+        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     shape.update(given)
     return shape
 
@@ -411,17 +410,15 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu_memory_gb", type=float, default=80.0)
     parser.add_argument("--bandwidth_gb", type=float, default=200.0)
-    for name in (*SIZES, "vocab_size"):
-        parser.add_argument(f"--{name}", type=int)
-    parser.add_argument("--tie_word_embeddings", type=lambda text: text.lower() == "true")
+    for name in SIZES:
+        is_bool = name == "tie_word_embeddings"
+        parser.add_argument(f"--{name}", type=(lambda text: text.lower() == "true") if is_bool else int)
     own, others = parser.parse_known_args()
-    machine = {name: vars(own).pop(name) for name in ("gpus", "gpu_memory_gb", "bandwidth_gb")}
-    given = {name: value for name, value in vars(own).items() if value is not None}
+    given = {name: getattr(own, name) for name in SIZES if getattr(own, name) is not None}
     try:
         config = parse_config(others, description=__doc__)
-        text, fits = report(
-            config, find_shape(config, given), machine["gpus"], machine["gpu_memory_gb"], machine["bandwidth_gb"]
-        )
+        config = settle(config, PPO if config.algorithm == "ppo" else find_algorithm(config.algorithm))
+        text, fits = report(config, find_shape(config, given), own.gpus, own.gpu_memory_gb, own.bandwidth_gb)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-PANELS = {  # title: (metrics, drawn solid and dashed; what to look for)
+PANELS = {  # title: (metrics, drawn solid and dashed)
     "Held-out accuracy": ("eval/accuracy", "eval/accuracy_greedy"),
     "Reward": ("reward/mean",),
     "Completion length (tokens)": ("completion/length_mean",),

@@ -3,11 +3,12 @@
 Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
 layer works on tokens and never notices. Only the positions that predict a completion token reach the head.
 
-Shapes: T tokens of a packed row, R of them predicted (the completions' tokens), D hidden, V vocabulary.
+Shapes: T tokens of a packed row, R of them predicted (the completions' tokens), S sequences, D hidden, V vocabulary.
 """
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -26,9 +27,7 @@ LOGITS_AT_ONCE = 1 << (25 if torch.cuda.is_available() else 24)
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Packing
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Packing --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class Packed:
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (T,) each sequence counts from 0
     lengths: list[int]  # of the sequences; their sum is T
-    starts: Tensor  # (sequences + 1,) int32, where each begins, and where the last one ends
-    prompt_ends: Tensor  # (sequences,) where each one's prompt has its last token
+    starts: Tensor  # (S + 1,) int32, where each begins, and where the last one ends
+    prompt_ends: Tensor  # (S,) where each one's prompt has its last token
     rows: Tensor  # (R,) positions whose next token is a completion token
     targets: Tensor  # (R,) those tokens
 
@@ -63,12 +62,12 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
     lengths = [end - start for start, end in pairwise(starts)]
     if lengths != sorted(lengths, reverse=True):
         raise ValueError(f"sequences must be packed longest first, not {lengths}")
-    as_tensor = lambda values, dtype=torch.long: torch.tensor(values, dtype=dtype, device=device)  # noqa: E731
+    as_tensor = partial(torch.tensor, dtype=torch.long, device=device)
     return Packed(
         input_ids=as_tensor(input_ids),
         position_ids=as_tensor(position_ids),
         lengths=lengths,
-        starts=as_tensor(starts, torch.int32),
+        starts=as_tensor(starts, dtype=torch.int32),
         prompt_ends=as_tensor(prompt_ends),
         rows=as_tensor(rows),
         targets=as_tensor(targets),
@@ -109,9 +108,7 @@ def packed_attention(
 AttentionInterface.register("lorl_packed", packed_attention)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The logprob head
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The logprob head -----------------------------------------------------------------------------------------
 
 
 class FrozenHead(torch.autograd.Function):
@@ -190,7 +187,7 @@ def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     ).last_hidden_state[0]
 
 
-class Scores(NamedTuple):
+class PolicyOutput(NamedTuple):
     """What the policy says of a packed row."""
 
     logprobs: Tensor  # (R,) float32, of each target
@@ -209,16 +206,16 @@ class Policy(nn.Module):
         self.model, self.log_z = model, log_z
         model.set_attn_implementation("lorl_packed")
 
-    def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> Scores:
-        """Scores the completions at that temperature; the entropy has a gradient only if asked for."""
+    def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> PolicyOutput:
+        """The completions' logprobs at that temperature; the entropy has a gradient only if asked for."""
         states, head = last_states(self.model, batch), self.model.get_output_embeddings()
         score = trained_head if head.weight.requires_grad else FrozenHead.apply
         logprobs, entropy = score(states[batch.rows], head.weight, batch.targets, temperature, entropy_gradient)
         if self.log_z is None:
-            return Scores(logprobs, entropy)
+            return PolicyOutput(logprobs, entropy)
         asked = states.detach()[batch.prompt_ends]  # log Z reads the policy, it does not shape it
         log_z = self.log_z(asked.to(self.log_z[0].weight.dtype))
-        return Scores(logprobs, entropy, log_z[:, 0].float().clone())  # FSDP warns of a view
+        return PolicyOutput(logprobs, entropy, log_z[:, 0].float().clone())  # FSDP warns of a view
 
 
 class Critic(nn.Module):
@@ -242,7 +239,7 @@ def make_log_z(hidden_size: int, seed: int, device: torch.device) -> nn.Sequenti
 
     arXiv 2509.15207, section 3. Its authors' code reads the mean state of the prompt's tokens, and has dropout.
     """
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size)) for _ in range(2)]
         log_z = nn.Sequential(*layers[0], *layers[1], nn.Linear(hidden_size, 1))

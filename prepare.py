@@ -5,7 +5,6 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from run import Progress, Prompt, Run, Saved
 from tracking import RunLog, in_use
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, learns_log_z: bool = False) -> Run:
     """Builds all parts of a run. Raises ValueError or OSError, of one line, for what the user can mend."""
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
@@ -34,15 +33,15 @@ def prepare(config: Config) -> Run:
         model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with fsdp_utils.reading(f"the tokenizer of model {folder!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    prompts = load_prompts(config, tokenizer)
-    check_fit(config, model_config, prompts)
+    train_prompts, test_prompts = load_prompts(config, tokenizer)
+    check_fit(config, model_config, train_prompts + test_prompts)
     saved = resume(config) if config.resume else None
     with fsdp_utils.in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
-        policy = build_policy(config, fast_folder, world)
+        policy = build_policy(config, fast_folder, world, learns_log_z)
         optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
         engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, *prompts, policy, optimizer, engine, log, saved)
+    run = Run(config, world, tokenizer, train_prompts, test_prompts, policy, optimizer, engine, log, saved)
     engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
     introduce(run)
@@ -136,9 +135,9 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
     return [train, test[: config.eval_problems]]
 
 
-def check_fit(config: Config, model: PretrainedConfig, prompts: list[list[Prompt]]) -> None:
+def check_fit(config: Config, model: PretrainedConfig, prompts: list[Prompt]) -> None:
     """Raises ValueError for prompts without tokens or with such as the model lacks, or too long for it altogether."""
-    for prompt in chain(*prompts):
+    for prompt in prompts:
         if not prompt.token_ids:
             raise ValueError(f"the tokenizer of {config.model!r} makes no token of prompt {prompt.problem.prompt!r}")
         if max(prompt.token_ids) >= model.vocab_size:
@@ -171,11 +170,12 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over what is trained of the policy or the critic; of a resumed run both get the checkpoint's values."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=config.weight_decay)
-    if saved:
-        checkpoint.restore_state(saved.folder, {learner: (module, optimizer)})
+    fused = config.param_offload or None  # on the CPU, tensor by tensor and operation by operation takes seconds
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=config.weight_decay, fused=fused)
     if config.optimizer_offload:
         fsdp_utils.offload_state(optimizer)
+    if saved:
+        checkpoint.restore_state(saved.folder, {learner: (module, optimizer)})
     return optimizer
 
 

@@ -17,12 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process; read at vllm's import
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process
 if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # or vLLM compiles a line of its own in C++: 2 s, and needs g++
 
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.inputs import TokensPrompt  # noqa: E402
+import vllm  # noqa: E402  most of it comes with its first use, which --help and a misspelt option do not wait for
 from vllm.lora.request import LoRARequest  # noqa: E402
 
 import lora  # noqa: E402
@@ -56,9 +55,9 @@ class Engine:
         model: str,
         *,
         dtype: str,
-        tensor_parallel_size: int = 1,
         max_model_len: int,
         max_completion_length: int,
+        tensor_parallel_size: int = 1,
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.4,
         kv_cache_gb: float = 0.0,
@@ -78,11 +77,11 @@ class Engine:
         self.engines = world_size // tensor_parallel_size
         self.index, self.tensor_parallel_rank = divmod(rank, tensor_parallel_size)
         self.sleep_level, self.adapters = sleep_level, {}
-        self.copies_at_once = torch.cuda.is_available()  # see load_weights
         on_cpu = not torch.cuda.is_available()
+        self.copies_at_once = not on_cpu  # see load_weights
         if on_cpu and tensor_parallel_size > 1:
             forget_killed_engines()
-        self.llm = LLM(
+        self.llm = vllm.LLM(
             model,
             dtype=dtype,
             load_format="safetensors",  # never pickles; and no code that comes with a model
@@ -115,7 +114,7 @@ class Engine:
         """All ranks pass the same requests and get all completions, in the order of the requests."""
         mine = range(self.index, len(requests), self.engines)
         params = [
-            SamplingParams(
+            vllm.SamplingParams(
                 n=requests[i].samples,
                 temperature=requests[i].temperature,
                 seed=requests[i].seed,
@@ -126,7 +125,7 @@ class Engine:
             )
             for i in mine
         ]
-        prompts = [TokensPrompt(prompt_token_ids=requests[i].prompt_ids) for i in mine]
+        prompts = [vllm.TokensPrompt(prompt_token_ids=requests[i].prompt_ids) for i in mine]
         adapters = [self.adapter(requests[i].adapter) for i in mine]
         outputs = self.llm.generate(prompts, params, lora_request=adapters, use_tqdm=False) if prompts else []
         completions = [
@@ -146,8 +145,8 @@ class Engine:
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, under the weights in vLLM, at temperature 1."""
-        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        prompt = TokensPrompt(prompt_token_ids=token_ids)
+        params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        prompt = vllm.TokensPrompt(prompt_token_ids=token_ids)
         (output,) = self.llm.generate([prompt], params, lora_request=self.adapter(adapter), use_tqdm=False)
         return [entry[token].logprob for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:])]
 
@@ -161,7 +160,7 @@ class Engine:
             self.llm.apply_model(lambda model: model.load_weights(stream))
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.with_tied_head(stream)})
-        self.llm.reset_prefix_cache()  # it holds keys and values of the old weights
+        self.forget_prefixes()
 
     def with_tied_head(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The stream, with a tied embedding under the head's name too: on a CPU, vLLM packs a copy for the head."""
@@ -177,7 +176,12 @@ class Engine:
         number = known.lora_int_id if known else len(self.adapters) + 1
         self.llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
         self.adapters[name] = LoRARequest(name, number, folder)  # not to be read again with every request
-        self.llm.reset_prefix_cache()
+        self.forget_prefixes()
+
+    def forget_prefixes(self) -> None:
+        """Drops the keys and values of earlier prompts, which are those of the old weights."""
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM still uses keys and values of the old weights")
 
     def adapter(self, name: str) -> LoRARequest | None:
         """What vLLM calls an adapter; None for a policy that is in the weights. Raises ValueError for others."""

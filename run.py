@@ -1,7 +1,7 @@
 """A run: what every trainer here is made of, and what does not depend on the algorithm.
 
-`prepare` turns a configuration into a `Run`: prompts, the sharded policy, its optimizer, the vLLM engine, the log.
-A trainer samples, learns, and calls `score`, `sync`, `evaluate` and `save` in between.
+prepare.py turns a configuration into a `Run`: prompts, the sharded policy, its optimizer, the vLLM engine, the log.
+A trainer begins it and, in each step, takes prompts, samples, scores, learns, syncs, and concludes the step.
 """
 
 import ctypes
@@ -95,7 +95,7 @@ class Run:
     def __post_init__(self) -> None:
         self.learners = {"policy": (self.policy, self.optimizer)}  # what a checkpoint holds; a trainer may add to it
         self.progress = self.saved.progress if self.saved else Progress()
-        self.stream = islice(endless(self.train_prompts, self.config.seed), self.progress.prompts_taken, None)
+        self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.progress.prompts_taken, None)
         self.taken = self.progress.prompts_taken
         self.saved_step = self.progress.step if self.saved else None
         texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
@@ -106,7 +106,7 @@ class Run:
     def take(self, count: int) -> list[Prompt]:
         """The next training prompts."""
         self.taken += count
-        return list(islice(self.stream, count))
+        return list(islice(self.upcoming, count))
 
     def ask_to_stop(self, number: int, _frame) -> None:
         """Signal handler: the run ends at its next `check_stop`; asked again after some seconds, at once.
@@ -252,14 +252,14 @@ class Run:
     def conclude(self, step: int, metrics: dict[str, float]) -> None:
         """Ends a step: evaluates and saves if it is time, logs, and stops the run if it was asked to stop."""
         config, last = self.config, step == self.config.steps
-        if last or (config.eval_every and step % config.eval_every == 0):
+        if last or due(config.eval_every, step):
             metrics |= self.evaluate(step)
             give_memory_back()
         self.log.step(step, metrics)
         self.check_health(metrics)
         self.finish_step(step)
         self.log.phase("save")  # counted in the next step
-        if last or (config.save_every and step % config.save_every == 0):
+        if last or due(config.save_every, step):
             self.save(metrics.get("eval/accuracy"))
         if not last:
             self.check_stop()
@@ -297,7 +297,7 @@ class Run:
         A disk that is full is said, and the run goes on.
         """
         progress = self.progress
-        if accuracy is not None and accuracy > progress.best_accuracy:
+        if accuracy is not None and (progress.best_step < 0 or accuracy > progress.best_accuracy):
             progress = replace(progress, best_accuracy=accuracy, best_step=progress.step)
         tensors = checkpoint.gather_state(self.learners, keep=self.world.rank == 0)
         state = {"progress": asdict(progress), "log": self.position, "config": asdict(self.config)}
@@ -338,9 +338,12 @@ class Run:
             export.write_model(weights, folder / "model", like=Path(base))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Order, seeds and learning rate: functions of the configuration and the step alone
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Order, seeds and learning rate: functions of the configuration and the step alone ------------------------
+
+
+def due(every: int, step: int) -> bool:
+    """Whether what happens every so many steps happens in this one; 0: never."""
+    return every > 0 and step % every == 0
 
 
 def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:

@@ -5,7 +5,7 @@ W is never written: nothing has to be restored, and nothing can drift. What is h
 that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -33,7 +33,7 @@ class SyncStats:
 
     bytes: int = 0  # of the tensors streamed
     peak_bytes: int = 0  # of those that were alive at one time, here or with whom they were given to
-    moments: Tensor | float = 0.0  # <realised, intended>, |realised|², |intended|², over this rank's shards
+    moments: Tensor = field(default_factory=lambda: torch.zeros(3))  # see `compare`, over this rank's shards
     held: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # buffer -> bytes, while anyone has it
 
     def hold(self, buffer: Tensor) -> None:
@@ -46,41 +46,31 @@ class SyncStats:
         buffer.untyped_storage().resize_(0)
         self.held.pop(buffer)
 
-    def compare(self, weight: Tensor, merged: Tensor, intended: Tensor) -> None:
-        """Compares what rounding left of an update, `merged - weight`, with the update itself."""
-        realised, intended = (merged.float() - weight.float()).flatten(), intended.float().flatten()
+    def compare(self, weight: Tensor, exact: Tensor, rounded: Tensor) -> None:
+        """Adds up <realised, intended>, |realised|² and |intended|² of an update, before and after rounding."""
+        realised, intended = ((merged.to(exact.dtype) - weight).flatten() for merged in (rounded, exact))
         pairs = ((realised, intended), (realised, realised), (intended, intended))
-        self.moments = self.moments + torch.stack([torch.dot(one, other) for one, other in pairs])
+        moments = torch.stack([torch.dot(one, other) for one, other in pairs])
+        self.moments = self.moments.to(moments.device) + moments
 
     def metrics(self) -> dict[str, float]:
         """`sync/update_survival` is the cosine between the two: 1 if nothing was lost. Collective."""
         metrics: dict[str, float] = {"sync/bytes": self.bytes, "sync/peak_bytes": self.peak_bytes}
-        if isinstance(self.moments, Tensor):
-            dist.all_reduce(self.moments)
-            dot, realised, intended = self.moments.tolist()
-            if intended:
-                metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
+        moments = self.moments.float().cpu()
+        dist.all_reduce(moments)  # also of a rank without any rows of the adapted weights
+        dot, realised, intended = moments.tolist()
+        if intended:
+            metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
         return metrics
 
 
 def to_send(model: nn.Module, everything: bool = False) -> set[str] | None:
-    """The modules whose weights a sync streams: those with adapters, completed to what vLLM fuses; None: all."""
-    adapted = [path for path, _ in lora.lora_layers(model)]
-    return whole_modules(adapted) if adapted and not everything else None
-
-
-def whole_modules(changed: Iterable[str]) -> set[str]:
-    """Module names, completed to all parts of the modules that vLLM fuses.
-
-    >>> sorted(whole_modules(["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]))
-    ['layers.0.mlp.down_proj', 'layers.0.mlp.gate_proj', 'layers.0.mlp.up_proj']
-    """
-    whole = set()
-    for path in changed:
+    """The modules whose weights a sync streams: those with adapters, and what vLLM fuses with them; None: all."""
+    modules = {path for path, _ in lora.lora_layers(model)}
+    for path in list(modules):
         parent, _, name = path.rpartition(".")
-        parts = next((group for group in FUSED if name in group), (name,))
-        whole |= {f"{parent}.{part}" for part in parts}
-    return whole
+        modules |= {f"{parent}.{part}" for group in FUSED if name in group for part in group}
+    return modules if modules and not everything else None
 
 
 def summon_layers(
@@ -90,25 +80,24 @@ def summon_layers(
     modules: set[str] | None = None,
     stats: SyncStats | None = None,
     dtype: torch.dtype | None = None,
-    name: str = lora.POLICY,
-    prefetch: bool = True,
+    prefetch: bool = False,
     release: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights as the sampler needs them: (Hugging Face name, whole tensor on `device`), in the model's order.
 
-    `modules` limits the stream to the parameters of those modules; None streams all. `dtype`: of the stream, None: of
-    the model. `name`: the adapter that is merged.
-    `release` frees a tensor when the next one is asked for, for takers that have copied it by then: others may keep it
-    as long as they like. Collective: all ranks take the stream to its end.
+    `modules` limits the stream to the parameters of those modules; None streams all. `dtype`: of the stream; None: of
+    the model. `prefetch`: the next tensor is gathered while this one is used. `release` frees a tensor when the next
+    one is asked for, for takers that have copied it by then: others may keep it as long as they like. Collective: all
+    ranks take the stream to its end.
     """
     stats = stats or SyncStats()
-    layers = dict(lora.lora_layers(model, name))
+    layers = dict(lora.lora_layers(model))
 
     def gatherings() -> Iterator[tuple[str, Gathering]]:
         for path, weight in lora.base_weights(model):
             module, _, kind = path.rpartition(".")
             if modules is None or module in modules:
-                adapter = layers[module].adapters[name] if kind == "weight" and module in layers else None
+                adapter = layers[module].adapters[lora.POLICY] if kind == "weight" and module in layers else None
                 yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats)
 
     upcoming = gatherings()
@@ -166,8 +155,8 @@ def write_rows(weight: Tensor | NF4Weight, adapter: lora.Adapter | None, target:
         parts = [local(parameter)[rows].to(target.device) for parameter in parameters]
         W = nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, NF4Weight) else parts[0]
         if adapter:
-            b = B[rows].to(target.device)
-            merged = lora.merge(W, A, b, adapter.scale)
-            stats.compare(W, merged, adapter.scale * (b @ A))
-            W = merged
-        target[rows] = W
+            exact = lora.updated(W, A, B[rows].to(target.device), adapter.scale)
+            target[rows] = exact
+            stats.compare(W, exact, target[rows])
+        else:
+            target[rows] = W

@@ -20,27 +20,25 @@ MOST_MISSING = 0.25  # of an update, beyond what noise explains
 NOISE_GROWTH = 3.0  # a trained policy is sharper than its base, which makes the same rounding weigh more
 
 
-def send_adapter(policy: Policy, engine: Engine, name: str = lora.POLICY) -> dict[str, float]:
+def send_adapter(policy: Policy, engine: Engine) -> dict[str, float]:
     """Hands vLLM an adapter by a folder in memory, written by one rank of each host; W stays as it is."""
     with fsdp_utils.shared_folder() as folder:
         write = fsdp_utils.first_on_host()
-        lora.save_adapter(policy.model, folder, name=name, gather=fsdp_utils.gather, write=write)
+        lora.save_adapter(policy.model, folder, gather=fsdp_utils.gather, write=write)
         dist.barrier()  # written
-        engine.load_adapter(str(folder), name)
-    adapters = [layer.adapters[name] for _, layer in lora.lora_layers(policy.model, name)]
+        engine.load_adapter(str(folder))
+    adapters = [layer.adapters[lora.POLICY] for _, layer in lora.lora_layers(policy.model)]
     return {"sync/bytes": sum(p.nbytes for adapter in adapters for p in adapter.parameters())}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Did it arrive?
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Did it arrive? -------------------------------------------------------------------------------------------
 
 
 class Verifier:
     """Scores fixed texts in the trainer and in vLLM, and compares.
 
-    Both run in the model's dtype with their own kernels, so they never agree exactly. How far they are apart with the
-    weights that vLLM read from disk, before any training, is what later differences are measured by. An update too
+    Both run in the model's dtype with their own kernels, so they never agree exactly. How far they are apart after the
+    first sync, before this process has trained, is what later differences are measured by. An update too
     small to stand out of that noise in any one logprob does so in all together: the second check asks how far along
     the way from the base to the policy vLLM is.
     """
@@ -91,7 +89,7 @@ def least_squares(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
 
 def probe_texts(prompts: list[list[int]], length: int, total: int = PROBE_TOKENS) -> list[list[int]]:
     """Fixed texts of `length` tokens: prompts one after the other, from the start again if they are too few."""
-    tokens = islice(cycle(chain.from_iterable(prompts)), length * -(-total // length))
+    tokens = cycle(chain.from_iterable(prompts))
     return [list(islice(tokens, length)) for _ in range(-(-total // length))]
 
 

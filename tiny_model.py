@@ -75,7 +75,8 @@ def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     """Supervised learning from the sloppy teacher, on training problems only."""
     rng = random.Random(seed)
     pairs = reward.arithmetic_pairs("train")
-    threads, _ = torch.get_num_threads(), torch.set_num_threads(os.cpu_count())  # torchrun allows a rank only one
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())  # torchrun allows a rank only one
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     for _ in tqdm(range(STEPS), desc="warm-starting the tiny model", mininterval=1.0):

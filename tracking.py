@@ -5,7 +5,7 @@ runs/NAME/metrics.jsonl    one object per step
 runs/NAME/samples.jsonl    completions with their rewards
 runs/NAME/evals/           those of each evaluation as a table, for people
 runs/NAME/trace_N.json.gz  with `--profile N`: what the first rank did in step N, for https://ui.perfetto.dev
-runs/NAME/checkpoints/     see train_grpo.py
+runs/NAME/checkpoints/     see checkpoint.py
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import wandb
@@ -144,7 +145,7 @@ class RunLog:
         self.phase("")
         seconds, peaks, self.seconds, self.peaks = self.seconds, self.peaks, {}, {}
         total = sum(seconds.values())
-        training = total - seconds.get("eval", 0.0)
+        training = total - seconds.get("eval", 0.0) - seconds.get("save", 0.0)
         metrics = {"step": step} | metrics | {f"time/{name}": value for name, value in seconds.items()}
         metrics |= {f"memory/{name}_gib": peak / 2**30 for name, peak in peaks.items()}
         metrics |= {"memory/peak_gib": max(peaks.values()) / 2**30, "time/step": total}
@@ -235,7 +236,8 @@ def wandb_mode(mode: str) -> str:
     if "WANDB_MODE" in os.environ:
         return os.environ["WANDB_MODE"]
     try:
-        logged_in = "WANDB_API_KEY" in os.environ or "api.wandb.ai" in netrc.netrc().hosts
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+        logged_in = "WANDB_API_KEY" in os.environ or host in netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         logged_in = False
     return "online" if logged_in else "offline"

@@ -34,7 +34,7 @@ from configs.base import Config
 from command_line import parse_config
 from prepare import prepare
 from rollout import Completion
-from run import Run, launch, set_learning_rate
+from run import Run, due, launch, set_learning_rate
 
 Metrics = dict[str, Tensor]  # name -> (R,) a value per token
 
@@ -176,6 +176,7 @@ class Algorithm(NamedTuple):
     loss: Callable[[Tensor, Tensor, MicroBatch, Config], tuple[Tensor, Metrics]]
     weight: Callable[[Tensor, Config], Tensor]
     settings: dict[str, Any] = {}  # its paper's values for options that default to the algorithm's choice
+    groups: bool = True  # a completion is measured against the others of its problem
     whole_sequences: bool = False  # the loss is one of whole completions, so TIS has to be, too
     needs_all: bool = False  # even a completion without advantage has a gradient
     flow: bool = False  # compares the policy with the reference and a learned log Z
@@ -189,7 +190,7 @@ ALGORITHMS = {
     "gspo": Algorithm(zscore, clip_sequence, per_sequence, {"clip_low": 3e-4, "clip_high": 4e-4}, whole_sequences=True),
     "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}),
     "rloo": Algorithm(leave_one_out, clip_token, sum_of_tokens),  # TRL clips the ratio of whole completions
-    "reinforce_pp": Algorithm(batch_zscore, clip_token, all_tokens),
+    "reinforce_pp": Algorithm(batch_zscore, clip_token, all_tokens, groups=False),
     "reinforce_pp_baseline": Algorithm(center_batch_zscore, clip_token, all_tokens),
     "opmd": Algorithm(center, mirror_descent, per_sequence, whole_sequences=True, needs_all=True),
     "flowrl": Algorithm(
@@ -218,9 +219,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     return difference.square() / 2 if estimator == "k2" else (-difference).exp() - 1 + difference
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The update
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The update -----------------------------------------------------------------------------------------------
 
 
 def policy_loss(
@@ -312,8 +311,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: flo
     The loss and the norm are those of all ranks, so all do the same.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = fsdp_utils.gather(torch.nn.utils.clip_grad_norm_(parameters, max_norm or float("inf"))).item()
-    norm = norm if math.isfinite(loss) else math.nan
+    norm = fsdp_utils.clip_gradients(parameters, max_norm or math.inf) if math.isfinite(loss) else math.nan
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
@@ -330,9 +328,7 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     return {name: value / divisors.get(name.rpartition("/")[2], tokens) for name, value in totals.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The loop -------------------------------------------------------------------------------------------------
 
 
 def train(run: Run) -> None:
@@ -369,7 +365,7 @@ def train(run: Run) -> None:
             metrics["reward/kl_ref"] = divergences.mean().item()
         advantages = algorithm.advantage(rewards.view(len(kept) // config.group_size, config.group_size)).flatten()
 
-        # 4. logprobs: of the reference, and of the policy that sampled if it is about to change more than once
+        # 4. logprobs: of the reference, and of the policy that sampled
         updates = make_updates(
             completions, advantages, algorithm.weight, config, run.world, drop_useless=only_advantages_teach(config)
         )
@@ -378,7 +374,7 @@ def train(run: Run) -> None:
                 if algorithm.flow or (config.kl_coef and config.kl_in == "loss"):
                     with lora.reference(policy):
                         batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-                if len(updates) * config.epochs_per_rollout > 1:
+                if needs_old_logprobs(len(updates), config):
                     batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
 
         # 5. update
@@ -391,7 +387,7 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        metrics |= run.sync(verify=bool(config.verify_every) and step % config.verify_every == 0)
+        metrics |= run.sync(verify=due(config.verify_every, step))
 
         # 7. log, evaluate, save
         log.phase("eval")
@@ -407,6 +403,13 @@ def worth_learning(scores: Tensor, config: Config) -> list[int]:
     differ = (groups != groups[:, :1]).any(1) | (config.max_rollouts == 1)
     chosen = differ.nonzero()[: config.prompts_per_step]
     return (chosen * config.group_size + torch.arange(config.group_size)).flatten().tolist()
+
+
+def needs_old_logprobs(updates: int, config: Config) -> bool:
+    """Whether the update's own forward cannot tell what the policy that sampled says: the policy changes more than
+    once, or that forward has dropout, which the sampler does not.
+    """
+    return updates * config.epochs_per_rollout > 1 or config.lora_dropout > 0
 
 
 def rollout_metrics(completions: list[Completion], scores: Tensor) -> dict[str, float]:
@@ -446,9 +449,7 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     return totals.cpu()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------
 
 
 def only_advantages_teach(config: Config) -> bool:
@@ -465,6 +466,10 @@ def settle(config: Config, algorithm: Algorithm) -> Config:
     config = dataclasses.replace(config, **chosen)
 
     name = config.algorithm
+    if algorithm.groups and config.group_size < 2:
+        raise ValueError(f"{name} measures each completion against its group: group_size must be at least 2, not 1")
+    if config.ref_adapter_path and not (config.kl_coef or algorithm.flow):
+        raise ValueError("ref_adapter_path has no effect without kl_coef; set kl_coef above 0")
     if algorithm.whole_sequences and config.tis_cap and config.tis_mode.startswith("token"):
         raise ValueError(f"{name} weighs whole completions: tis_mode must be sequence..., not {config.tis_mode!r}")
     if algorithm.settings.get("max_rollouts", 1) > 1 and config.max_rollouts == 1:
@@ -488,14 +493,20 @@ def settle(config: Config, algorithm: Algorithm) -> Config:
     return config
 
 
+def find_algorithm(name: str) -> Algorithm:
+    """A row of ALGORITHMS. Raises ValueError if there is none of that name."""
+    if name not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {name!r}; there are: {', '.join(ALGORITHMS)}")
+    return ALGORITHMS[name]
+
+
 def prepare_grpo() -> Run:
     """The command line's run, with what only this trainer can check."""
     config = parse_config(sys.argv[1:], description=__doc__)
     if config.algorithm == "ppo":
         raise ValueError("ppo needs a critic: run train_ppo.py")
-    if config.algorithm not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {config.algorithm!r}; there are: {', '.join(ALGORITHMS)}")
-    return prepare(settle(config, ALGORITHMS[config.algorithm]))
+    algorithm = find_algorithm(config.algorithm)
+    return prepare(settle(config, algorithm), learns_log_z=algorithm.flow)
 
 
 if __name__ == "__main__":

@@ -31,13 +31,14 @@ from configs.base import Config
 from command_line import parse_config
 from models import build_critic
 from prepare import make_optimizer, on_disk, prepare
-from run import Run, launch, set_learning_rate
+from run import Run, due, launch, set_learning_rate
 from train_grpo import (
     Algorithm,
     Metrics,
     all_tokens,
     clip_token,
     kl,
+    needs_old_logprobs,
     overlong_penalties,
     rollout_metrics,
     settle,
@@ -46,12 +47,10 @@ from train_grpo import (
     update_policy,
 )
 
-PPO = Algorithm(advantage=None, loss=clip_token, weight=all_tokens)  # the advantage is the critic's, see `judge`
+PPO = Algorithm(None, clip_token, all_tokens, groups=False)  # the advantage is the critic's, see `judge`
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The algorithm
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The algorithm --------------------------------------------------------------------------------------------
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, lam: float) -> Tensor:
@@ -134,9 +133,7 @@ def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[s
     return {name if name == "tokens" else f"critic/{name}": value for name, value in sums.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The loop -------------------------------------------------------------------------------------------------
 
 
 def train(run: Run) -> None:
@@ -164,7 +161,7 @@ def train(run: Run) -> None:
         rewards = scores + overlong_penalties(completions, config)  # `judge` makes advantages of them
         updates = make_updates(completions, rewards, PPO.weight, config, run.world)
         judge(run, list(chain.from_iterable(updates)))
-        if len(updates) * config.epochs_per_rollout > 1:
+        if needs_old_logprobs(len(updates), config):
             with torch.no_grad():
                 for batch in chain.from_iterable(updates):
                     batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
@@ -181,7 +178,7 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        sync_metrics = run.sync(verify=bool(config.verify_every) and step % config.verify_every == 0)
+        sync_metrics = run.sync(verify=due(config.verify_every, step))
 
         # 7. log, evaluate, save
         log.phase("eval")

@@ -15,5 +15,4 @@ config = dataclasses.replace(
     critic_warmup_steps=2,
     updates_per_rollout=2,  # the clipped ratio is there to be used
     gae_lambda=0.95,
-    lr_schedule="linear",  # 90% at the end, 88% without
 )

@@ -6,17 +6,11 @@ config = Config(
     run_name="qwen2_5_7b_gsm8k",
     task="gsm8k",
     model="Qwen/Qwen2.5-7B-Instruct",
-    lora_rank=32,
-    lora_alpha=32.0,
     learning_rate=3e-5,  # LoRA bears ten times the rate of full fine-tuning, and smaller updates round away in bf16
     steps=116,  # one epoch: 7,473 problems / 64
-    prompts_per_step=64,
     group_size=5,
-    max_prompt_length=512,
-    max_completion_length=1024,
     tensor_parallel_size=1,  # 15 GB of weights fit beside the training: eight engines, nothing to wait for
     gpu_memory_utilization=0.6,
     sleep_level=1,  # the update gets the KV cache's memory
-    tokens_per_microbatch=16384,
     eval_problems=1319,  # all of GSM8K's test set
 )

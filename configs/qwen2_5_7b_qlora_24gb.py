@@ -12,7 +12,6 @@ config = Config(
     learning_rate=3e-5,
     steps=500,
     prompts_per_step=16,
-    group_size=8,
     max_prompt_length=384,
     max_completion_length=640,
     max_num_seqs=64,
@@ -20,5 +19,4 @@ config = Config(
     sleep_level=1,  # vLLM's 15 GB move to the host while the update needs the GPU
     param_offload=True,  # and the four bits are there while vLLM generates
     tokens_per_microbatch=16384,  # each fetches and dequantises all weights: few, and large
-    eval_problems=256,
 )

@@ -17,7 +17,16 @@ from fsdp_utils import World
 from policy import FrozenHead
 from rollout import Completion
 from run import schedule
-from train_grpo import ALGORITHMS, importance_weight, kl, overlong_penalties, policy_loss, settle, worth_learning
+from train_grpo import (
+    ALGORITHMS,
+    importance_weight,
+    kl,
+    needs_old_logprobs,
+    overlong_penalties,
+    policy_loss,
+    settle,
+    worth_learning,
+)
 
 NAMES = list(ALGORITHMS)
 F64 = torch.float64
@@ -42,9 +51,7 @@ def micro_batch(lengths, advantages=0.0, weights=1.0, **tensors) -> MicroBatch:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# By hand: two problems, three completions each
-# ---------------------------------------------------------------------------------------------------------------
+# ---- By hand: two problems, three completions each ------------------------------------------------------------
 
 REWARDS = [[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]
 LENGTHS = [1, 2, 1, 2, 1, 1]  # of the six completions: 8 tokens
@@ -122,9 +129,7 @@ def test_by_hand(name):
     assert loss.item() == pytest.approx(BY_HAND[name][1], abs=2e-6, rel=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# By loops: the papers' equations, a completion and a token at a time
-# ---------------------------------------------------------------------------------------------------------------
+# ---- By loops: the papers' equations, a completion and a token at a time --------------------------------------
 
 
 def ppo(ratio, A, low, high):
@@ -209,9 +214,7 @@ def test_parity_with_the_paper(name):
         assert 0.05 < info["policy/clip_frac"].mean() < 0.9
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Splits
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Splits ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -247,9 +250,7 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# KL, entropy, importance sampling, dual clip
-# ---------------------------------------------------------------------------------------------------------------
+# ---- KL, entropy, importance sampling, dual clip --------------------------------------------------------------
 
 
 def test_overlong_penalties():
@@ -359,9 +360,7 @@ def test_dual_clip():
     assert torch.autograd.grad(loss.sum(), logprobs)[0].tolist() == pytest.approx([0.0, 0.0, 2.0])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop's other parts
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The loop's other parts -----------------------------------------------------------------------------------
 
 
 def test_dynamic_sampling_keeps_groups_that_differ():
@@ -399,6 +398,7 @@ def test_schedule():
         ({"algorithm": "reinforce_pp", "group_size": 1, "max_rollouts": 2}, "group_size must exceed 1"),
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
         ({"algorithm": "cispo", "dual_clip": 3.0}, "dual_clip must be 0"),
+        ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
         ({"dual_clip": 0.5}, "dual_clip must be more than 1"),
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 has no gradient"),
         ({"algorithm": "bnpo", "overlong_buffer": 0.5}, "rewards from 0 to 1"),
@@ -420,6 +420,22 @@ def test_the_algorithm_fills_in_what_the_user_left_open():
     assert config_of("dapo", clip_high=0.5).clip_high == 0.5
     assert config_of("gspo", tis_cap=2.0).tis_mode == "sequence"
     assert None not in dataclasses.asdict(config_of("grpo")).values()
+
+
+def test_any_row_may_do_without_groups_or_look_at_the_reference():
+    """What is asked of settings follows from the row, whatever its name."""
+    row = ALGORITHMS["grpo"]._replace(groups=False)
+    assert settle(Config(group_size=1), row).group_size == 1
+    row = ALGORITHMS["flowrl"]._replace(settings={})
+    assert settle(Config(ref_adapter_path="somewhere"), row).tis_mode == "sequence"
+
+
+@pytest.mark.parametrize(
+    "updates, settings, needed",
+    [(1, {}, False), (2, {}, True), (1, {"epochs_per_rollout": 2}, True), (1, {"lora_dropout": 0.1}, True)],
+)
+def test_the_old_policy_is_asked_where_the_update_cannot_tell(updates, settings, needed):
+    assert needs_old_logprobs(updates, Config(**settings)) == needed
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*_cpu*.py")), ids=lambda path: path.stem)

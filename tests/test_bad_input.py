@@ -30,9 +30,7 @@ def check(line: str, words: list[str]) -> None:
     assert all(word in line for word in words), (words, line)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command line and configurations
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The command line and configurations ----------------------------------------------------------------------
 
 just_outside = [
     (f"--{field.name}={field.metadata[limit] + step}", [field.name, f"{LIMITS[limit][0]} {field.metadata[limit]}"])
@@ -60,7 +58,6 @@ OPTIONS = [
     ("--dual_clip=0.5", ["dual_clip", "more than 1"]),
     ("--lora_dropout=1", ["lora_dropout", "less than 1"]),
     ("--lora_dropout=0.1 --lora_forward=merged", ["lora_dropout", "lora_forward factored"]),
-    ("--group_size=1", ["group_size", "at least 2"]),
     ("--warmup_steps=200", ["warmup_steps", "fewer than the 200 steps"]),
     ("--updates_per_rollout=5", ["updates_per_rollout", "divide prompts_per_step", "5"]),
     ("--lora_rank=0 --lora_dropout=0.1", ["lora_dropout", "lora_rank above 0"]),
@@ -75,7 +72,6 @@ OPTIONS = [
     ("--base_dtype=nf4 --sync=adapter", ["nf4", "use sync merged"]),
     ("--lora_forward=merged --sync=adapter", ["lora_forward merged", "lora_forward factored"]),
     ("--sleep_level=2 --sync=adapter", ["sleep_level 2", "use sleep_level 1"]),
-    ("--ref_adapter_path=x", ["ref_adapter_path", "kl_coef above 0"]),
     ("--run_name=a/b", ["run_name", "'a/b'"]),
     ("--run_name=..", ["run_name", "'..'"]),
     ("--run_name=", ["run_name", "''"]),
@@ -158,9 +154,7 @@ def test_config_files(tmp_path, text, words):
     check(" ".join(str(error.value).split()), [str(path), *words])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------
 
 GOOD = b'{"question": "q", "answer": "#### 1"}\n'
 
@@ -241,9 +235,7 @@ def test_odd_but_good_data(tmp_path):
     assert {problem.answer for problem in problems} == {"12"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What only a run's preparation can find out: models, adapters, checkpoints, and how all of it goes together
-# ---------------------------------------------------------------------------------------------------------------
+# ---- What only a run's preparation can find out: models, adapters, checkpoints, and how all of it goes together
 
 Case = tuple[list[str], list[str]]  # options, and the words of what is said
 
@@ -282,6 +274,8 @@ def bad_settings(bad: Path) -> list[Case]:
         (["--task", "sums"], ["'sums'", "there are: arithmetic, gsm8k"]),
         (["--algorithm", "gpro"], ["'gpro'", "there are: grpo"]),
         (["--algorithm", "ppo"], ["run train_ppo.py"]),
+        (["--group_size", "1"], ["grpo", "group_size must be at least 2"]),
+        (["--ref_adapter_path", "x"], ["ref_adapter_path", "kl_coef above 0"]),
         (["--algorithm", "dapo", "--max_rollouts", "1"], ["max_rollouts must exceed 1"]),
         (["--algorithm", "gspo", "--tis_mode", "token"], ["gspo", "tis_mode must be sequence", "'token'"]),
         (["--algorithm", "reinforce_pp", "--group_size", "1", "--max_rollouts", "2"], ["group_size must exceed 1"]),

@@ -46,7 +46,6 @@ def test_every_config_file_is_valid_and_short(path):
         (["--learning_rate", "-1"], ["learning_rate", "-1"]),
         (["--kl_coef", "nan"], ["kl_coef", "nan"]),
         (["--temperature", "0"], ["temperature", "0"]),
-        (["--group_size", "1"], ["group_size", "at least 2", "1"]),
         (["--wandb_mode", "on"], ["wandb_mode", "'on'", "offline"]),
         (["--dtype", "float16"], ["dtype", "float16", "bfloat16"]),
         (["--gradient_checkpointing", "perhaps"], ["gradient_checkpointing", "perhaps"]),

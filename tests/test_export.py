@@ -91,4 +91,6 @@ def test_mistakes_are_one_line_and_exit_code_2(model_folder, tmp_path, monkeypat
     save_file({key.replace("layers.1.", "layers.7."): tensor for key, tensor in tensors.items()}, file)
     with pytest.raises(ValueError, match="the base has no 'model.layers.7"):
         export.export(base, adapter, str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(ValueError, match="the base has no 'model.layers.7"):
+        export.inspect(adapter, base)

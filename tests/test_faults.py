@@ -187,9 +187,7 @@ def test_a_mismatch_stops_a_run():
         run.Run.check_health(someone, {"critic/skipped_updates": 1.0, "critic/loss": math.nan})
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Nothing wrong, only unusual: it must simply work
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Nothing wrong, only unusual: it must simply work ---------------------------------------------------------
 
 
 def empty_updates(tiny: str) -> dict[str, list[float]]:
@@ -201,7 +199,7 @@ def empty_updates(tiny: str) -> dict[str, list[float]]:
         small = {"group_size": 2, "lora_rank": 4, "tokens_per_microbatch": 64}
         config = Config(model=tiny, algorithm=name, dtype="float32", **small)
         config = train_grpo.settle(config, algorithm)
-        policy = build_policy(config, tiny, world)
+        policy = build_policy(config, tiny, world, learns_log_z=algorithm.flow)
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
         session = SimpleNamespace(policy=policy, config=config, optimizer=optimizer, world=world)
         steps = [[3, 0, 0, 0], [0, 0, 0, 0], [0, 2, 5, 1]]

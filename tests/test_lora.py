@@ -108,9 +108,7 @@ def test_rank_stabilised_scale():
     assert make_layer(rank=4).adapters[lora.POLICY].scale == 2.0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# In a model, against peft
-# ---------------------------------------------------------------------------------------------------------------
+# ---- In a model, against peft ---------------------------------------------------------------------------------
 
 
 def load(folder, dtype=torch.float32):
@@ -183,9 +181,7 @@ def test_gradients_are_pefts(model_folder, tmp_path):
     assert sum(p.requires_grad for p in ours.parameters()) == len(expected)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Strictness, ranks, several adapters
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Strictness, ranks, several adapters ----------------------------------------------------------------------
 
 
 def saved_adapter(folder, out, rank=16, alpha=16.0, std=0.05, seed=3):

@@ -108,7 +108,6 @@ CONTRADICTIONS = {
     "lora_dropout needs an adapter": {"lora_rank": 0, "lora_dropout": 0.1},
     "lora_dropout must be less than 1": {"lora_dropout": 1.0},
     "lora_dropout cannot act inside a merged weight": {"lora_dropout": 0.1, "lora_forward": "merged"},
-    "ref_adapter_path has no effect without kl_coef": {"ref_adapter_path": "somewhere"},
     "lora_rank must be at least 0": {"lora_rank": -1},
     "base_dtype must be one of dtype, nf4": {"base_dtype": "int8"},
 }
@@ -120,9 +119,7 @@ def test_contradictions_are_refused_at_the_start(message):
         Config(**CONTRADICTIONS[message])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# With vLLM
-# ---------------------------------------------------------------------------------------------------------------
+# ---- With vLLM ------------------------------------------------------------------------------------------------
 
 TOKENS = torch.randint(3, 250, (20,), generator=torch.Generator().manual_seed(0)).tolist()
 MODES = {

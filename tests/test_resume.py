@@ -19,6 +19,7 @@ from conftest import ROOT, on_ranks
 from torch import nn
 
 import checkpoint
+import fsdp_utils
 from configs.base import Config
 from prepare import read_saved
 from run import Progress, Run
@@ -217,6 +218,7 @@ def test_every_kind_of_run_goes_on(tmp_path, tiny_folder):
     for name, (quiet, resumed) in zip(cases, compared, strict=True):
         assert resumed == quiet and [row["step"] for row in quiet[0]] == [0, 1, 2, 3, 4], name
         assert sum(row.get("grad_norm", 0) for row in quiet[0][3:]) > 0, name
+        assert max(row.get("mismatch/kl", 0) for row in quiet[0]) < 0.002, name  # dropout is no mismatch
 
 
 def small_model() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -356,6 +358,18 @@ def test_old_checkpoints_go_but_the_best_stays(tmp_path):
     assert list(checkpoint.written(tmp_path)) == [1, 999_999, 1_000_000]
     assert (tmp_path / "latest").read_text() == "checkpoints/step_1000000\n"
     assert checkpoint.find(tmp_path, "latest", print).name == "step_1000000"
+
+
+def test_the_first_evaluated_checkpoint_is_the_best_so_far(monkeypatch):
+    """Whatever its accuracy: a task may have rewards below 0."""
+    monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
+    run = Run.__new__(Run)
+    run.config, run.learners, run.world, run.position = Config(), {}, fsdp_utils.World(0, 1, torch.device("cpu")), {}
+    run.write_checkpoint = lambda progress, state, tensors: True
+    for step, accuracy, best in ((1, None, -1), (2, -5.0, 2), (3, -6.0, 2), (4, -4.0, 4)):
+        run.progress = dataclasses.replace(run.progress if step > 1 else Progress(), step=step)
+        run.save(accuracy)
+        assert run.progress.best_step == best
 
 
 def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def streams(folder, ways):
     for fsdp_size, param_offload in ways:
         model = sharded_model(folder, world, fsdp_size, param_offload)
         frozen = [fsdp_utils.local(p).clone() for p in model.parameters() if not p.requires_grad]
-        for options in [dict(prefetch=False), dict(release=True)] + [dict()] * 5:
+        for options in [dict(), dict(release=True)] + [dict(prefetch=True)] * 5:
             names = []
             for name, tensor in stream.summon_layers(model, world.device, **options):
                 names.append(name)
@@ -94,7 +94,7 @@ def many_syncs(folder, count):
             with torch.no_grad():
                 for shard in trained:
                     shard.mul_(1.001)
-            for _ in stream.summon_layers(model, world.device):
+            for _ in stream.summon_layers(model, world.device, prefetch=True):
                 pass
         same.append(all(torch.equal(*pair) for pair in zip(frozen, before, strict=True)))
     return same
@@ -141,7 +141,7 @@ def peaks_of_a_hoarder(folder):
     model = sharded_model(folder, world, 0, False)
     for release in (False, True):
         stats = stream.SyncStats()
-        kept = [w for _, w in stream.summon_layers(model, world.device, prefetch=False, stats=stats, release=release)]
+        kept = [w for _, w in stream.summon_layers(model, world.device, stats=stats, release=release)]
         there = sum(tensor.nbytes for tensor in kept if tensor.untyped_storage().nbytes())
         found.append((stats.peak_bytes, stats.bytes, there, max(tensor.nbytes for tensor in kept)))
     return found
@@ -153,3 +153,45 @@ def test_what_is_kept_is_counted_and_what_is_released_is_gone(model_folder, tmp_
         assert peak == sent == there
         peak, _, there, largest = released
         assert peak == largest and there == 0
+
+
+def survivals(folder):
+    """Of all updates together, as the stream says and from whole tensors in float64; updates that rounding hurts."""
+    world, stats, pairs = fsdp_utils.init_world(), stream.SyncStats(), []
+    model = sharded_model(folder, world, 0, False)
+    for _, layer in lora.lora_layers(model):
+        fsdp_utils.local(layer.adapters[lora.POLICY].lora_B).data.mul_(0.002)
+    for _ in stream.summon_layers(model, world.device, stats=stats):
+        pass
+    for _, layer in lora.lora_layers(model):
+        W, A, B = (
+            fsdp_utils.gather(matrix).detach().double()
+            for matrix in (layer.weight, layer.adapters[lora.POLICY].lora_A, layer.adapters[lora.POLICY].lora_B)
+        )
+        update = 2.0 * (B @ A)
+        pairs.append(torch.stack([((W + update).bfloat16() - W).flatten(), update.flatten()]))
+    realised, intended = torch.cat(pairs, dim=1)
+    return stats.metrics()["sync/update_survival"], torch.cosine_similarity(realised, intended, dim=0).item()
+
+
+def test_what_survives_rounding_is_the_cosine_of_the_whole_update(model_folder, tmp_path):
+    for reported, expected in on_ranks(2, survivals, model_folder("qwen2", **UNEVEN), folder=tmp_path):
+        assert reported == pytest.approx(expected, abs=1e-3) and 0.2 < expected < 0.95
+
+
+def survival_of_one_row():
+    """Of a weight that one rank has whole."""
+    world, stats = fsdp_utils.init_world(), stream.SyncStats()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 1, bias=False))
+    lora.inject(model, ["0"], rank=2, alpha=2.0)
+    fsdp_utils.shard(model, [], world.device)
+    fill_adapters(model, fsdp_utils.fill)
+    for _ in stream.summon_layers(model, world.device, stats=stats):
+        pass
+    return stats.metrics()["sync/update_survival"]
+
+
+def test_a_rank_without_rows_waits_for_nobody(tmp_path):
+    """Two ranks, one row: both take part in what is summed over them."""
+    one, other = on_ranks(2, survival_of_one_row, folder=tmp_path)
+    assert one == other == pytest.approx(1.0, abs=1e-3)

@@ -148,7 +148,7 @@ def adapter_syncs(folder, tensor_parallel_size):
         a.engine.generate([Request(TEXTS[0], 1, 1.0, seed=5, adapter="critic")])
     except ValueError as error:
         unknown = str(error)
-    a.engine.load_adapter = lambda folder, name: None
+    a.engine.load_adapter = lambda folder: None
     random_adapter(a.policy.model, 3, fsdp_utils.fill)
     with pytest.raises(RuntimeError, match="does not run the trained weights"):
         a.sync(verify=True)

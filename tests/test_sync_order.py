@@ -1,14 +1,18 @@
 """What happens around the stream, in which order; and settings that cannot work."""
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import checkpoint
 import fsdp_utils
 from configs.base import Config
+from prepare import make_optimizer
+from run import Progress, Saved
 
 
 class RecordingLLM:
@@ -28,6 +32,7 @@ class RecordingLLM:
 
     def reset_prefix_cache(self):
         self.calls.append("reset_prefix_cache")
+        return True
 
 
 def calls_of_a_step(sleep_level, monkeypatch):
@@ -46,7 +51,7 @@ def calls_of_a_step(sleep_level, monkeypatch):
     run.lora.inject(model, ["down"], 2, 2.0)
     run.lora.init_adapters(model, 0)
     a.policy = torch.nn.Module()
-    a.policy.model, a.policy.home = model, torch.device("cpu")
+    a.policy.model = model
     streamed = run.summon_layers
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engine.llm.calls.append("empty_cache"))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
@@ -84,6 +89,22 @@ def test_optimizer_state_is_on_the_gpu_only_for_its_step():
             optimizer.step()  # raises if the state is not where the parameter is
             seen.append({name: value.device.type for name, value in optimizer.state[parameter].items()})
     assert seen == [{"step": "cpu", "exp_avg": "cpu", "exp_avg_sq": "cpu"}] * 2
+
+
+def test_a_resumed_optimizer_state_is_in_host_memory(monkeypatch):
+    """From the start, not only after the first step."""
+
+    def restore_state(folder, learners):
+        for module, optimizer in learners.values():
+            checkpoint.allocate_state(optimizer, list(module.parameters()))
+
+    monkeypatch.setattr(checkpoint, "restore_state", restore_state)
+    with FakeTensorMode():
+        module = torch.nn.ParameterList([torch.empty(4, device="cuda"), torch.empty(2, 3, device="cuda")])
+        saved = Saved(Path(), Progress(), {})
+        optimizer = make_optimizer(Config(optimizer_offload=True), "policy", module, 1e-3, saved)
+    found = {value.device.type for state in optimizer.state.values() for value in state.values()}
+    assert len(optimizer.state) == 2 and found == {"cpu"}
 
 
 def test_optimizer_steps_are_the_same_with_its_state_elsewhere():

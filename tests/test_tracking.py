@@ -34,6 +34,7 @@ def test_timeline(tmp_path):
         (row,) = [row for row in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if row["step"] == step]
         phases = sum(value for name, value in row.items() if name.startswith("time/") and name != "time/step")
         assert row["time/step"] == pytest.approx(phases)
+        assert row["tokens_per_second"] == pytest.approx(7 / (row["time/step"] - row.get("time/save", 0.0)))
         assert 0.1 <= row["time/rollout"] <= row["time/step"] <= elapsed + row.get("time/save", 0.0)
         if step == 2:
             assert 90 < 1024 * (row["memory/update_gib"] - row["memory/rollout_gib"]) < 130
