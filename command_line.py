@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from configs.base import LIMITS, Config
+from configs.base import Config
+from configs.checks import LIMITS
 
 
 class OneLineParser(HfArgumentParser):

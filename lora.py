@@ -161,7 +161,7 @@ def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     Rows are independent: a shard of W's rows and the same shard of B's give that shard of the sum.
     """
     wide = torch.promote_types(weight.dtype, A.dtype)
-    return torch.addmm(weight.to(wide), B.to(wide), A.to(wide), alpha=scale)
+    return weight.to(wide, copy=True).addmm_(B.to(wide), A.to(wide), alpha=scale)
 
 
 # ---- In a model -----------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class SyncStats:
 
     def compare(self, weight: Tensor, exact: Tensor, rounded: Tensor) -> None:
         """Adds up <realised, intended>, |realised|² and |intended|² of an update, before and after rounding."""
-        realised, intended = ((merged.to(exact.dtype) - weight).flatten() for merged in (rounded, exact))
+        realised, intended = (rounded - weight).to(exact.dtype).flatten(), (exact - weight).flatten()
         pairs = ((realised, intended), (realised, realised), (intended, intended))
         moments = torch.stack([torch.dot(one, other) for one, other in pairs])
         self.moments = self.moments.to(moments.device) + moments

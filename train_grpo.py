@@ -16,9 +16,7 @@ Notation: P prompts a step, G completions a prompt (the group), N = P·G complet
 import quiet  # noqa: F401, I001  before torch
 
 import dataclasses
-import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,16 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import fsdp_utils
 import lora
 from batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
 from command_line import parse_config
+from optimize import Metrics, optimize, update_metrics
 from prepare import prepare
 from rollout import Completion
 from run import Run, due, launch, set_learning_rate
-
-Metrics = dict[str, Tensor]  # name -> (R,) a value per token
 
 # ===============================================================================================================
 # ALGORITHMS: to try your own, write one function and add one row.
@@ -262,7 +258,7 @@ def importance_weight(mismatch: Tensor, batch: MicroBatch, config: Config) -> Te
 
 
 def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_stop: bool = False) -> dict[str, float]:
-    """One optimizer update of the policy, see `update`; `loss_of` is an `Algorithm.loss`."""
+    """One optimizer update of the policy, see optimize.py; `loss_of` is an `Algorithm.loss`."""
     policy, config = run.policy, run.config
 
     def share_of_loss(batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -270,62 +266,7 @@ def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_st
         batch.log_z = None if log_z is None else log_z[batch.sequences]
         return policy_loss(logprobs, entropy, batch, loss_of, config)
 
-    return update(run, run.optimizer, batches, share_of_loss, may_stop)
-
-
-def update(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    batches: list[MicroBatch],
-    share_of_loss: Callable[[MicroBatch], tuple[Tensor, Metrics]],
-    may_stop: bool = False,
-) -> dict[str, float]:
-    """One optimizer update; returns the sums of metrics over the tokens of all ranks, and under "tokens" their number.
-
-    `may_stop`: a run that was asked to stop does so between micro-batches; right if no parameter changed this step.
-    """
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=run.world.device))
-    for batch in batches:
-        if may_stop:
-            run.check_stop()
-        loss, info = share_of_loss(batch)
-        # FSDP averages over ranks; the weights already make the sum right. It does so after each micro-batch, for
-        # until then every rank has whole gradients, and they would be the largest thing there if all weights learn.
-        (loss * run.world.size).backward()
-        counts = (batch.weights > 0).float()  # a filler's tokens do not count
-        sums["tokens"] += counts.sum()
-        sums["loss"] += loss.detach()  # already a share of the update's loss
-        for name, values in info.items():
-            sums[name] += (values * counts).sum()
-    totals = torch.stack(list(sums.values())).cpu()  # only here is the GPU waited for
-    dist.all_reduce(totals)
-    metrics = dict(zip(sums, totals.tolist()))
-    norm = apply_gradients(optimizer, run.config.max_grad_norm, metrics["loss"])
-    return metrics | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
-
-
-def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> float:
-    """Takes the optimizer's step with gradients scaled down to `max_norm` (0: as they are); their norm before that.
-
-    Gradients that are not finite are thrown away instead, and so are those of a loss that is not; the norm is then NaN.
-    The loss and the norm are those of all ranks, so all do the same.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = fsdp_utils.clip_gradients(parameters, max_norm or math.inf) if math.isfinite(loss) else math.nan
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm
-
-
-def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of a step's updates, out of the sums that `update` returns; loss and norm per update."""
-    if not updates:
-        return {}
-    totals = {name: sum(update[name] for update in updates) for name in updates[0]}
-    tokens = totals.pop("tokens")
-    divisors = {"loss": len(updates), "grad_norm": len(updates), "skipped_updates": 1}  # of all others: tokens
-    return {name: value / divisors.get(name.rpartition("/")[2], tokens) for name, value in totals.items()}
+    return optimize(run, run.optimizer, batches, share_of_loss, may_stop)
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------

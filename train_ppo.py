@@ -30,11 +30,11 @@ from batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
 from command_line import parse_config
 from models import build_critic
+from optimize import Metrics, optimize, update_metrics
 from prepare import make_optimizer, on_disk, prepare
 from run import Run, due, launch, set_learning_rate
 from train_grpo import (
     Algorithm,
-    Metrics,
     all_tokens,
     clip_token,
     kl,
@@ -42,8 +42,6 @@ from train_grpo import (
     overlong_penalties,
     rollout_metrics,
     settle,
-    update,
-    update_metrics,
     update_policy,
 )
 
@@ -129,7 +127,7 @@ def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[s
         losses, info = value_loss(values, batch.values, batch.returns, run.config)
         return (losses * batch.weights).sum(), info | {"value": values.detach(), "return": batch.returns}
 
-    sums = update(run, optimizer, batches, share_of_loss, may_stop)
+    sums = optimize(run, optimizer, batches, share_of_loss, may_stop)
     return {name if name == "tokens" else f"critic/{name}": value for name, value in sums.items()}
 
 

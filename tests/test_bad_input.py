@@ -17,7 +17,8 @@ import adapter_files
 import checkpoint
 import reward
 from command_line import parse_config
-from configs.base import LIMITS, Config
+from configs.base import Config
+from configs.checks import LIMITS
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
