@@ -257,7 +257,7 @@ def fresh_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def init_adapters(
-    model: nn.Module, seed: int, name: str = POLICY, fill: Callable[[Tensor, Tensor], None] = Tensor.copy_
+    model: nn.Module, seed: int, *, name: str = POLICY, fill: Callable[[Tensor, Tensor], None] = Tensor.copy_
 ) -> None:
     """A ~ U(±1/√in), B = 0. `fill(parameter, whole_tensor)` puts a whole tensor into a parameter."""
     generator = torch.Generator().manual_seed(seed)
@@ -306,6 +306,7 @@ def reference(model: nn.Module):
 def save_adapter(
     model: nn.Module,
     folder: str | Path,
+    *,
     base_model: str = "",
     name: str = POLICY,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
@@ -341,6 +342,7 @@ def save_adapter(
 def load_adapter(
     model: nn.Module,
     folder: str | Path,
+    *,
     name: str = POLICY,
     seed: int = 0,
     fill: Callable[[Tensor, Tensor], None] = Tensor.copy_,

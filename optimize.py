@@ -67,4 +67,4 @@ def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
     totals = {name: sum(update[name] for update in updates) for name in updates[0]}
     tokens = totals.pop("tokens")
     divisors = {"loss": len(updates), "grad_norm": len(updates), "skipped_updates": 1}  # of all others: tokens
-    return {name: value / divisors.get(name.rpartition("/")[2], tokens) for name, value in totals.items()}
+    return {name: value / divisors.get(name, tokens) for name, value in totals.items()}

@@ -331,7 +331,7 @@ class Run:
         whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
         if self.config.lora_rank:
             source = base if self.config.model == "tiny" else self.config.model
-            lora.save_adapter(model, folder / "adapter", source, gather=whole.get)
+            lora.save_adapter(model, folder / "adapter", base_model=source, gather=whole.get)
         else:
             dtype = getattr(torch, self.config.dtype)
             weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))

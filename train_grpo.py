@@ -274,7 +274,7 @@ def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_st
 
 def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
-    config, log, policy, algorithm = run.config, run.log, run.policy, ALGORITHMS[run.config.algorithm]
+    config, log, algorithm = run.config, run.log, ALGORITHMS[run.config.algorithm]
     run.begin()
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
@@ -310,13 +310,7 @@ def train(run: Run) -> None:
         updates = make_updates(
             completions, advantages, algorithm.weight, config, run.world, drop_useless=only_advantages_teach(config)
         )
-        with torch.no_grad():
-            for batch in chain.from_iterable(updates):
-                if algorithm.flow or (config.kl_coef and config.kl_in == "loss"):
-                    with lora.reference(policy):
-                        batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-                if needs_old_logprobs(len(updates), config):
-                    batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+        add_logprobs(run, updates, reference=algorithm.flow or (config.kl_coef > 0 and config.kl_in == "loss"))
 
         # 5. update
         log.phase("update")
@@ -346,13 +340,6 @@ def worth_learning(scores: Tensor, config: Config) -> list[int]:
     return (chosen * config.group_size + torch.arange(config.group_size)).flatten().tolist()
 
 
-def needs_old_logprobs(updates: int, config: Config) -> bool:
-    """Whether the update's own forward cannot tell what the policy that sampled says: the policy changes more than
-    once, or that forward has dropout, which the sampler does not.
-    """
-    return updates * config.epochs_per_rollout > 1 or config.lora_dropout > 0
-
-
 def rollout_metrics(completions: list[Completion], scores: Tensor) -> dict[str, float]:
     """Of everything sampled in the step."""
     lengths = [len(completion.token_ids) for completion in completions]
@@ -372,6 +359,23 @@ def overlong_penalties(completions: list[Completion], config: Config) -> Tensor:
     limit, buffer = config.max_completion_length, config.overlong_buffer * config.max_completion_length
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     return ((limit - buffer - lengths) / (buffer or 1)).clamp(max=0.0)  # without a buffer none is beyond the limit
+
+
+@torch.no_grad()
+def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = False) -> None:
+    """Gives micro-batches the logprobs of the reference, if asked to, and of the policy that sampled.
+
+    The latter only where the update's own forward would not find them: if the policy changes more than once, or if
+    that forward has dropout, which the sampler has not.
+    """
+    config, policy = run.config, run.policy
+    changes = len(updates) * config.epochs_per_rollout > 1
+    for batch in chain.from_iterable(updates):
+        if reference:
+            with lora.reference(policy):
+                batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
+        if changes or config.lora_dropout:
+            batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
 
 
 @torch.no_grad()

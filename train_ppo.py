@@ -35,10 +35,10 @@ from prepare import make_optimizer, on_disk, prepare
 from run import Run, due, launch, set_learning_rate
 from train_grpo import (
     Algorithm,
+    add_logprobs,
     all_tokens,
     clip_token,
     kl,
-    needs_old_logprobs,
     overlong_penalties,
     rollout_metrics,
     settle,
@@ -127,8 +127,7 @@ def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[s
         losses, info = value_loss(values, batch.values, batch.returns, run.config)
         return (losses * batch.weights).sum(), info | {"value": values.detach(), "return": batch.returns}
 
-    sums = optimize(run, optimizer, batches, share_of_loss, may_stop)
-    return {name if name == "tokens" else f"critic/{name}": value for name, value in sums.items()}
+    return optimize(run, optimizer, batches, share_of_loss, may_stop)
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------
@@ -136,7 +135,7 @@ def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[s
 
 def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
-    config, log, policy = run.config, run.log, run.policy
+    config, log = run.config, run.log
     _, critic_optimizer = run.learners["critic"]
     waits = config.critic_warmup_steps  # before the policy learns; the schedule of its learning rate begins there
     after_waiting = replace(config, steps=config.steps - waits)
@@ -159,10 +158,7 @@ def train(run: Run) -> None:
         rewards = scores + overlong_penalties(completions, config)  # `judge` makes advantages of them
         updates = make_updates(completions, rewards, PPO.weight, config, run.world)
         judge(run, list(chain.from_iterable(updates)))
-        if needs_old_logprobs(len(updates), config):
-            with torch.no_grad():
-                for batch in chain.from_iterable(updates):
-                    batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+        add_logprobs(run, updates)
 
         # 5. update
         log.phase("update")
@@ -181,8 +177,9 @@ def train(run: Run) -> None:
         # 7. log, evaluate, save
         log.phase("eval")
         metrics = rollout_metrics(completions, scores) | {"lr": lr, **sync_metrics}
-        metrics |= batch_metrics(updates, len(completions), run.world)
-        run.conclude(step, metrics | update_metrics(critic_sums) | update_metrics(policy_sums))
+        metrics |= batch_metrics(updates, len(completions), run.world) | update_metrics(policy_sums)
+        metrics |= {f"critic/{name}": value for name, value in update_metrics(critic_sums).items()}
+        run.conclude(step, metrics)
 
     run.end()
 

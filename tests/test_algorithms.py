@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +15,15 @@ from batching import MicroBatch, make_updates
 from command_line import read_config_file
 from configs.base import Config
 from fsdp_utils import World
+from optimize import update_metrics
 from policy import FrozenHead
 from rollout import Completion
 from run import schedule
 from train_grpo import (
     ALGORITHMS,
+    add_logprobs,
     importance_weight,
     kl,
-    needs_old_logprobs,
     overlong_penalties,
     policy_loss,
     settle,
@@ -431,11 +433,19 @@ def test_any_row_may_do_without_groups_or_look_at_the_reference():
 
 
 @pytest.mark.parametrize(
-    "updates, settings, needed",
+    "updates, settings, asked",
     [(1, {}, False), (2, {}, True), (1, {"epochs_per_rollout": 2}, True), (1, {"lora_dropout": 0.1}, True)],
 )
-def test_the_old_policy_is_asked_where_the_update_cannot_tell(updates, settings, needed):
-    assert needs_old_logprobs(updates, Config(**settings)) == needed
+def test_the_policy_that_sampled_is_asked_where_the_update_cannot_tell(updates, settings, asked):
+    batches = [[SimpleNamespace(packed=i, old_logprobs=None)] for i in range(updates)]
+    policy = lambda packed, temperature: SimpleNamespace(logprobs=packed)  # noqa: E731
+    add_logprobs(SimpleNamespace(config=Config(**settings), policy=policy), batches)
+    assert [batch.old_logprobs for (batch,) in batches] == [i if asked else None for i in range(updates)]
+
+
+def test_metrics_are_means_over_tokens_but_for_those_of_an_update():
+    updates = [{"tokens": 4.0, "loss": 1.0, "my/loss": 8.0}, {"tokens": 6.0, "loss": 3.0, "my/loss": 2.0}]
+    assert update_metrics(updates) == {"loss": 2.0, "my/loss": 1.0}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*_cpu*.py")), ids=lambda path: path.stem)
