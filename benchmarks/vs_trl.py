@@ -243,6 +243,40 @@ def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> No
     setattr(owner, method, wrapper)
 
 
+def trl_config(steps: int, folder: Path, scale: Scale):
+    """Its `GRPOConfig`, with the settings that `run_lorl` has."""
+    import torch
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=str(folder / "trl"),
+        max_steps=steps,
+        seed=SEED,
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        model_init_kwargs={"dtype": "bfloat16"},
+        shuffle_dataset=False,
+        per_device_train_batch_size=scale.rows,
+        gradient_accumulation_steps=scale.prompts * GROUP // scale.rows,
+        num_generations=GROUP,
+        max_completion_length=scale.longest_completion,
+        gradient_checkpointing=scale.checkpointing,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        loss_type="grpo",
+        use_vllm=True,
+        vllm_mode="colocate",
+        vllm_max_model_length=scale.longest,
+        vllm_gpu_memory_utilization=GPU_SHARE,
+        vllm_importance_sampling_mode="token_truncate",
+        vllm_importance_sampling_clip_max=2.0,
+    )
+
+
 def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     """As `run_lorl`."""
     force_lengths(scale)
@@ -250,7 +284,7 @@ def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
     from trl.generation import vllm_generation
 
     from run import endless
@@ -291,39 +325,12 @@ def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
             if "reward" in (logs or {}):
                 records[-1]["score"] = logs["reward"]
 
-    config = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=steps,
-        seed=SEED,
-        use_cpu=not on_gpu,
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=1,
-        save_strategy="no",
-        model_init_kwargs={"dtype": "bfloat16"},
-        shuffle_dataset=False,
-        per_device_train_batch_size=scale.rows,
-        gradient_accumulation_steps=scale.prompts * GROUP // scale.rows,
-        num_generations=GROUP,
-        max_completion_length=scale.longest_completion,
-        gradient_checkpointing=scale.checkpointing,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=1.0,
-        loss_type="grpo",
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=scale.longest,
-        vllm_gpu_memory_utilization=GPU_SHARE,
-        vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_max=2.0,
-    )
-    ordered = islice(endless(prompt_texts(scale), SEED), steps * scale.prompts)
+    prompts = list(islice(endless(prompt_texts(scale), SEED), steps * scale.prompts))
     trainer = GRPOTrainer(
         model=str(model),
         reward_funcs=lambda completions, **_: [score(completion) for completion in completions],
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": list(ordered)}),
+        args=trl_config(steps, folder, scale),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
         callbacks=[Clock()],
     )
