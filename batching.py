@@ -88,7 +88,7 @@ def make_updates(
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     plan = []
     for share in torch.arange(len(completions)).chunk(config.updates_per_rollout):
-        useful = [i for i in share.tolist() if abs(advantages[i]) > ROUNDING or not drop_useless]
+        useful = [i for i in share.tolist() if not (drop_useless and abs(advantages[i]) <= ROUNDING)]
         if not useful:
             continue
         weights = torch.zeros_like(lengths)

@@ -20,6 +20,7 @@ from fsdp_utils import find_model, open_weights, weight_files
 from lora import merge
 
 FILE_BYTES = 4 << 30
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantised
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
 
 
@@ -55,6 +56,8 @@ def adapted(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> Iter
 def fitting(adapter: AdapterFile, path: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of a module, after checking that they fit its weight."""
     A, B = adapter.matrices(path)
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"{path} is of type {weight.dtype} in the base: a quantised base cannot be merged into")
     if weight.shape != (len(B), A.shape[1]):
         raise ValueError(f"{path} is {len(B)} x {A.shape[1]} in the adapter, {tuple(weight.shape)} in the base")
     return A, B

@@ -341,6 +341,8 @@ def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Led
 
 def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float) -> tuple[str, bool]:
     """The text, and whether it all fits."""
+    if gpus < 1 or not gpu_gb > 0 or not bandwidth_gb > 0:
+        raise ValueError(f"there must be GPUs, memory and bandwidth, not {gpus}, {gpu_gb:g} GB, {bandwidth_gb:g} GB/s")
     if gpus % config.tensor_parallel_size:
         raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
     trainer = plan_trainer(config, shape, gpus)
@@ -398,8 +400,7 @@ def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig
     if known or len(given) == len(SIZES):
         return AutoConfig.for_model("qwen2", **known | given)
     folder = str(Path(config.cache_dir, "tiny")) if config.model == "tiny" else config.model
-    with fsdp_utils.reading(f"model {folder!r}"):
-        shape = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    shape = fsdp_utils.read_config(folder)
     shape.update(given)
     return shape
 

@@ -75,12 +75,24 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, packed: Packed | None = None, **_
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    s_aux=None,
+    packed: Packed | None = None,
+    **_,
 ):
     """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out.
 
-    A token sees the `sliding_window` last ones, itself included; None: all.
+    A token sees the `sliding_window` last ones, itself included; None: all. Raises ValueError for what is not known
+    here: a model that does not pass `packed` on, and attention sinks (`s_aux`).
     """
+    if packed is None or s_aux is not None:
+        raise ValueError(f"{type(module).__name__} is not implemented here: {'sinks' if packed else 'no packed rows'}")
     if query.is_cuda and query.dtype != torch.float32:  # which the kernel does not know
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         of_queries_and_keys = (packed.starts, packed.starts, packed.lengths[0], packed.lengths[0])
@@ -182,7 +194,7 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 
 def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """(T, D) what the last block, normalised, says at each position."""
-    return model.base_model(
+    return model.base_model.forward(  # its __call__ may be vLLM's, which replaces that of models that it borrows
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 import checkpoint
 import fsdp_utils
@@ -20,7 +20,7 @@ from configs.base import Config
 from models import build_policy
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
-from tracking import RunLog, in_use
+from tracking import RunLog, alone_in, in_use
 
 
 def prepare(config: Config, learns_log_z: bool = False) -> Run:
@@ -29,15 +29,15 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     folder = on_disk(config)
-    with fsdp_utils.reading(f"model {folder!r}"):
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model_config = fsdp_utils.read_config(folder)
     with fsdp_utils.reading(f"the tokenizer of model {folder!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_fit(config, model_config, train_prompts + test_prompts)
     saved = resume(config) if config.resume else None
     with fsdp_utils.in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
-        policy = build_policy(config, fast_folder, world, learns_log_z)
+        started = replace(config, lora_adapter_path="") if saved else config  # the checkpoint has what became of it
+        policy = build_policy(started, fast_folder, world, learns_log_z)
         optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
         engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
@@ -109,9 +109,15 @@ def read_saved(folder: Path, config: Config) -> Saved:
 
 def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
     """The run's folder, with its logs; that of a resumed run as it was when the checkpoint was written."""
-    if write and saved:
-        checkpoint.rewind(config.run_folder, saved.progress.step, saved.progress.best_step)
-    return RunLog(config, write, saved and saved.log)
+    if not write:
+        return RunLog(config, write)
+    folder = config.run_folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(folder.parent):
+        check_writable(folder)  # again: while the models were read, another run of this name may have begun
+        if saved:
+            checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)
+        return RunLog(config, write, saved and saved.log)
 
 
 def on_disk(config: Config) -> str:

@@ -66,7 +66,8 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 
 
 def extract_answer(text: str) -> str | None:
-    """The number after the last `####` that has one on its line, in one normal form; None where there is none.
+    """The number after the last `####` that one follows, there or on the next line that is not empty, in one normal
+    form; None where there is none.
 
     >>> extract_answer("so she pays #### $1,080.")
     '1080'

@@ -100,8 +100,7 @@ class Run:
         self.saved_step = self.progress.step if self.saved else None
         texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
         self.verifier = sync.Verifier(texts, merged=self.config.sync == "merged")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask_to_stop)
+        listen(self.ask_to_stop)
 
     def take(self, count: int) -> list[Prompt]:
         """The next training prompts."""
@@ -153,7 +152,7 @@ class Run:
             if isinstance(value, Real) and math.isfinite(value):
                 return float(value)
             cause = f"returned {value!r}, which is no finite number"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
         raise ValueError(f"the reward of task {self.config.task!r} {cause}, on {problem!r} and completion {text!r}")
@@ -286,7 +285,9 @@ class Run:
         self.log.close()
         folder, kind = self.log.folder, "adapter" if self.config.lora_rank else "model"
         saved = self.saved_step and folder / "checkpoints" / f"step_{self.saved_step:06d}" / kind
-        self.log.print(f"\n{kind:<8} {saved or 'could not be saved'}")
+        if self.saved_step != self.progress.step:
+            raise OSError(f"step {self.progress.step} could not be saved; the last one that was: {saved or 'none'}")
+        self.log.print(f"\n{kind:<8} {saved}")
         self.log.print(f"metrics  {folder / 'metrics.jsonl'}")
         self.log.print(f"samples  {folder / 'samples.jsonl'}")
         self.log.print(f"next     python plot.py {folder}")
@@ -359,19 +360,31 @@ def request_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def schedule(step: int, config: Config) -> float:
+def schedule(step: int, steps: int, config: Config) -> float:
     """The share of the learning rate that step 1, 2, ... gets: a linear warm-up, then constant, linear or cosine."""
     if step <= config.warmup_steps:
         return step / (config.warmup_steps + 1)
-    done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)  # 0 at first, 1 after the last step
+    done = (step - 1 - config.warmup_steps) / (steps - config.warmup_steps)  # 0 at first, 1 after the last step
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_schedule]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, config: Config) -> float:
-    """Gives the optimizer the step's learning rate, and returns it."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, config: Config, wait: int = 0) -> float:
+    """Gives the optimizer the step's learning rate, and returns it; the schedule begins after `wait` steps of 0."""
+    rate = peak * schedule(max(step - wait, 0), config.steps - wait, config)
     for group in optimizer.param_groups:
-        group["lr"] = peak * schedule(step, config)
-    return peak * schedule(step, config)
+        group["lr"] = rate
+    return rate
+
+
+def listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
+    """Gives this process's SIGTERM and SIGINT to a handler. They still end a process that a reward forks."""
+
+    def handle(by: Callable[[int, Any], None] | signal.Handlers) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, by)
+
+    handle(handler)
+    os.register_at_fork(after_in_child=lambda: handle(signal.SIG_DFL))
 
 
 def give_memory_back() -> None:
@@ -405,8 +418,7 @@ def give_up(error: Exception, code: int) -> NoReturn:
     The others fail for want of the first, in whatever words their libraries have; they are not asked.
     """
     faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=open(os.devnull, "w"))  # should it hang in the end
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
+    listen(signal.SIG_DFL)
     if fsdp_utils.first_to_fail():
         if code != 2:
             traceback.print_exc()

@@ -88,9 +88,12 @@ def least_squares(found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probe_texts(prompts: list[list[int]], length: int, total: int = PROBE_TOKENS) -> list[list[int]]:
-    """Fixed texts of `length` tokens: prompts one after the other, from the start again if they are too few."""
+    """Fixed texts of `length` tokens: prompts one after the other, from the start again if they are too few.
+
+    At least two, or nobody would notice a model that mixes sequences of one row.
+    """
     tokens = cycle(chain.from_iterable(prompts))
-    return [list(islice(tokens, length)) for _ in range(-(-total // length))]
+    return [list(islice(tokens, length)) for _ in range(max(2, -(-total // length)))]
 
 
 @contextmanager

@@ -405,14 +405,19 @@ def only_advantages_teach(config: Config) -> bool:
 
 def settle(config: Config, algorithm: Algorithm) -> Config:
     """Fills in what the user left to the algorithm, and raises ValueError for settings that contradict it."""
+    name = config.algorithm
+    for option in algorithm.settings:
+        if getattr(Config, option, 0) is not None:
+            raise ValueError(f"{name} sets {option!r}, and may set only options that are None by default")
     level = "sequence" if algorithm.whole_sequences else "token"
     usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": level, "max_rollouts": 1, "overlong_buffer": 0.0}
     chosen = {name: value for name, value in (usual | algorithm.settings).items() if getattr(config, name) is None}
     config = dataclasses.replace(config, **chosen)
 
-    name = config.algorithm
     if algorithm.groups and config.group_size < 2:
         raise ValueError(f"{name} measures each completion against its group: group_size must be at least 2, not 1")
+    if algorithm.advantage and config.prompts_per_step * config.group_size < 2:
+        raise ValueError("a step of one completion has nothing to compare it with: prompts_per_step must exceed 1")
     if config.ref_adapter_path and not (config.kl_coef or algorithm.flow):
         raise ValueError("ref_adapter_path has no effect without kl_coef; set kl_coef above 0")
     if algorithm.whole_sequences and config.tis_cap and config.tis_mode.startswith("token"):

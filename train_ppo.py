@@ -15,7 +15,6 @@ Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its co
 import quiet  # noqa: F401, I001  before torch
 
 import sys
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -137,8 +136,7 @@ def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
     config, log = run.config, run.log
     _, critic_optimizer = run.learners["critic"]
-    waits = config.critic_warmup_steps  # before the policy learns; the schedule of its learning rate begins there
-    after_waiting = replace(config, steps=config.steps - waits)
+    wait = config.critic_warmup_steps  # before the policy learns
     run.begin()
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
@@ -163,11 +161,11 @@ def train(run: Run) -> None:
         # 5. update
         log.phase("update")
         set_learning_rate(critic_optimizer, config.critic_learning_rate, step, config)
-        lr = set_learning_rate(run.optimizer, config.learning_rate, max(step - waits, 0), after_waiting)
+        lr = set_learning_rate(run.optimizer, config.learning_rate, step, config, wait)
         critic_sums, policy_sums = [], []
         for batches in updates * config.epochs_per_rollout:
             critic_sums.append(update_critic(run, batches, may_stop=not critic_sums))
-            if step > waits:
+            if step > wait:
                 policy_sums.append(update_policy(run, batches, PPO.loss))
 
         # 6. sync
@@ -192,8 +190,11 @@ def prepare_ppo() -> Run:
     config = settle(config, PPO)
     if config.max_rollouts > 1:
         raise ValueError("max_rollouts > 1 looks for groups whose rewards differ, and ppo has no groups: set it to 1")
-    if config.critic_warmup_steps >= config.steps:
-        raise ValueError(f"critic_warmup_steps must be fewer than the {config.steps} steps, or the policy never learns")
+    if config.critic_warmup_steps + config.warmup_steps >= config.steps:
+        raise ValueError(
+            f"critic_warmup_steps {config.critic_warmup_steps} and warmup_steps {config.warmup_steps} must be fewer "
+            f"than the {config.steps} steps, or the policy never learns"
+        )
     run = prepare(config)
     critic = build_critic(config, on_disk(config), run.world)
     optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, run.saved)

@@ -78,7 +78,7 @@ class Config:
     group_size: int = option(8, "G: completions per problem; the group is each one's baseline, so at least 2", least=1)
     max_prompt_length: int = option(512, "tokens; problems with longer prompts are left out", least=1)
     max_completion_length: int = option(1024, "tokens; longer completions are cut off", least=1)
-    temperature: float = option(1.0, "of sampling; logprobs are taken at the same temperature", above=0)
+    temperature: float = option(1.0, "of sampling; logprobs are taken at the same temperature", least=0.01)
     tensor_parallel_size: int = option(1, "ranks that share one vLLM engine; divides the number of processes", least=1)
     gpu_memory_utilization: float = option(0.4, "share of each GPU's memory that vLLM may take", above=0, most=1)
     kv_cache_gb: float = option(

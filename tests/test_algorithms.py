@@ -385,11 +385,11 @@ def test_schedule():
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler, config = make(optimizer), Config(steps=10, lr_schedule=name)
         for step in range(1, 11):
-            assert schedule(step, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert schedule(step, 10, config) == pytest.approx(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
     warm = Config(steps=10, warmup_steps=3, lr_schedule="linear")
-    assert [schedule(step, warm) for step in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7])
+    assert [schedule(step, 10, warm) for step in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7])
 
 
 @pytest.mark.parametrize(
@@ -401,6 +401,7 @@ def test_schedule():
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
         ({"algorithm": "cispo", "dual_clip": 3.0}, "dual_clip must be 0"),
         ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
+        ({"algorithm": "reinforce_pp", "group_size": 1, "prompts_per_step": 1}, "prompts_per_step must exceed 1"),
         ({"dual_clip": 0.5}, "dual_clip must be more than 1"),
         ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 has no gradient"),
         ({"algorithm": "bnpo", "overlong_buffer": 0.5}, "rewards from 0 to 1"),
@@ -430,6 +431,13 @@ def test_any_row_may_do_without_groups_or_look_at_the_reference():
     assert settle(Config(group_size=1), row).group_size == 1
     row = ALGORITHMS["flowrl"]._replace(settings={})
     assert settle(Config(ref_adapter_path="somewhere"), row).tis_mode == "sequence"
+
+
+@pytest.mark.parametrize("option", ["kl_coef", "clip_hihg", "target_modules"])
+def test_a_row_may_not_set_what_the_user_has_set(option):
+    row = ALGORITHMS["grpo"]._replace(settings={option: 0.05})
+    with pytest.raises(ValueError, match=f"grpo sets '{option}', and may set only options that are None by default"):
+        settle(Config(), row)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ no_choice = [
 control = [(f"--{name}=a\x00b", [name, "printable", "'a\\x00b'"]) for name, kind in FIELDS.items() if kind is str]
 
 OPTIONS = [
-    *((f"--{name}=0", [name, "more than 0"]) for name in ("temperature", "learning_rate", "lora_alpha")),
+    *((f"--{name}=0", [name, "more than 0"]) for name in ("learning_rate", "lora_alpha")),
     ("--gpu_memory_utilization=1.01", ["gpu_memory_utilization", "at most 1", "1.01"]),
     ("--clip_low=1.5", ["clip_low", "at most 1", "1.5"]),
     ("--gamma=1.5", ["gamma", "at most 1"]),

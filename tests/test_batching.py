@@ -204,3 +204,12 @@ def test_fillers_contribute_exactly_nothing(model_folder):
         norms.append(sum(grad.abs().sum().item() for grad in grads))
         policy.zero_grad()
     assert norms[0] > 0 and norms[1:] == [0.0, 0.0]
+
+
+def test_what_is_no_number_is_not_useless():
+    """It has to reach the loss, where it is noticed."""
+    completions, advantages = make_step()
+    advantages[3] = float("nan")
+    world = fsdp_utils.World(0, 1, torch.device("cpu"))
+    (batches,) = make_updates(completions, advantages, token_weights, Config(), world, drop_useless=True)
+    assert any(batch.advantages.isnan().any() for batch in batches)

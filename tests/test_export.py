@@ -14,6 +14,7 @@ from test_lora import IDS, load, saved_adapter
 
 import export
 import lora
+from adapter_files import open_adapter
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
@@ -86,6 +87,9 @@ def test_mistakes_are_one_line_and_exit_code_2(model_folder, tmp_path, monkeypat
             export.main()
         printed = capsys.readouterr().err
         assert exit.value.code == 2 and message in printed and printed.count("\n") == 1
+    quantized = {"model.layers.0.self_attn.q_proj.weight": torch.zeros(128, 128, dtype=torch.int8)}
+    with open_adapter(adapter) as file, pytest.raises(ValueError, match="q_proj is of type torch.int8 in the base"):
+        dict(export.merge_all(quantized.items(), file))
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({key.replace("layers.1.", "layers.7."): tensor for key, tensor in tensors.items()}, file)

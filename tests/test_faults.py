@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import signal
 import subprocess
 import sys
 import time
@@ -155,11 +157,12 @@ def test_what_a_run_survives_and_what_stops_it(tmp_path, tiny_folder):
         (torch.ones(2), "returned tensor([1., 1.])"),
         (10**400, "raised OverflowError"),
         (ZeroDivisionError("x"), "raised ZeroDivisionError: x"),
+        (SystemExit(0), "raised SystemExit: 0"),
     ],
 )
 def test_what_a_reward_may_not_return(monkeypatch, result, words):
     def score(completion: str, answer: str) -> object:
-        if isinstance(result, Exception):
+        if isinstance(result, BaseException):
             raise result
         return result
 
@@ -169,6 +172,27 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
         run.Run.score_one(someone, reward.Problem("1+1=", "2"), "it is 3")
     assert "\n" not in str(error.value) and words in str(error.value)
     assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
+
+
+def asked_to_stop(_number, _frame):
+    """Unlike what ends a process."""
+
+
+def run_in_a_sandbox() -> int:
+    """What a sandbox does that a reward forks, and then stops for being late: its exit code."""
+    run.listen(asked_to_stop)
+    sandbox = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    sandbox.start()
+    time.sleep(0.2)
+    sandbox.terminate()
+    sandbox.join(10)
+    code = sandbox.exitcode
+    sandbox.kill()
+    return code
+
+
+def test_a_process_that_a_reward_forks_can_be_stopped(tmp_path):
+    assert on_ranks(1, run_in_a_sandbox, folder=tmp_path) == [-signal.SIGTERM]
 
 
 @pytest.mark.parametrize("value", [True, 1, 0.5, -3])

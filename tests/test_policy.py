@@ -3,10 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from conftest import on_ranks
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import fsdp_utils
 import policy
-from policy import FrozenHead, Policy, make_log_z, pack
+from policy import FrozenHead, Policy, make_log_z, pack, packed_attention
 
 CPU = torch.device("cpu")
 
@@ -90,3 +92,45 @@ def test_masks_come_from_lengths():
 def test_shorter_before_longer_is_refused():
     with pytest.raises(ValueError, match="longest first"):
         pack([[1], [1]], [[2], [2, 3]], CPU)
+
+
+def say_the_same_twice(folders):
+    """Whether the policies in training mode do."""
+    world, same = fsdp_utils.init_world(), []
+    for folder in folders:
+        model = fsdp_utils.meta_model(str(folder), torch.float32)
+        fsdp_utils.load_weights(model, str(folder), world.device)
+        policy, packed = Policy(model).train(), pack([[5]], [[6, 7, 8, 9]], world.device)
+        same.append(torch.equal(policy(packed).logprobs, policy(packed).logprobs))
+    return same
+
+
+def test_a_base_has_no_dropout(model_folder, tmp_path):
+    """What learns is what samples, also in training mode, which recomputing activations needs."""
+    folders = [model_folder(kind, residual_dropout=0.5) for kind in ("seed_oss", "starcoder2")]
+    assert on_ranks(1, say_the_same_twice, folders, folder=tmp_path) == [[True, True]]
+
+
+@pytest.mark.parametrize(
+    "architecture, sizes, words",
+    [
+        ("gemma", {}, "nothing says how its model.embed_tokens.embed_scale is computed"),
+        ("phi", {}, "its head is not a matrix alone"),
+        ("mixtral", {"num_local_experts": 2}, "experts.* has 3 dimensions"),
+        ("mamba", {}, "conv1d.weight has 3 dimensions"),
+        ("gpt2", {}, "no decoder blocks named `layers`"),
+        ("cohere", {}, "logit_scale 0.0625"),
+        ("gemma3", {}, "must be a language model and nothing more"),
+    ],
+)
+def test_models_that_cannot_be_trained_are_refused(architecture, sizes, words, tmp_path):
+    AutoConfig.for_model(architecture, **sizes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=words) as error:
+        fsdp_utils.meta_model(str(tmp_path), torch.bfloat16)
+    assert "\n" not in str(error.value) and repr(str(tmp_path)) in str(error.value)
+
+
+def test_attention_that_is_not_told_what_to_keep_apart_is_refused():
+    tensor = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="Linear is not implemented here"):
+        packed_attention(torch.nn.Linear(1, 1), tensor, tensor, tensor, None)

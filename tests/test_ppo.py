@@ -118,7 +118,7 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
 def test_a_short_run(tmp_path, tiny_folder):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
     options = "--steps 4 --wandb_mode disabled --run_name ppo --eval_problems 32 --prompts_per_step 128"
-    options += " --warmup_steps 1 --kl_coef 0.01 --kl_in reward --kl_estimator k1 --epochs_per_rollout 2"
+    options += " --profile 4 --warmup_steps 1 --kl_coef 0.01 --kl_in reward --kl_estimator k1 --epochs_per_rollout 2"
     config = str(ROOT / "configs/arithmetic_cpu_ppo.py")
     done = torchrun(2, "train_ppo.py", "--config", config, *options.split(), "--output_dir", str(tmp_path))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -135,7 +135,8 @@ def test_a_short_run(tmp_path, tiny_folder):
     [
         ("--algorithm grpo --group_size 2", "train_ppo.py has one algorithm, ppo"),
         ("--max_rollouts 2 --group_size 2", "ppo has no groups"),
-        ("--critic_warmup_steps 60", "critic_warmup_steps must be fewer"),
+        ("--critic_warmup_steps 60", "must be fewer than the 60 steps"),
+        ("--critic_warmup_steps 30 --warmup_steps 30", "must be fewer than the 60 steps"),
     ],
 )
 def test_contradictions_are_refused(options, message, monkeypatch):

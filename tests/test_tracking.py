@@ -11,7 +11,7 @@ import torch
 from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
-from prepare import check_writable
+from prepare import check_writable, open_log
 from run import give_memory_back
 from tracking import RunLog, wandb_mode
 
@@ -61,6 +61,9 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     log = RunLog(config, write=True)
     with pytest.raises(ValueError, match="is being written by a run that has not ended; choose another run_name"):
         check_writable(tmp_path / "run")
+    with pytest.raises(ValueError, match="is being written"):  # also where the other one came after the first look
+        open_log(config, write=True, saved=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     log.close()
     check_writable(tmp_path / "run")
 
