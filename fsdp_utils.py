@@ -149,6 +149,12 @@ def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     config = read_config(folder)
     with reading(f"model {folder!r}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    check_supported(model, folder)
+    return model
+
+
+def check_supported(model: PreTrainedModel, folder: str) -> None:
+    """Raises ValueError for a model with parts that are not implemented here."""
     head, what = model.get_output_embeddings(), f"model {folder!r} is a {type(model).__name__}, which"
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
@@ -160,7 +166,6 @@ def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
             raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
-    return model
 
 
 def shard(

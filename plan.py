@@ -181,6 +181,7 @@ def make(meta: Callable, config: Config, shape: PretrainedConfig, rank: int) -> 
     """The policy or the critic as it is trained, sharded, but without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=models.parameter_dtype(config, rank))
+    fsdp_utils.check_supported(model, config.model)
     return meta(config, model, HERE)
 
 
