@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 import lora
 import nf4
@@ -34,7 +34,6 @@ T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=6)  # while one rank downloads a model; one that dies ends all by torchrun
 SHARED_MEMORY = Path("/dev/shm")
-UNSUPPORTED = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")  # by policy.py
 FLOATS = ("BF16", "F16", "F32", "F64")  # what weights may be stored as; quantised ones are not understood
 
 
@@ -127,45 +126,6 @@ def reading(what: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is never run; use a model whose architecture transformers knows"
         raise ValueError(f"{what} cannot be used: {' '.join(reason.split())[:300]}") from error
-
-
-def read_config(folder: str) -> PretrainedConfig:
-    """A model's configuration. Raises ValueError for what is not implemented here; see also `meta_model`."""
-    with reading(f"model {folder!r}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not hasattr(config, "vocab_size"):
-        raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
-    for name in UNSUPPORTED:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
-    for name, value in vars(config).items():
-        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)  # what learns has to be what samples; adapters have a dropout of their own
-    return config
-
-
-def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with parameters that have shapes but no memory. Raises ValueError if it cannot be trained here."""
-    config = read_config(folder)
-    with reading(f"model {folder!r}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    check_supported(model, folder)
-    return model
-
-
-def check_supported(model: PreTrainedModel, folder: str) -> None:
-    """Raises ValueError for a model with parts that are not implemented here."""
-    head, what = model.get_output_embeddings(), f"model {folder!r} is a {type(model).__name__}, which"
-    if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
-        raise ValueError(f"{what} has no decoder blocks named `layers`")
-    for name, parameter in model.named_parameters():
-        if parameter.ndim > 2:  # experts, convolutions
-            raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
-    for name, _ in model.named_buffers():
-        if not hasattr(model.get_submodule(name.rpartition(".")[0]), "config"):
-            raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
 
 
 def shard(

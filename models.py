@@ -4,7 +4,8 @@ They come in two steps: without memory, but with everything in its place, which 
 """
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import fsdp_utils
 import lora
@@ -12,10 +13,12 @@ from adapter_files import open_adapter
 from configs.base import Config
 from policy import Critic, Policy, make_log_z
 
+UNSUPPORTED = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")  # by policy.py
+
 
 def build_policy(config: Config, folder: str, world: fsdp_utils.World, learns_log_z: bool = False) -> Policy:
     """The policy; without adapters (`lora_rank` 0), trained as a whole. `learns_log_z`: and FlowRL's log Z with it."""
-    model = fsdp_utils.meta_model(folder, parameter_dtype(config, config.lora_rank))
+    model = meta_model(folder, parameter_dtype(config, config.lora_rank))
     policy = meta_policy(config, model, world.device, learns_log_z)
     fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
     if config.lora_rank:
@@ -25,7 +28,7 @@ def build_policy(config: Config, folder: str, world: fsdp_utils.World, learns_lo
 
 def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
     """The critic, out of the policy's base; `critic_lora_rank` 0: trained as a whole."""
-    model = fsdp_utils.meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
+    model = meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
     critic = meta_critic(config, model, world.device)
     fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
     if config.critic_lora_rank:
@@ -39,6 +42,45 @@ def parameter_dtype(config: Config, rank: int) -> torch.dtype:
 
 
 # ---- Without memory -------------------------------------------------------------------------------------------
+
+
+def read_config(folder: str) -> PretrainedConfig:
+    """A model's configuration. Raises ValueError for what is not implemented here; see also `meta_model`."""
+    with fsdp_utils.reading(f"model {folder!r}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
+    for name in UNSUPPORTED:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)  # what learns has to be what samples; adapters have a dropout of their own
+    return config
+
+
+def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters that have shapes but no memory. Raises ValueError if it cannot be trained here."""
+    config = read_config(folder)
+    with fsdp_utils.reading(f"model {folder!r}"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    check_supported(model, folder)
+    return model
+
+
+def check_supported(model: PreTrainedModel, folder: str) -> None:
+    """Raises ValueError for a model with parts that are not implemented here."""
+    head, what = model.get_output_embeddings(), f"model {folder!r} is a {type(model).__name__}, which"
+    if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
+        raise ValueError(f"{what} has no decoder blocks named `layers`")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 2:  # experts, convolutions
+            raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
+    for name, _ in model.named_buffers():
+        if not hasattr(model.get_submodule(name.rpartition(".")[0]), "config"):
+            raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
 
 
 def meta_policy(config: Config, model: PreTrainedModel, device: torch.device, learns_log_z: bool) -> Policy:

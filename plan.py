@@ -181,7 +181,7 @@ def make(meta: Callable, config: Config, shape: PretrainedConfig, rank: int) -> 
     """The policy or the critic as it is trained, sharded, but without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=models.parameter_dtype(config, rank))
-    fsdp_utils.check_supported(model, config.model)
+    models.check_supported(model, config.model)
     return meta(config, model, HERE)
 
 
@@ -401,7 +401,7 @@ def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig
     if known or len(given) == len(SIZES):
         return AutoConfig.for_model("qwen2", **known | given)
     folder = str(Path(config.cache_dir, "tiny")) if config.model == "tiny" else config.model
-    shape = fsdp_utils.read_config(folder)
+    shape = models.read_config(folder)
     shape.update(given)
     return shape
 

@@ -17,7 +17,7 @@ import lora
 import reward
 import tiny_model
 from configs.base import Config
-from models import build_policy
+from models import build_policy, read_config
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
 from tracking import RunLog, alone_in, in_use
@@ -29,7 +29,7 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     folder = on_disk(config)
-    model_config = fsdp_utils.read_config(folder)
+    model_config = read_config(folder)
     with fsdp_utils.reading(f"the tokenizer of model {folder!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     train_prompts, test_prompts = load_prompts(config, tokenizer)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
+import models
 from policy import Policy, pack
 
 SHAPES = dict(intermediate_size=90, vocab_size=161)  # rows that 4 ranks cannot share evenly
@@ -45,7 +46,7 @@ def read_counted(source, parameter, name, real=fsdp_utils.read_rows):
 
 
 def sharded(folder, world, dtype=torch.bfloat16, fsdp_size=0, checkpointing=False, load=True, **options):
-    model = fsdp_utils.meta_model(str(folder), dtype)
+    model = models.meta_model(str(folder), dtype)
     lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
+import models
 import policy
 from configs.base import Config
 from stream import summon_layers
@@ -65,7 +66,7 @@ def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, 
         expected = plain_logprobs(plain)
         expected.square().sum().backward()
 
-        model = prepared(fsdp_utils.meta_model(folders[architecture], torch.float32), merged, nf4)
+        model = prepared(models.meta_model(folders[architecture], torch.float32), merged, nf4)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         sharded = policy.Policy(model).train()
@@ -142,7 +143,6 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     """Of each mode: how far vLLM's logprobs are from the policy's before training, after it, and after the stream;
     and the mean logprob under the reference.
     """
-    import models
     import prepare
     import run
     from configs.arithmetic_cpu import config as base

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
+import models
 import stream
 from policy import Policy
 
@@ -36,7 +37,7 @@ class Memory(TorchDispatchMode):
 
 
 def sharded_model(folder, world, fsdp_size, param_offload, nf4=False):
-    model = fsdp_utils.meta_model(str(folder), torch.bfloat16)
+    model = models.meta_model(str(folder), torch.bfloat16)
     if nf4:
         lora.quantize_base(model)
     lora.inject(model, ["all-linear"], rank=5, alpha=10.0)
