@@ -39,7 +39,7 @@ def really(folders):
     world, found = fsdp_utils.init_world(), {}
     for way, folder in folders.items():
         config = settings(way)
-        policy = models.build_policy(config, str(folder), world)
+        policy = models.build_policy(config, str(folder), world, learns_log_z=config.algorithm == "flowrl")
         found[way] = {"policy": learner(config, policy)}
         if config.algorithm == "ppo":
             found[way]["critic"] = learner(config, models.build_critic(config, str(folder), world))
