@@ -135,3 +135,12 @@ def test_attention_that_is_not_told_what_to_keep_apart_is_refused():
     tensor = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="Linear is not implemented here"):
         packed_attention(torch.nn.Linear(1, 1), tensor, tensor, tensor, None)
+
+
+def test_what_others_make_of_calling_a_model_does_not_matter(model_folder, monkeypatch):
+    """vLLM replaces `__call__` of the models that it takes from transformers, in this very process."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama", dtype=torch.float32), dtype=torch.float32)
+    packed, ours = pack([[5]], [[6, 7]], CPU), Policy(model)
+    expected = ours(packed).logprobs
+    monkeypatch.setattr(type(model.base_model), "__call__", lambda *_, **__: pytest.fail("called"))
+    assert torch.equal(ours(packed).logprobs, expected)

@@ -372,6 +372,14 @@ def test_the_first_evaluated_checkpoint_is_the_best_so_far(monkeypatch):
         assert run.progress.best_step == best
 
 
+def test_a_run_whose_end_could_not_be_saved_fails(tmp_path):
+    run = Run.__new__(Run)
+    run.config, run.progress, run.saved_step = Config(), Progress(step=3), 2
+    run.log = SimpleNamespace(folder=tmp_path, close=lambda: None, print=print)
+    with pytest.raises(OSError, match="step 3 could not be saved; the last one that was: .*step_000002"):
+        run.end()
+
+
 def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):
     """Resumed, from any folder, before the better one, for which the one that was best until then had been deleted."""
     config = Config(output_dir=str(tmp_path.parent), run_name=tmp_path.name)
