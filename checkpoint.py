@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +97,7 @@ def write(
     disk, and renamed. Raises OSError if the disk is full; what was there before is then still there.
     """
     target = run / "checkpoints" / f"step_{step:06d}"
-    partial = target.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
+    with written_whole(target) as partial:
         save_file(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state) + "\n")
         more(partial)
@@ -108,15 +106,24 @@ def write(
         (partial / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
         for path in [*files, partial / "checksums.json", *{path.parent for path in files}]:
             flush(path)
-        partial.rename(target)
-        flush(target.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # its name for what the system says of the disk
-            raise OSError(str(error)) from error
-        raise
+    flush(target.parent)
     shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)  # see `rewind`
     return target
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Gives a new folder, which becomes `target` when the block ends, and goes if it fails."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except SafetensorError as error:  # its name for what the system says of the disk
+        raise OSError(f"cannot write {str(target)!r}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def set_pointers(run: Path, latest: int, best: int) -> None:

@@ -11,16 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from adapter_files import AdapterFile, open_adapter
-from fsdp_utils import find_model, open_weights, weight_files
+from checkpoint import written_whole
+from fsdp_utils import FLOATS, find_model, open_weights, weight_files
 from lora import merge
 
 FILE_BYTES = 4 << 30
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # others are quantised
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
 
 
@@ -56,7 +55,7 @@ def adapted(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> Iter
 def fitting(adapter: AdapterFile, path: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of a module, after checking that they fit its weight."""
     A, B = adapter.matrices(path)
-    if weight.dtype not in FLOATS:
+    if weight.dtype not in FLOATS.values():
         raise ValueError(f"{path} is of type {weight.dtype} in the base: a quantised base cannot be merged into")
     if weight.shape != (len(B), A.shape[1]):
         raise ValueError(f"{path} is {len(B)} x {A.shape[1]} in the adapter, {tuple(weight.shape)} in the base")
@@ -67,10 +66,7 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
     """Writes a Hugging Face model folder, whole or not at all; all but the tensors is copied from the folder `like`."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists and is not empty")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written_whole(folder) as partial:
         weight_map, total = {}, 0
         for number, batch in enumerate(batches(tensors), start=1):
             file = f"model-{number:05d}.safetensors"
@@ -82,11 +78,6 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
         for path in like.iterdir():
             if path.is_file() and not path.name.endswith(NOT_COPIED):
                 shutil.copy(path, partial)
-        partial.rename(folder)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {str(folder)!r}: {error}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -34,7 +34,8 @@ T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=6)  # while one rank downloads a model; one that dies ends all by torchrun
 SHARED_MEMORY = Path("/dev/shm")
-FLOATS = ("BF16", "F16", "F32", "F64")  # what weights may be stored as; quantised ones are not understood
+# What weights may be stored as, in safetensors' words; quantised ones are not understood.
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------
@@ -278,9 +279,7 @@ def make_locked(folder: Path) -> int:
 
     Folders without a lock have been left by processes that were killed. They are removed.
     """
-    everything = os.open(folder.parent, os.O_RDONLY)
-    fcntl.flock(everything, fcntl.LOCK_EX)  # or somebody else would find it when it is made and not yet locked
-    try:
+    with alone_in(folder.parent):  # or somebody else would find it when it is made and not yet locked
         for path in folder.parent.glob("lorl-*"):
             with suppress(OSError):  # it is in use, or another user's
                 lock = os.open(path, os.O_RDONLY)
@@ -293,8 +292,18 @@ def make_locked(folder: Path) -> int:
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         return lock
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within it, this is the only process that is, for that folder; others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
-        os.close(everything)
+        os.close(descriptor)
 
 
 @contextmanager

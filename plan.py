@@ -157,8 +157,7 @@ def full_batch(config: Config) -> Packed:
 def measure(config: Config, shape: PretrainedConfig) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     config = dataclasses.replace(config, param_offload=False)  # what lives on the host is told apart in `phases`
-    flow = config.algorithm in ALGORITHMS and ALGORITHMS[config.algorithm].flow
-    policy_of = partial(models.meta_policy, learns_log_z=flow)
+    policy_of = partial(models.meta_policy, learns_log_z=ALGORITHMS.get(config.algorithm, PPO).flow)
     policy = make(policy_of, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
     critic = make(models.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -20,7 +20,7 @@ from configs.base import Config
 from models import build_policy, read_config
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
-from tracking import RunLog, alone_in, in_use
+from tracking import RunLog, in_use
 
 
 def prepare(config: Config, learns_log_z: bool = False) -> Run:
@@ -113,7 +113,7 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
         return RunLog(config, write)
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with alone_in(folder.parent):
+    with fsdp_utils.alone_in(folder.parent):
         check_writable(folder)  # again: while the models were read, another run of this name may have begun
         if saved:
             checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)

@@ -377,14 +377,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
 
 
 def listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
-    """Gives this process's SIGTERM and SIGINT to a handler. They still end a process that a reward forks."""
+    """Gives this process's SIGTERM and SIGINT to a handler."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
 
-    def handle(by: Callable[[int, Any], None] | signal.Handlers) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, by)
 
-    handle(handler)
-    os.register_at_fork(after_in_child=lambda: handle(signal.SIG_DFL))
+os.register_at_fork(after_in_child=lambda: listen(signal.SIG_DFL))  # what a reward forks still ends when it is told to
 
 
 def give_memory_back() -> None:

@@ -196,18 +196,6 @@ class RunLog:
             self.wandb.finish()
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Within it, no other process is within it for that folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def in_use(folder: Path) -> bool:
     """Whether a process is writing the run of that folder: it has a lock, which goes when it ends, however it does."""
     path = folder / "metrics.jsonl"

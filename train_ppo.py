@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fsdp_utils
-import lora
 from batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
 from command_line import parse_config
@@ -92,11 +91,8 @@ def judge(run: Run, batches: list[MicroBatch]) -> None:
         values = batch.values = critic(batch.packed)
         ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
         rewards = torch.where(ends, batch.advantages, 0.0)
-        if config.kl_coef:
-            with lora.reference(run.policy):
-                batch.ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
-            if config.kl_in == "reward":
-                rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
+        if config.kl_coef and config.kl_in == "reward":
+            rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
         lengths = batch.sequences.bincount().tolist()
         batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
         batch.returns = values + batch.advantages
@@ -151,12 +147,12 @@ def train(run: Run) -> None:
         scores = run.score(prompts, completions)
         run.log_samples(step, "train", prompts, completions, scores)
 
-        # 3. advantage, out of values; and 4. logprobs
+        # 3. advantage, out of values; and 4. logprobs, since it may need the reference's
         log.phase("logprobs")
         rewards = scores + overlong_penalties(completions, config)  # `judge` makes advantages of them
         updates = make_updates(completions, rewards, PPO.weight, config, run.world)
+        add_logprobs(run, updates, reference=config.kl_coef > 0)
         judge(run, list(chain.from_iterable(updates)))
-        add_logprobs(run, updates)
 
         # 5. update
         log.phase("update")

@@ -51,8 +51,8 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
 def train_once(run: Run, config: Config) -> list[float]:
     """Trains from the start; held-out accuracy of sampled completions, after steps 0, 5, 10, ..."""
     folder, log = on_disk(config), RunLog(config, write=run.world.rank == 0)
-    flow = config.algorithm in train_grpo.ALGORITHMS and train_grpo.ALGORITHMS[config.algorithm].flow
-    policy = build_policy(config, folder, run.world, learns_log_z=flow)
+    algorithm = train_grpo.ALGORITHMS.get(config.algorithm, train_ppo.PPO)
+    policy = build_policy(config, folder, run.world, learns_log_z=algorithm.flow)
     optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved=None)
     run = dataclasses.replace(run, config=config, policy=policy, optimizer=optimizer, log=log)
     run.sync()
