@@ -198,6 +198,6 @@ def build_engine(config: Config, folder: str) -> Engine:
         kv_cache_gb=config.kv_cache_gb,
         enforce_eager=config.enforce_eager,
         sleep_level=config.sleep_level,
-        max_lora_rank=config.lora_rank if config.sync == "adapter" else 0,
+        max_lora_rank=config.lora_rank if config.sends_adapter else 0,
         seed=config.seed,
     )

@@ -43,6 +43,8 @@ T = TypeVar("T")
 SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
 SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
 FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
+SAID_SURVIVAL = 0.9  # of an update in the merged weights, below which a person is told
+PATIENCE = 10  # syncs that may lose most of the update before the run ends
 LAST_WORDS = 20.0  # seconds that a failing process may take to end
 
 
@@ -61,6 +63,7 @@ class Progress:
     step: int = 0
     prompts_taken: int = 0  # from the endless stream of training prompts
     updates_skipped: int = 0  # for a loss or gradients that were not finite, since the last step without any
+    syncs_lost: int = 0  # in a row, in which merging lost more of the update than `min_survival` allows
     best_accuracy: float = -1.0  # of the checkpoints that were evaluated,
     best_step: int = -1  # and which of them has it
 
@@ -99,7 +102,8 @@ class Run:
         self.taken = self.progress.prompts_taken
         self.saved_step = self.progress.step if self.saved else None
         texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
-        self.verifier = sync.Verifier(texts, merged=self.config.sync == "merged")
+        self.verifier = sync.Verifier(self.policy, self.engine, self.send, texts, self.world.device)
+        self.syncs, self.survival_said = 0, False
         listen(self.ask_to_stop)
 
     def take(self, count: int) -> list[Prompt]:
@@ -194,27 +198,32 @@ class Run:
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
     def sync(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
-        """Wakes vLLM with the policy as it is now; returns `sync/*` metrics. Raises RuntimeError if `verify` fails.
+        """Wakes vLLM with the policy as it is now, and with `verify` proves first that it would run it.
 
-        Sent is what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
+        Returns `sync/*` metrics; raises RuntimeError if vLLM does not hold or does not run what was sent. Sent is
+        what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
         """
-        expected = self.verifier.expect(self.policy, self.world.device) if verify else None  # while vLLM leaves room
+        verified = self.verifier.check(everything) if verify else {}
+        return self.send(everything) | verified
+
+    def send(self, everything: bool = False) -> dict[str, float]:
+        """One transfer of the policy's weights into vLLM, which is awake afterwards; see `sync`."""
         start = time.perf_counter()
         fsdp_utils.reshard(self.policy)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()  # or what training has freed would still be torch's, not vLLM's
         self.engine.wake("weights")
-        if self.config.sync == "adapter":
-            metrics = sync.send_adapter(self.policy, self.engine)
+        self.syncs += 1
+        sent = sync.Sent(self.syncs)
+        if self.config.sends_adapter:
+            metrics = sync.send_adapter(self.policy, self.engine, sent)
         else:
             modules, stats = to_send(self.policy.model, everything or self.engine.sleep_level == 2), SyncStats()
-            self.engine.load_weights(self.weights(modules, stats))
+            self.engine.load_weights(sent.noting(self.weights(modules, stats)))
             metrics = stats.metrics()
         self.engine.wake("kv_cache")
-        metrics["sync/seconds"] = time.perf_counter() - start
-        if expected:
-            metrics |= self.verifier.check(self.engine, *expected)
-        return metrics
+        metrics |= sent.check(self.engine)
+        return metrics | {"sync/seconds": time.perf_counter() - start}
 
     def weights(self, modules: set[str] | None = None, stats: SyncStats | None = None) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights as vLLM runs them, see `summon_layers`."""
@@ -278,6 +287,29 @@ class Run:
         if limit and mismatch > limit:
             raise RuntimeError(
                 f"sampler and trainer differ by {mismatch:.3g} nats per token, above max_mismatch {limit}"
+            )
+        self.check_survival(metrics.get("sync/update_survival", 1.0))
+
+    def check_survival(self, survival: float) -> None:
+        """Says once that merging loses a part of the update; raises RuntimeError if it goes on losing most of it.
+
+        survival: cosine between the update and what rounding to the weights' dtype leaves of it.
+        """
+        ways = (
+            "sync adapter loses nothing (vLLM's own LoRA; generates slower), lora_forward merged trains what vLLM "
+            "runs, and a larger learning_rate or lora_alpha makes larger updates"
+        )
+        if survival < SAID_SURVIVAL and not self.survival_said:
+            self.survival_said = True
+            self.log.print(
+                f"merging keeps only {survival:.2f} of the update (cosine; 1 is all), the rest rounds away: {ways}"
+            )
+        limit, lost = self.config.min_survival, self.progress.syncs_lost
+        self.progress.syncs_lost = lost + 1 if survival < limit else 0
+        if self.progress.syncs_lost >= PATIENCE:
+            raise RuntimeError(
+                f"for {PATIENCE} syncs the sampler got less than min_survival {limit} of the update, at last "
+                f"{survival:.2f}: {ways}; min_survival 0 goes on regardless"
             )
 
     def end(self) -> None:

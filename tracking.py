@@ -159,6 +159,8 @@ class RunLog:
             f"{training:.1f} s (rollout {seconds['rollout']:.1f}, update {seconds['update']:.1f})",
             f"{metrics['tokens_per_second']:,.0f} tokens/s",
         ]
+        if metrics.get("sync/update_survival", 1.0) < 0.9:
+            parts.append(f"survival {metrics['sync/update_survival']:.2f}")
         if "eval/accuracy" in metrics:
             parts.append("held-out " + accuracy(metrics))
         self.print(" | ".join(parts))

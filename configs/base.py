@@ -39,6 +39,9 @@ class Config:
     max_mismatch: float = option(
         0.1, "stop if the sampler's KL from the trainer, per token, is above this; 0: never", least=0
     )
+    min_survival: float = option(
+        0.5, "stop when merged weights keep less than this of the update for ten syncs; 0: never", least=0, most=1
+    )
     profile: int = option(0, "write a torch profiler trace of this step, see tracking.py; 0: none", least=0)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "auto: $WANDB_MODE, or online if logged in, else offline"
@@ -86,8 +89,10 @@ class Config:
     )
     max_num_seqs: int = option(256, "sequences that one engine generates at a time", least=1)
     enforce_eager: bool = option(False, "vLLM without CUDA graphs: starts sooner, generates slower")
-    sync: Literal["merged", "adapter"] = option(
-        "merged", "merged: vLLM gets base plus adapter as weights; adapter: vLLM's own LoRA, lossless, generates slower"
+    sync: Literal["merged", "adapter"] | None = option(
+        None,
+        "how vLLM gets the policy. adapter: as vLLM's own LoRA, which loses nothing. merged: base plus adapter as "
+        "weights, which generates faster, but bfloat16 rounds small updates away. Mostly adapter, see `sends_adapter`",
     )
     sync_prefetch: bool = option(
         False, "gather the next weight while vLLM loads one: faster, for one weight more memory"
@@ -97,7 +102,7 @@ class Config:
         "vLLM's GPU memory during the update. 0: stays; 1: its weights move to the host; 2: they go, and are all sent",
     )
     verify_every: int = option(
-        50, "syncs between checks that vLLM runs the trained weights; 0: only the first", least=0
+        50, "steps between proofs, by a test adapter, that vLLM runs the trained weights; 0: only at the start", least=0
     )
 
     # The algorithm
@@ -171,6 +176,12 @@ class Config:
         for wrong, message in contradictions(self):
             if wrong:
                 raise ValueError(message)
+
+    @property
+    def sends_adapter(self) -> bool:
+        """Whether vLLM runs the adapter beside its weights, as it does by default wherever it can."""
+        merged = self.base_dtype == "nf4" or self.lora_forward == "merged" or self.sleep_level == 2
+        return self.sync == "adapter" or (self.sync is None and 0 < self.lora_rank <= 512 and not merged)
 
     @property
     def run_folder(self) -> Path:
