@@ -13,6 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "configs" / "tiny"  # the embedded default's model
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():  # as on a fresh machine, no C++ compiler is found, and nothing that was compiled
     os.environ |= {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor")}
@@ -123,11 +124,3 @@ def model_folder(tmp_path_factory):
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_folder() -> Path:
-    """The embedded default's model; the same cache as `make train` uses."""
-    import tiny_model
-
-    return tiny_model.ensure(ROOT / ".cache" / "tiny")

@@ -493,7 +493,7 @@ def test_every_row_learns(name):
     assert table.softmax(1)[range(4), range(4)].min() > 0.7
 
 
-def test_a_run_with_everything_on(tmp_path, tiny_folder):
+def test_a_run_with_everything_on(tmp_path):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
     options = {
         "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all", "wandb_mode": "disabled",

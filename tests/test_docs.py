@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, TINY, on_ranks
 from transformers import AutoModelForCausalLM
 
 DOCS = ROOT / "docs"
@@ -99,7 +99,7 @@ def test_the_example_is_an_algorithm():
 # ---- Metrics and alignment, of a real run ---------------------------------------------------------------------
 
 
-def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], list[dict]]:
+def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
     """One completion's table of a real run, which then takes two steps: its metrics."""
     import train_grpo
 
@@ -111,7 +111,7 @@ def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], l
         "eval_problems": 8,
         "eval_samples": 1,
     }
-    places = {"output_dir": folder, "run_name": "run", "cache_dir": cache, "wandb_mode": "offline"}
+    places = {"output_dir": folder, "run_name": "run", "wandb_mode": "offline"}
     sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
     run = train_grpo.prepare_grpo()
@@ -121,9 +121,9 @@ def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], l
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, tiny_folder):
+def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    return folder / "run", *on_ranks(1, align_and_train, folder, tiny_folder.parent, folder=folder)[0]
+    return folder / "run", *on_ranks(1, align_and_train, folder, folder=folder)[0]
 
 
 def test_every_metric_is_defined_and_every_definition_is_a_metric(real):
@@ -143,11 +143,11 @@ def test_an_evaluation_leaves_a_table_for_people(real):
         assert extracted == "None" or completion.endswith(f"#### {extracted}")
 
 
-def test_alignment_is_that_of_the_plain_model(real, tiny_folder):
+def test_alignment_is_that_of_the_plain_model(real):
     """Every number of the table, from a padded forward of the model and the definitions alone."""
     prompt, cells, _ = real[1:]
     ids = [cell["id"] for cell in cells]
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
     with torch.no_grad():
         logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     assert ids[: len(prompt)] == prompt

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_ranks
+from conftest import TINY, on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -196,9 +196,9 @@ def adapter_in(folder, model_folder, rank: int = 16, seed: int = 1) -> tuple[tor
         return model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1), base
 
 
-def test_what_each_mode_trains_is_what_vllm_runs(tiny_folder, tmp_path):
-    adapter, base = adapter_in(tmp_path / "adapter", tiny_folder)
-    for results in on_ranks(2, train_and_stream, str(tiny_folder), str(tmp_path / "adapter"), folder=tmp_path):
+def test_what_each_mode_trains_is_what_vllm_runs(tmp_path):
+    adapter, base = adapter_in(tmp_path / "adapter", TINY)
+    for results in on_ranks(2, train_and_stream, str(TINY), str(tmp_path / "adapter"), folder=tmp_path):
         for mode, (before, stale, synced, reference) in results.items():
             assert before < 0.05 and synced < 0.05 < 0.3 < stale, (mode, before, stale, synced)
             if mode in ("factored", "reference"):
@@ -228,12 +228,12 @@ def with_adapters(model: str, adapters: dict[str, str]) -> list[tuple[list[float
     return results
 
 
-def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tiny_folder, tmp_path):
+def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tmp_path):
     adapters = {"first": (16, 1), "second": (4, 2)}  # rank and seed
     folders = {name: str(tmp_path / name) for name in adapters}
-    expected = [adapter_in(folders[name], tiny_folder, rank, seed) for name, (rank, seed) in adapters.items()]
+    expected = [adapter_in(folders[name], TINY, rank, seed) for name, (rank, seed) in adapters.items()]
     references = [with_it for with_it, _ in expected] + [expected[0][1]]
-    (found,) = on_ranks(1, with_adapters, str(tiny_folder), folders, folder=tmp_path)
+    (found,) = on_ranks(1, with_adapters, str(TINY), folders, folder=tmp_path)
     for reference, (logprobs, token, logprob) in zip(references, found, strict=True):
         assert (chosen(reference[:-1], TOKENS[1:]) - torch.tensor(logprobs)).abs().mean() < 0.06  # logits of 16
         assert abs(reference[-1, token] - logprob) < 0.2

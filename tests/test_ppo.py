@@ -115,7 +115,7 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
     torch.testing.assert_close(whole, (raw - raw.mean()) / (raw.std(unbiased=False) + 1e-6))
 
 
-def test_a_short_run(tmp_path, tiny_folder):
+def test_a_short_run(tmp_path):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
     options = "--steps 4 --wandb_mode disabled --run_name ppo --eval_problems 32 --prompts_per_step 128"
     options += " --profile 4 --warmup_steps 1 --kl_coef 0.01 --kl_in reward --kl_estimator k1 --epochs_per_rollout 2"
