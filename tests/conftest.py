@@ -72,14 +72,17 @@ def complaints(runs: list[list[str]]) -> list[str]:
 
 
 def fill_adapters(model, fill):
-    """The same random values, wherever the model's tensors live."""
+    """The same random values, wherever the model's tensors live.
+
+    They are multiples of 1/64: sums of their products are exact in float32, in whatever order a processor adds.
+    """
     import lora
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             for parameter in layer.adapters[lora.POLICY].parameters():
-                fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
+                fill(parameter, (torch.randn(parameter.shape, generator=generator) * 6.4).round() / 64)
 
 
 def make_model(
