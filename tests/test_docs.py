@@ -144,19 +144,20 @@ def test_an_evaluation_leaves_a_table_for_people(real):
 
 
 def test_alignment_is_that_of_the_plain_model(real):
-    """Every number of the table, from a padded forward of the model and the definitions alone."""
+    """Every number of the table, from a padded forward of the model in float32 and the definitions alone."""
     prompt, cells, _ = real[1:]
     ids = [cell["id"] for cell in cells]
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16)
+    models = (AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
-        logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logprobs, rounded = (model(torch.tensor([ids])).logits[0].float().log_softmax(-1) for model in models)
+    noise = (logprobs - rounded).abs().max().item()  # of bfloat16, in which sampler and trainer compute
     assert ids[: len(prompt)] == prompt
     for position, cell in enumerate(cells):
         assert ("target id" in cell) == (len(prompt) - 1 <= position < len(ids) - 1)
         if "target id" in cell:
             assert cell["target id"] == ids[position + 1]
             for side in ("sampler", "trainer"):
-                assert cell[side] == pytest.approx(logprobs[position, ids[position + 1]].item(), abs=0.15)
+                assert cell[side] == pytest.approx(logprobs[position, ids[position + 1]].item(), abs=3 * noise)
             assert cell["weight"] == pytest.approx(1 / (8 * 16 * (len(ids) - len(prompt))))
     assert len({cell["advantage"] for cell in cells if "advantage" in cell}) == 1
 
@@ -183,7 +184,10 @@ def test_the_gallerys_numbers_are_those_it_makes():
     equal = gallery.train(reward_of=lambda scores: (scores == 1).float())
 
     def says(text: str, name: str, history: dict) -> bool:
-        """Whether the text's first number is the mean of the run's last steps, as far as CPUs agree."""
+        """Whether the text's first number is the mean of the run's last steps.
+
+        A start that is moved by some roundings of float32 moves these means by up to 0.5%.
+        """
         mean = sum(history[name][-20:]) / 20
         return float(re.search(r"\d+\.\d+", text)[0]) == pytest.approx(mean, rel=0.05, abs=0.03)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, on_ranks
+from conftest import EPSILON, TINY, on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +18,6 @@ import policy
 from configs.base import Config
 from stream import summon_layers
 
-EPSILON = torch.finfo(torch.float32).eps  # of a rounding, relative
 PROMPTS, COMPLETIONS = [[5, 9, 3], [7, 2]], [[4, 8, 6, 1], [3, 3, 1]]
 SETTINGS = {  # mode -> (architecture, merged, nf4, recomputed activations)
     "factored": ("mistral", False, False, True),
