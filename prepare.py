@@ -15,7 +15,6 @@ import checkpoint
 import fsdp_utils
 import lora
 import reward
-import tiny_model
 from configs.base import Config
 from models import build_policy, read_config
 from rollout import Engine
@@ -121,10 +120,8 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
 
 
 def on_disk(config: Config) -> str:
-    """The folder of the configured model; the tiny one is made, one of the hub downloaded, if need be."""
-    if config.model == "tiny":
-        return str(fsdp_utils.on_first_rank(lambda: tiny_model.ensure(f"{config.cache_dir}/tiny")))
-    return fsdp_utils.on_first_rank(lambda: fsdp_utils.find_model(config.model))
+    """The folder of the configured model; one of the hub is downloaded if need be."""
+    return fsdp_utils.on_first_rank(lambda: fsdp_utils.find_model(config.model_source))
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:

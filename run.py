@@ -360,15 +360,14 @@ class Run:
 
     def export(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """The policy for everybody else, out of its whole tensors: a peft folder, or without adapters a model's."""
-        model, base = self.policy.model, self.tokenizer.name_or_path
+        model = self.policy.model
         whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
         if self.config.lora_rank:
-            source = base if self.config.model == "tiny" else self.config.model
-            lora.save_adapter(model, folder / "adapter", base_model=source, gather=whole.get)
+            lora.save_adapter(model, folder / "adapter", base_model=self.config.model_source, gather=whole.get)
         else:
             dtype = getattr(torch, self.config.dtype)
             weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))
-            export.write_model(weights, folder / "model", like=Path(base))
+            export.write_model(weights, folder / "model", like=Path(self.tokenizer.name_or_path))
 
 
 # ---- Order, seeds and learning rate: functions of the configuration and the step alone ------------------------

@@ -51,10 +51,10 @@ class Config:
     # The task
     task: str = option("gsm8k", "a row of reward.TASKS")
     data_dir: str = option("", "folder with the task's train.jsonl and test.jsonl; empty: the task knows where")
-    cache_dir: str = option(".cache", "where downloads and the tiny model are kept")
+    cache_dir: str = option(".cache", "where downloads are kept")
 
     # The model and its adapter
-    model: str = option("Qwen/Qwen2.5-3B-Instruct", "a folder or a name on the hub; 'tiny': made on the spot")
+    model: str = option("Qwen/Qwen2.5-3B-Instruct", "a folder or a name on the hub; 'tiny': configs/tiny")
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "of the base weights, here and in vLLM; adapters are float32"
     )
@@ -187,6 +187,11 @@ class Config:
     def run_folder(self) -> Path:
         """Where everything of the run is."""
         return Path(self.output_dir, self.run_name)
+
+    @property
+    def model_source(self) -> str:
+        """The model's folder, or its name on the hub; `tiny` comes with the code."""
+        return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
 
     @property
     def max_model_len(self) -> int:

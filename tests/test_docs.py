@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, TINY, on_ranks
 from transformers import AutoModelForCausalLM
 
 DOCS = ROOT / "docs"
@@ -99,7 +99,7 @@ def test_the_example_is_an_algorithm():
 # ---- Metrics and alignment, of a real run ---------------------------------------------------------------------
 
 
-def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], list[dict]]:
+def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
     """One completion's table of a real run, which then takes two steps: its metrics."""
     import train_grpo
 
@@ -111,7 +111,7 @@ def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], l
         "eval_problems": 8,
         "eval_samples": 1,
     }
-    places = {"output_dir": folder, "run_name": "run", "cache_dir": cache, "wandb_mode": "offline"}
+    places = {"output_dir": folder, "run_name": "run", "wandb_mode": "offline"}
     sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
     run = train_grpo.prepare_grpo()
@@ -121,9 +121,9 @@ def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], l
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, tiny_folder):
+def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    return folder / "run", *on_ranks(1, align_and_train, folder, tiny_folder.parent, folder=folder)[0]
+    return folder / "run", *on_ranks(1, align_and_train, folder, folder=folder)[0]
 
 
 def test_every_metric_is_defined_and_every_definition_is_a_metric(real):
@@ -143,20 +143,21 @@ def test_an_evaluation_leaves_a_table_for_people(real):
         assert extracted == "None" or completion.endswith(f"#### {extracted}")
 
 
-def test_alignment_is_that_of_the_plain_model(real, tiny_folder):
-    """Every number of the table, from a padded forward of the model and the definitions alone."""
+def test_alignment_is_that_of_the_plain_model(real):
+    """Every number of the table, from a padded forward of the model in float32 and the definitions alone."""
     prompt, cells, _ = real[1:]
     ids = [cell["id"] for cell in cells]
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    models = (AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
-        logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logprobs, rounded = (model(torch.tensor([ids])).logits[0].float().log_softmax(-1) for model in models)
+    noise = (logprobs - rounded).abs().max().item()  # of bfloat16, in which sampler and trainer compute
     assert ids[: len(prompt)] == prompt
     for position, cell in enumerate(cells):
         assert ("target id" in cell) == (len(prompt) - 1 <= position < len(ids) - 1)
         if "target id" in cell:
             assert cell["target id"] == ids[position + 1]
             for side in ("sampler", "trainer"):
-                assert cell[side] == pytest.approx(logprobs[position, ids[position + 1]].item(), abs=0.15)
+                assert cell[side] == pytest.approx(logprobs[position, ids[position + 1]].item(), abs=3 * noise)
             assert cell["weight"] == pytest.approx(1 / (8 * 16 * (len(ids) - len(prompt))))
     assert len({cell["advantage"] for cell in cells if "advantage" in cell}) == 1
 
@@ -183,7 +184,10 @@ def test_the_gallerys_numbers_are_those_it_makes():
     equal = gallery.train(reward_of=lambda scores: (scores == 1).float())
 
     def says(text: str, name: str, history: dict) -> bool:
-        """Whether the text's first number is the mean of the run's last steps, as far as CPUs agree."""
+        """Whether the text's first number is the mean of the run's last steps.
+
+        A start that is moved by some roundings of float32 moves these means by up to 0.5%.
+        """
         mean = sum(history[name][-20:]) / 20
         return float(re.search(r"\d+\.\d+", text)[0]) == pytest.approx(mean, rel=0.05, abs=0.03)
 
