@@ -30,7 +30,7 @@ from fsdp_utils import fill, gather, reading, reshard
 # What a resumed run may not change: the checkpoint's tensors, or its place in the data, would not fit.
 FIXED = (
     "model task dtype base_dtype target_modules lora_rank lora_alpha use_rslora algorithm seed prompts_per_step "
-    "group_size max_prompt_length critic_lora_rank"
+    "group_size max_prompt_length instruction system_prompt critic_lora_rank"
 ).split()
 
 

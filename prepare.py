@@ -24,7 +24,7 @@ from tracking import RunLog, in_use
 
 def prepare(config: Config, learns_log_z: bool = False) -> Run:
     """Builds all parts of a run. Raises ValueError or OSError, of one line, for what the user can mend."""
-    reward.find_task(config.task)
+    reward.find_task(config.task, config.flexible)
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     folder = on_disk(config)
@@ -125,17 +125,49 @@ def on_disk(config: Config) -> str:
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
-    """Training and held-out prompts that fit; rank 0 reads the problems, and downloads them if need be."""
+    """Training and held-out prompts that fit, and says how many do not; rank 0 reads, or downloads, the problems."""
+    instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
+    ending = f"\n{instruction}" if instruction else ""
 
     def load(split: str) -> list[reward.Problem]:
-        return reward.load_problems(config.task, split, config.data_dir, config.cache_dir)
+        problems = reward.load_problems(config.task, split, config.data_dir, config.cache_dir)
+        return [replace(problem, prompt=problem.prompt + ending) for problem in problems]
 
     splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
+    check_system_prompt(config.system_prompt, tokenizer)
     with fsdp_utils.reading(f"the tokenizer of model {tokenizer.name_or_path!r}"):
-        train, test = (tokenize(problems, tokenizer, config.max_prompt_length) for problems in splits)
+        asked = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
+    longest = config.max_prompt_length
+    train, test = fitting = [[prompt for prompt in prompts if len(prompt.token_ids) <= longest] for prompts in asked]
     if not (train and test):
-        raise ValueError(f"no prompt fits in max_prompt_length, {config.max_prompt_length} tokens")
+        raise ValueError(f"no prompt fits in max_prompt_length, {longest} tokens")
+    if fitting != asked:
+        left_out = [f"{len(every) - len(kept):,} of {len(every):,}" for every, kept in zip(asked, fitting)]
+        line = "prompts over max_prompt_length, {} tokens, are left out: {} to train on, {} held out"
+        fsdp_utils.on_first_rank(lambda: print(line.format(longest, *left_out), flush=True))
     return [train, test[: config.eval_problems]]
+
+
+def check_system_prompt(system_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError unless the chat template puts it before a problem."""
+    if system_prompt is None:
+        return
+    name, way_out = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
+    if not tokenizer.chat_template:
+        raise ValueError(f"the tokenizer of model {name!r} has no chat template for a system turn; {way_out}")
+    try:
+        text = tokenizer.apply_chat_template(chat("?", system_prompt), tokenize=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the chat template of model {name!r} refuses a system turn ({reason}); {way_out}") from error
+    if system_prompt.strip() not in text:
+        raise ValueError(f"the chat template of model {name!r} leaves a system turn out; {way_out}")
+
+
+def chat(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """The turns of a conversation in which the model is to answer a prompt."""
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    return [*system, {"role": "user", "content": prompt}]
 
 
 def check_fit(config: Config, model: PretrainedConfig, prompts: list[Prompt]) -> None:
@@ -157,15 +189,17 @@ def check_fit(config: Config, model: PretrainedConfig, prompts: list[Prompt]) ->
         )
 
 
-def tokenize(problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase, longest: int) -> list[Prompt]:
-    """Puts the tokenizer's chat template, if it has one, around each problem; leaves out those that are too long."""
+def tokenize(
+    problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
+) -> list[Prompt]:
+    """Puts the tokenizer's chat template, if it has one, around each problem."""
     texts = [problem.prompt for problem in problems]
     if tokenizer.chat_template:
-        chats = [[{"role": "user", "content": text}] for text in texts]
+        chats = [chat(text, system_prompt) for text in texts]
         ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
     else:
         ids = tokenizer(texts)["input_ids"]
-    return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids) if len(tokens) <= longest]
+    return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids)]
 
 
 def make_optimizer(

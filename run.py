@@ -152,7 +152,7 @@ class Run:
     def score_one(self, problem: reward.Problem, text: str) -> float:
         """A finite reward, or ValueError naming the problem and the completion."""
         try:
-            value = reward.score(self.config.task, text, problem.answer)
+            value = reward.score(self.config.task, text, problem.answer, self.config.flexible)
             if isinstance(value, Real) and math.isfinite(value):
                 return float(value)
             cause = f"returned {value!r}, which is no finite number"
@@ -178,13 +178,14 @@ class Run:
 
     def log_samples(self, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: Tensor):
         """The first few completions, as a person reads them."""
+        extract = reward.find_task(self.config.task, self.config.flexible).extract
         records = [
             {
                 "step": step,
                 "kind": kind,
                 "prompt": prompts[completion.request].problem.prompt,
                 "completion": (text := self.decode(completion)),
-                "extracted": reward.extract_answer(text),
+                "extracted": extract(text),
                 "answer": prompts[completion.request].problem.answer,
                 "reward": value,
                 "truncated": completion.truncated,

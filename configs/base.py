@@ -51,6 +51,9 @@ class Config:
     # The task
     task: str = option("gsm8k", "a row of reward.TASKS")
     data_dir: str = option("", "folder with the task's train.jsonl and test.jsonl; empty: the task knows where")
+    instruction: str | None = option(None, "follows each problem, on a line of its own; mostly what the task asks for")
+    system_prompt: str | None = option(None, "the chat's system turn; mostly what the model's chat template has")
+    flexible: bool = option(False, "a completion without a marked answer is read as its last number, see reward.py")
     cache_dir: str = option(".cache", "where downloads are kept")
 
     # The model and its adapter

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 LIMITS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le), "below": ("less than", lt)}
 KINDS = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}  # what a field of each kind may hold
+MULTILINE = ("instruction", "system_prompt")  # texts for the model, which may have several lines
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what torch and vLLM can count; neither NaN nor infinity is less
 
 
@@ -22,7 +23,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
         raise ValueError(f"{field.name} must be {kind.__name__}, not {value!r}")
     if kind in LARGEST and not abs(value) <= LARGEST[kind]:
         raise ValueError(f"{field.name} must be a number of at most {LARGEST[kind]}, not {value!r}")
-    if kind is str and not value.isprintable():
+    text = value.replace("\n", "") if field.name in MULTILINE else value
+    if kind is str and not text.isprintable():
         raise ValueError(f"{field.name} must be printable text, not {value!r}")
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     if choices and value not in choices:

@@ -8,7 +8,7 @@ from configs.base import Config
 
 config = Config(
     run_name="qwen2_5_3b_gsm8k",
-    task="gsm8k",
+    task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-3B-Instruct",
     lora_rank=64,
     lora_alpha=64.0,  # alpha / rank = 1, and a learning rate of 1e-5 for 3e-6: bf16 rounds smaller updates away

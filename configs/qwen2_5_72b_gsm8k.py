@@ -4,7 +4,7 @@ from configs.base import Config
 
 config = Config(
     run_name="qwen2_5_72b_gsm8k",
-    task="gsm8k",
+    task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-72B-Instruct",
     learning_rate=3e-5,
     steps=116,

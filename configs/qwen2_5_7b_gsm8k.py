@@ -4,7 +4,7 @@ from configs.base import Config
 
 config = Config(
     run_name="qwen2_5_7b_gsm8k",
-    task="gsm8k",
+    task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-7B-Instruct",
     learning_rate=3e-5,  # LoRA bears ten times the rate of full fine-tuning, and smaller updates round away in bf16
     steps=116,  # one epoch: 7,473 problems / 64

@@ -81,6 +81,8 @@ OPTIONS = [
     ("--wandb_project=a/b", ["wandb_project", "'a/b'"]),
     ("--wandb_project=", ["wandb_project", "''"]),
     ("--model=", ["model", "''"]),
+    ("--flexible=last", ["flexible", "last"]),
+    *((f"--{name}=a\x00b", [name, "printable", "'a\\x00b'"]) for name in ("instruction", "system_prompt")),
     ("--target_modules", ["--target_modules"]),
     ("--target_modules=", ["target_modules", "['']"]),
     ("--sleep_level=3", ["sleep_level", "3"]),
@@ -158,6 +160,7 @@ def test_config_files(tmp_path, text, words):
 # ---- Data -----------------------------------------------------------------------------------------------------
 
 GOOD = b'{"question": "q", "answer": "#### 1"}\n'
+NOT_ONE_NUMBER = "2 1/2|6.02e23|12 000|- 5|10 - 12 = -2|12:30|1,5|5, 6|5 or 6|2 x 3|10^6|1 apple|1.5 million|1/0"
 
 
 @pytest.mark.parametrize(
@@ -195,6 +198,11 @@ GOOD = b'{"question": "q", "answer": "#### 1"}\n'
         (b'{"question": "q", "answer": "1"}', ["must end in '#### N'", "'1'"]),
         (b'{"question": "q", "answer": "### 1"}', ["must end in '#### N'"]),
         (b'{"question": "q", "answer": "#### none"}', ["must end in '#### N'", "none"]),
+        (b'{"question": "q", "answer": "\\\\boxed{1}"}', ["must end in '#### N'", "boxed"]),
+        *(
+            (f'{{"question": "q", "answer": "#### {truth}"}}'.encode(), ["must end in '#### N'", truth])
+            for truth in (*NOT_ONE_NUMBER.split("|"), "9" * 70 + " 9")
+        ),
         (b'{"question": "q", "answer": "' + b"x" * 10_000_000 + b'"}', ["must end in '#### N'"]),
         (b'{"question": "' + b"x" * 10_000_000 + b'"}', ["text field 'answer'"]),
         (b"x" * 10_000_000, ["not JSON"]),
@@ -232,7 +240,7 @@ def test_odd_but_good_data(tmp_path):
     lines = [json.dumps({"question": text, "answer": "#### ١٢"}, ensure_ascii=i < 2) for i, text in enumerate(texts)]
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     problems = reward.load_problems("gsm8k", "train", str(tmp_path))
-    assert [problem.prompt.removesuffix(reward.GSM8K_INSTRUCTION) for problem in problems] == texts
+    assert [problem.prompt for problem in problems] == texts
     assert {problem.answer for problem in problems} == {"12"}
 
 
@@ -273,6 +281,8 @@ def bad_settings(bad: Path) -> list[Case]:
     (bad / "file").write_text("")
     return [
         (["--task", "sums"], ["'sums'", "there are: arithmetic, gsm8k"]),
+        (["--task", "math", "--flexible", "1"], ["flexible", "'math'", "score of its own"]),
+        (["--system_prompt", "Be brief."], ["no chat template", "system_prompt", "instruction"]),
         (["--algorithm", "gpro"], ["'gpro'", "there are: grpo"]),
         (["--algorithm", "ppo"], ["run train_ppo.py"]),
         (["--group_size", "1"], ["grpo", "group_size must be at least 2"]),

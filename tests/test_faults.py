@@ -266,5 +266,6 @@ def test_fewer_problems_than_a_batch(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 problems to train on, 3 held out" in done.stdout
+    assert "768 tokens, are left out: 1 of 4 to train on, 1 of 4 held out" in done.stdout
     samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
-    assert {sample["prompt"].removesuffix(reward.GSM8K_INSTRUCTION) for sample in samples} == set(questions[:3])
+    assert {sample["prompt"].removesuffix("\n" + reward.BOXED) for sample in samples} == set(questions[:3])

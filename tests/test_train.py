@@ -62,4 +62,4 @@ def test_gsm8k_runs(tmp_path, ranks, tensor_parallel_size):
     assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    assert any("final answer after ####" in sample["prompt"] for sample in samples)
+    assert all(sample["prompt"].endswith("put your final answer within \\boxed{}.") for sample in samples)
