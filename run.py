@@ -166,7 +166,7 @@ class Run:
         seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
         sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
         greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
-        completions = self.engine.generate(sampled + greedy)
+        completions = self.engine.generate(sampled + greedy, label="evaluation")
         rewards = self.score(prompts + prompts, completions)
         self.log_samples(step, "eval", prompts + prompts, completions, rewards)
         split = len(prompts) * config.eval_samples

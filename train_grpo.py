@@ -31,6 +31,7 @@ from configs.base import Config
 from command_line import parse_config
 from optimize import Metrics, optimize, update_metrics
 from prepare import prepare
+from progress_bar import progress_bar
 from rollout import Completion
 from run import Run, due, launch, set_learning_rate
 
@@ -370,12 +371,15 @@ def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = Fa
     """
     config, policy = run.config, run.policy
     changes = len(updates) * config.epochs_per_rollout > 1
-    for batch in chain.from_iterable(updates):
-        if reference:
-            with lora.reference(policy):
-                batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-        if changes or config.lora_dropout:
-            batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+    batches = list(chain.from_iterable(updates))
+    with progress_bar("logprobs", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            if reference:
+                with lora.reference(policy):
+                    batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
+            if changes or config.lora_dropout:
+                batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+            bar.update()
 
 
 @torch.no_grad()
@@ -384,12 +388,16 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     config, world = run.config, run.world
     totals = torch.zeros(len(completions), dtype=torch.float64, device=world.device)
     updates = make_updates(completions, torch.ones(len(completions)), sum_of_tokens, config, world)
-    for batch in chain.from_iterable(updates):
-        with lora.reference(run.policy):
-            ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
-        penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator) * (batch.weights > 0)  # not a filler's
-        owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
-        totals.index_add_(0, owners, penalty.double())
+    batches = list(chain.from_iterable(updates))
+    with progress_bar("reference", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            with lora.reference(run.policy):
+                ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
+            penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)
+            penalty *= batch.weights > 0  # not a filler's
+            owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
+            totals.index_add_(0, owners, penalty.double())
+            bar.update()
     dist.all_reduce(totals)
     return totals.cpu()
 

@@ -30,6 +30,7 @@ from command_line import parse_config
 from models import build_critic
 from optimize import Metrics, optimize, update_metrics
 from prepare import make_optimizer, on_disk, prepare
+from progress_bar import progress_bar
 from run import Run, due, launch, set_learning_rate
 from train_grpo import (
     Algorithm,
@@ -87,15 +88,17 @@ def judge(run: Run, batches: list[MicroBatch]) -> None:
     On entry, `advantages` holds on each token the reward of its whole completion.
     """
     config, (critic, _) = run.config, run.learners["critic"]
-    for batch in batches:
-        values = batch.values = critic(batch.packed)
-        ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
-        rewards = torch.where(ends, batch.advantages, 0.0)
-        if config.kl_coef and config.kl_in == "reward":
-            rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
-        lengths = batch.sequences.bincount().tolist()
-        batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        batch.returns = values + batch.advantages
+    with progress_bar("values", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            values = batch.values = critic(batch.packed)
+            ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
+            rewards = torch.where(ends, batch.advantages, 0.0)
+            if config.kl_coef and config.kl_in == "reward":
+                rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
+            lengths = batch.sequences.bincount().tolist()
+            batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+            batch.returns = values + batch.advantages
+            bar.update()
     normalize(batches, run.world)
 
 
