@@ -64,10 +64,13 @@ def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: flo
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of a step's updates, out of the sums that `optimize` returns; loss and norm per update."""
+    """Means over the tokens of a step's updates, out of the sums that `optimize` returns; loss and norm per update.
+
+    What no update measured is not there.
+    """
     if not updates:
         return {}
     totals = {name: sum(update[name] for update in updates) for name in updates[0]}
     tokens = totals.pop("tokens")
     divisors = {"loss": len(updates), "grad_norm": len(updates), "skipped_updates": 1}  # of all others: tokens
-    return {name: value / divisors.get(name, tokens) for name, value in totals.items()}
+    return {name: value / divisors.get(name, tokens) for name, value in totals.items() if divisors.get(name, tokens)}
