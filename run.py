@@ -34,6 +34,7 @@ import lora
 import reward
 import sync
 from configs.base import Config
+from health import explain, reason_to_stop, rewards_differ
 from policy import Policy
 from rollout import Completion, Engine, Request
 from stream import SyncStats, summon_layers, to_send
@@ -41,6 +42,7 @@ from tracking import RunLog, accuracy
 
 T = TypeVar("T")
 SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
+EXPLAINED_EVERY = 10  # steps within which a useless one is explained once, at full length
 SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
 FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
 LAST_WORDS = 20.0  # seconds that a failing process may take to end
@@ -61,6 +63,7 @@ class Progress:
     step: int = 0
     prompts_taken: int = 0  # from the endless stream of training prompts
     updates_skipped: int = 0  # for a loss or gradients that were not finite, since the last step without any
+    steps_useless: int = 0  # whose rewards did not differ, since the last one whose did
     best_accuracy: float = -1.0  # of the checkpoints that were evaluated,
     best_step: int = -1  # and which of them has it
 
@@ -98,6 +101,8 @@ class Run:
         self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.progress.prompts_taken, None)
         self.taken = self.progress.prompts_taken
         self.saved_step = self.progress.step if self.saved else None
+        self.explained = -math.inf  # the last step whose uselessness was explained
+        self.samples: list[dict[str, Any]] = []  # that were logged of the last training rollout
         texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
         self.verifier = sync.Verifier(texts, merged=self.config.sync == "merged")
         listen(self.ask_to_stop)
@@ -188,6 +193,8 @@ class Run:
             for completion, value in zip(completions[:SAMPLES_LOGGED], rewards.tolist())
         ]
         self.log.samples(records)
+        if kind == "train":
+            self.samples = records
 
     def decode(self, completion: Completion) -> str:
         """The text of a completion, without its end-of-sequence token."""
@@ -256,12 +263,29 @@ class Run:
             give_memory_back()
         self.log.step(step, metrics)
         self.check_health(metrics)
+        self.count_useless(step, metrics)
+        useless = reason_to_stop(self.progress.steps_useless, metrics, self.samples, config)
         self.finish_step(step)
         self.log.phase("save")  # counted in the next step
-        if last or due(config.save_every, step):
+        if last or useless or due(config.save_every, step):
             self.save(metrics.get("eval/accuracy"))
+        if useless:
+            raise RuntimeError(f"{useless}; the last step that was saved is {self.saved_step}")
         if not last:
             self.check_stop()
+
+    def count_useless(self, step: int, metrics: dict[str, float]) -> None:
+        """Counts the steps in a row whose rewards do not differ, and says so: why not, but not every time."""
+        if rewards_differ(metrics):
+            self.progress.steps_useless = 0
+            return
+        self.progress.steps_useless += 1
+        if step >= self.explained + EXPLAINED_EVERY:
+            self.log.print(f"  {explain(metrics, self.samples)}")
+            self.explained = step
+        else:
+            count = self.progress.steps_useless
+            self.log.print(f"  nothing to learn from, {count} step{'s' * (count > 1)} in a row")
 
     def check_health(self, metrics: dict[str, float]) -> None:
         """Raises RuntimeError for what training on would only make worse."""

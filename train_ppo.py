@@ -9,6 +9,9 @@ as a whole in float32 unless `critic_lora_rank` is set, and sharded like it.
 PPO: arXiv 1707.06347; for language models, with the KL penalty in each token's reward: arXiv 2009.01325. As in
 verl and TRL, advantages are normalised over the step, and the critic starts from the policy's base.
 
+A step in which all rewards are the same is as useless here as there: the critic learns a constant, and the policy's
+advantages are the critic's errors alone. It counts towards `max_useless`.
+
 Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its completions.
 """
 
@@ -173,7 +176,7 @@ def train(run: Run) -> None:
 
         # 7. log, evaluate, save
         log.phase("eval")
-        metrics = rollout_metrics(completions, scores) | {"lr": lr, **sync_metrics}
+        metrics = rollout_metrics(completions, scores, group_size=None) | {"lr": lr, **sync_metrics}
         metrics |= batch_metrics(updates, len(completions), run.world) | update_metrics(policy_sums)
         metrics |= {f"critic/{name}": value for name, value in update_metrics(critic_sums).items()}
         run.conclude(step, metrics)
