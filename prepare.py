@@ -17,6 +17,7 @@ import lora
 import reward
 from configs.base import Config
 from models import build_policy, read_config
+from progress_bar import progress_bar
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
 from tracking import RunLog, in_use
@@ -38,7 +39,8 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
         started = replace(config, lora_adapter_path="") if saved else config  # the checkpoint has what became of it
         policy = build_policy(started, fast_folder, world, learns_log_z)
         optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
-        engine = build_engine(config, fast_folder)
+        with progress_bar("starting vLLM"):
+            engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, train_prompts, test_prompts, policy, optimizer, engine, log, saved)
     engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place

@@ -27,6 +27,7 @@ import vllm  # noqa: E402  most of it comes with its first use, which --help and
 from vllm.lora.request import LoRARequest  # noqa: E402
 
 import lora  # noqa: E402
+from progress_bar import progress_bar  # noqa: E402
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its LoRA kernels are made for; others take the next larger
 
@@ -117,8 +118,11 @@ class Engine:
         cache = self.llm.llm_engine.vllm_config.cache_config
         return cache.num_gpu_blocks * cache.block_size
 
-    def generate(self, requests: list[Request]) -> list[Completion]:
-        """All ranks pass the same requests and get all completions, in the order of the requests."""
+    def generate(self, requests: list[Request], label: str = "rollout") -> list[Completion]:
+        """All ranks pass the same requests and get all completions, in the order of the requests.
+
+        `label`: what a terminal calls this while it runs.
+        """
         mine = range(self.index, len(requests), self.engines)
         params = [
             vllm.SamplingParams(
@@ -134,7 +138,9 @@ class Engine:
         ]
         prompts = [vllm.TokensPrompt(prompt_token_ids=requests[i].prompt_ids) for i in mine]
         adapters = [self.adapter(requests[i].adapter) for i in mine]
-        outputs = self.llm.generate(prompts, params, lora_request=adapters, use_tqdm=False) if prompts else []
+        if prompts:
+            self.llm.enqueue(prompts, params, lora_request=adapters, use_tqdm=False)
+        outputs = self.finish(label)
         completions = [
             Completion(
                 request=i,
@@ -149,6 +155,20 @@ class Engine:
         shares: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, completions if self.tensor_parallel_rank == 0 else [])
         return sorted(chain.from_iterable(shares), key=lambda completion: completion.request)
+
+    def finish(self, label: str) -> list["vllm.RequestOutput"]:
+        """Runs the engine until nothing is left to do: the outputs of all requests, in their order.
+
+        As `LLM.wait_for_completion` does, whose progress bar only moves when a request has all of its samples.
+        """
+        engine, outputs = self.llm.llm_engine, []
+        sequences = engine.get_num_unfinished_requests()
+        label += f" (engine 1 of {self.engines})" if self.engines > 1 else ""  # the first rank shows its own
+        with progress_bar(label, sequences, "sequences") as bar:
+            while engine.has_unfinished_requests():
+                outputs += [output for output in engine.step() if output.finished]
+                bar.update(sequences - engine.get_num_unfinished_requests() - bar.n)
+        return sorted(outputs, key=lambda output: int(output.request_id))
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, under the weights in vLLM, at temperature 1."""

@@ -34,16 +34,17 @@ import lora
 import reward
 import sync
 from configs.base import Config
+from health import explain, explain_survival, reason_to_stop, rewards_differ
 from policy import Policy
 from rollout import Completion, Engine, Request
 from stream import SyncStats, summon_layers, to_send
-from tracking import RunLog, accuracy
+from tracking import LOW_SURVIVAL, RunLog, accuracy
 
 T = TypeVar("T")
 SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
+EXPLAINED_EVERY = 10  # steps within which a useless one is explained once, at full length
 SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
 FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
-SAID_SURVIVAL = 0.9  # of an update in the merged weights, below which a person is told
 PATIENCE = 10  # syncs that may lose most of the update before the run ends
 LAST_WORDS = 20.0  # seconds that a failing process may take to end
 
@@ -64,6 +65,7 @@ class Progress:
     prompts_taken: int = 0  # from the endless stream of training prompts
     updates_skipped: int = 0  # for a loss or gradients that were not finite, since the last step without any
     syncs_lost: int = 0  # in a row, in which merging lost more of the update than `min_survival` allows
+    steps_useless: int = 0  # whose rewards did not differ, since the last one whose did
     best_accuracy: float = -1.0  # of the checkpoints that were evaluated,
     best_step: int = -1  # and which of them has it
 
@@ -101,6 +103,8 @@ class Run:
         self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.progress.prompts_taken, None)
         self.taken = self.progress.prompts_taken
         self.saved_step = self.progress.step if self.saved else None
+        self.explained = -math.inf  # the last step whose uselessness was explained
+        self.samples: list[dict[str, Any]] = []  # that were logged of the last training rollout
         texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
         self.verifier = sync.Verifier(self.policy, self.engine, self.send, texts, self.world.device)
         self.syncs, self.survival_said = 0, False
@@ -170,7 +174,7 @@ class Run:
         seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
         sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
         greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
-        completions = self.engine.generate(sampled + greedy)
+        completions = self.engine.generate(sampled + greedy, label="evaluation")
         rewards = self.score(prompts + prompts, completions)
         self.log_samples(step, "eval", prompts + prompts, completions, rewards)
         split = len(prompts) * config.eval_samples
@@ -193,6 +197,8 @@ class Run:
             for completion, value in zip(completions[:SAMPLES_LOGGED], rewards.tolist())
         ]
         self.log.samples(records)
+        if kind == "train":
+            self.samples = records
 
     def decode(self, completion: Completion) -> str:
         """The text of a completion, without its end-of-sequence token."""
@@ -266,12 +272,29 @@ class Run:
             give_memory_back()
         self.log.step(step, metrics)
         self.check_health(metrics)
+        self.count_useless(step, metrics)
+        useless = reason_to_stop(self.progress.steps_useless, metrics, self.samples, config)
         self.finish_step(step)
         self.log.phase("save")  # counted in the next step
-        if last or due(config.save_every, step):
+        if last or useless or due(config.save_every, step):
             self.save(metrics.get("eval/accuracy"))
+        if useless:
+            raise RuntimeError(f"{useless}; the last step that was saved is {self.saved_step}")
         if not last:
             self.check_stop()
+
+    def count_useless(self, step: int, metrics: dict[str, float]) -> None:
+        """Counts the steps in a row whose rewards do not differ, and says so: why not, but not every time."""
+        if rewards_differ(metrics):
+            self.progress.steps_useless = 0
+            return
+        self.progress.steps_useless += 1
+        if step >= self.explained + EXPLAINED_EVERY:
+            self.log.print(f"  {explain(metrics, self.samples)}")
+            self.explained = step
+        else:
+            count = self.progress.steps_useless
+            self.log.print(f"  nothing to learn from, {count} step{'s' * (count > 1)} in a row")
 
     def check_health(self, metrics: dict[str, float]) -> None:
         """Raises RuntimeError for what training on would only make worse."""
@@ -292,25 +315,16 @@ class Run:
         self.check_survival(metrics.get("sync/update_survival", 1.0))
 
     def check_survival(self, survival: float) -> None:
-        """Says once that merging loses a part of the update; raises RuntimeError if it goes on losing most of it.
-
-        survival: cosine between the update and what rounding to the weights' dtype leaves of it.
-        """
-        ways = (
-            "sync adapter loses nothing (vLLM's own LoRA; generates slower), lora_forward merged trains what vLLM "
-            "runs, and a larger learning_rate or lora_alpha makes larger updates"
-        )
-        if survival < SAID_SURVIVAL and not self.survival_said:
+        """Says once that merging loses a part of the update; raises RuntimeError if it goes on losing most of it."""
+        if survival < LOW_SURVIVAL and not self.survival_said:
             self.survival_said = True
-            self.log.print(
-                f"merging keeps only {survival:.2f} of the update (cosine; 1 is all), the rest rounds away: {ways}"
-            )
-        limit, lost = self.config.min_survival, self.progress.syncs_lost
-        self.progress.syncs_lost = lost + 1 if survival < limit else 0
-        if self.progress.syncs_lost >= PATIENCE:
+            self.log.print(f"  {explain_survival(survival)}")
+        limit, progress = self.config.min_survival, self.progress
+        progress.syncs_lost = progress.syncs_lost + 1 if survival < limit else 0
+        if progress.syncs_lost >= PATIENCE:
             raise RuntimeError(
-                f"for {PATIENCE} syncs the sampler got less than min_survival {limit} of the update, at last "
-                f"{survival:.2f}: {ways}; min_survival 0 goes on regardless"
+                f"for {PATIENCE} syncs the sampler got less of the update than min_survival {limit} asks for. "
+                f"{explain_survival(survival)}; min_survival 0 goes on regardless"
             )
 
     def end(self) -> None:

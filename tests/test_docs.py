@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -130,7 +131,15 @@ def test_every_metric_is_defined_and_every_definition_is_a_metric(real):
     rows = {row["metric"].strip("`"): row["when"] for row in table(DOCS / "metrics.md", "metric")}
     found = {name for metrics in real[3] for name in metrics}
     assert found <= set(rows), "metrics that docs/metrics.md does not define"
-    usual = ("always", "always, but `ppo`", "evaluations", "verified syncs", "`tis_cap`", "`sync` merged")
+    usual = (
+        "always",
+        "always, but `ppo`",
+        "algorithms with groups",
+        "evaluations",
+        "verified syncs",
+        "`tis_cap`",
+        "`sync` merged",
+    )
     assert {name for name, when in rows.items() if when in usual} == found
 
 
@@ -204,19 +213,29 @@ def test_the_gallerys_numbers_are_those_it_makes():
         assert f"{value:.2f} for" in rows["Learning rate too low for bf16"]["what shows it"], size
 
 
-def test_plot_draws_runs_that_lack_metrics(tmp_path, monkeypatch, capsys):
+def test_plot_draws_what_was_measured(tmp_path, monkeypatch, capsys):
+    """Of runs that lack metrics, have null or NaN for some, and phases of their own."""
+    from matplotlib import pyplot
+
     import plot
 
     rows = [{"step": 0, "eval/accuracy": 0.1}, {"step": 1, "reward/mean": 0.5, "loss": None, "grad_norm": None}]
+    rows += [{"step": 2, "policy/entropy": math.nan, "time/step": 2.0, "time/search": 2.0, "mismatch/kl": 0.1}]
     for name in ("a/run", "b/run"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-        rows = rows[:1]
+        rows = rows[:2]
     drawn = {}
     monkeypatch.setattr(plot, "draw", lambda runs, out, real=plot.draw: (drawn.update(runs), real(runs, out)))
     monkeypatch.setattr(
         sys, "argv", ["plot.py", str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--out", str(tmp_path / "x.png")]
     )
     plot.main()
-    assert [len(rows) for rows in drawn.values()] == [2, 1], "two runs of one name are two runs"
+    assert [len(rows) for rows in drawn.values()] == [3, 2], "two runs of one name are two runs"
+    axes = [axis for axis in pyplot.gcf().axes if axis.axison]
+    titles = [axis.get_title() for axis in axes]
+    assert titles == ["Held-out accuracy", "Reward", "Trainer against sampler (KL)", "Seconds per step, by phase"]
+    numbers = [y for axis in axes for line in axis.lines for y in line.get_ydata()]
+    assert sorted(numbers) == [0.1, 0.1, 0.1, 0.5, 0.5]
+    assert [text.get_text() for text in axes[-1].get_legend().get_texts()] == ["search"]
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
