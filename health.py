@@ -97,7 +97,7 @@ def explain_survival(survival: float) -> str:
     survival: cosine between the update and what rounding to the weights' dtype leaves of it (`sync/update_survival`).
     """
     return (
-        f"merged into the weights, {survival:.2f} of the update is left (cosine; 1: all of it), for small changes round "
-        "away. Ways out: sync adapter loses nothing, but vLLM generates slower; lora_forward merged trains the rounded "
-        "weights themselves; a larger learning_rate or lora_alpha makes larger updates"
+        f"merging keeps {survival:.2f} of the update (cosine; 1: all of it), because small changes round away. Ways "
+        "out: sync adapter loses nothing, but vLLM generates slower; lora_forward merged trains the rounded weights "
+        "themselves; a larger learning_rate or lora_alpha makes larger updates"
     )

@@ -42,7 +42,7 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
         with progress_bar("starting vLLM"):
             engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, train_prompts, test_prompts, policy, optimizer, engine, log, saved)
+    run = Run(config, world, tokenizer, test_prompts, engine, train_prompts, policy, optimizer, log, saved)
     engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
     introduce(run)

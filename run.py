@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -83,16 +83,104 @@ class Stopped(Exception):
     """The run, its argument, was asked to stop (SIGTERM, SIGINT), and every rank has agreed to."""
 
 
+class Evaluation(NamedTuple):
+    """What became of the held-out problems."""
+
+    completions: list[Completion]  # `eval_samples` sampled ones of each problem, then a greedy one of each
+    sampled: Tensor  # (problems, samples) scores, float64
+    greedy: Tensor  # (problems, 1)
+    seconds: float  # that vLLM took
+
+    @property
+    def scores(self) -> Tensor:
+        """One per completion, in their order."""
+        return torch.cat([self.sampled.flatten(), self.greedy.flatten()])
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracy, sampled and greedy, with standard errors; and the mean score of sampled completions."""
+        sampled = with_error("accuracy", is_right(self.sampled))
+        greedy = with_error("accuracy_greedy", is_right(self.greedy))
+        return sampled | greedy | {"reward": self.sampled.mean().item()}
+
+
 @dataclass
-class Run:
+class Evaluator:
+    """A sampler and problems to test it on: what evaluation needs, in training and without it."""
+
     config: Config
     world: fsdp_utils.World
     tokenizer: PreTrainedTokenizerBase
-    train_prompts: list[Prompt]
     test_prompts: list[Prompt]
+    engine: Engine
+
+    def score(self, prompts: list[Prompt], completions: list[Completion]) -> Tensor:
+        """(N,) rewards, float64. Each completion is scored by one rank, so that all agree even on a fickle reward."""
+        rank, size = self.world.rank, self.world.size
+        mine = fsdp_utils.on_every_rank(
+            lambda: [self.score_one(prompts[c.request].problem, self.decode(c)) for c in completions[rank::size]]
+        )
+        shares: list = [None] * size
+        dist.all_gather_object(shares, mine)
+        rewards = torch.empty(len(completions), dtype=torch.float64)
+        for rank, share in enumerate(shares):
+            rewards[rank::size] = torch.tensor(share, dtype=torch.float64)
+        return rewards
+
+    def score_one(self, problem: reward.Problem, text: str) -> float:
+        """A finite reward, or ValueError naming the problem and the completion."""
+        try:
+            value = reward.score(self.config.task, text, problem.answer, self.config.flexible)
+            if isinstance(value, Real) and math.isfinite(value):
+                return float(value)
+            cause = f"returned {value!r}, which is no finite number"
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise ValueError(f"the reward of task {self.config.task!r} {cause}, on {problem!r} and completion {text!r}")
+
+    def test(self) -> Evaluation:
+        """Sampled and greedy completions of the held-out problems, in one call of the engine, and their scores.
+
+        The seeds do not depend on the step: two evaluations differ by the policy alone.
+        """
+        config, prompts = self.config, self.test_prompts
+        seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
+        sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
+        greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
+        start = time.perf_counter()
+        completions = self.engine.generate(sampled + greedy, label="evaluation")
+        seconds = time.perf_counter() - start
+        rewards = self.score(prompts + prompts, completions)
+        split = len(prompts) * config.eval_samples
+        return Evaluation(completions, rewards[:split].view(len(prompts), -1), rewards[split:, None], seconds)
+
+    def records(self, prompts: list[Prompt], completions: list[Completion], rewards: Tensor) -> list[dict[str, Any]]:
+        """Completions as a person reads them."""
+        extract = reward.find_task(self.config.task, self.config.flexible).extract
+        return [
+            {
+                "prompt": prompts[completion.request].problem.prompt,
+                "completion": (text := self.decode(completion)),
+                "extracted": extract(text),
+                "answer": prompts[completion.request].problem.answer,
+                "reward": value,
+                "truncated": completion.truncated,
+            }
+            for completion, value in zip(completions, rewards.tolist())
+        ]
+
+    def decode(self, completion: Completion) -> str:
+        """The text of a completion, without its end-of-sequence token."""
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+@dataclass
+class Run(Evaluator):
+    """An evaluator that learns."""
+
+    train_prompts: list[Prompt]
     policy: Policy
     optimizer: torch.optim.Optimizer
-    engine: Engine
     log: RunLog
     saved: Saved | None = None  # what it goes on from
     asked_to_stop: float = math.inf  # when, if it was
@@ -140,69 +228,19 @@ class Run:
         ]
         return self.engine.generate(requests)
 
-    def score(self, prompts: list[Prompt], completions: list[Completion]) -> Tensor:
-        """(N,) rewards, float64. Each completion is scored by one rank, so that all agree even on a fickle reward."""
-        rank, size = self.world.rank, self.world.size
-        mine = fsdp_utils.on_every_rank(
-            lambda: [self.score_one(prompts[c.request].problem, self.decode(c)) for c in completions[rank::size]]
-        )
-        shares: list = [None] * size
-        dist.all_gather_object(shares, mine)
-        rewards = torch.empty(len(completions), dtype=torch.float64)
-        for rank, share in enumerate(shares):
-            rewards[rank::size] = torch.tensor(share, dtype=torch.float64)
-        return rewards
-
-    def score_one(self, problem: reward.Problem, text: str) -> float:
-        """A finite reward, or ValueError naming the problem and the completion."""
-        try:
-            value = reward.score(self.config.task, text, problem.answer, self.config.flexible)
-            if isinstance(value, Real) and math.isfinite(value):
-                return float(value)
-            cause = f"returned {value!r}, which is no finite number"
-        except (Exception, SystemExit) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        raise ValueError(f"the reward of task {self.config.task!r} {cause}, on {problem!r} and completion {text!r}")
-
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy on held-out problems, of sampled and of greedy completions, in one call of the engine.
-
-        The seeds do not depend on the step: two evaluations differ by the policy alone.
-        """
-        config, prompts = self.config, self.test_prompts
-        seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
-        sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
-        greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
-        completions = self.engine.generate(sampled + greedy, label="evaluation")
-        rewards = self.score(prompts + prompts, completions)
-        self.log_samples(step, "eval", prompts + prompts, completions, rewards)
-        split = len(prompts) * config.eval_samples
-        return {"eval/accuracy": rewards[:split].mean().item(), "eval/accuracy_greedy": rewards[split:].mean().item()}
+        """Tests the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics."""
+        evaluation, prompts = self.test(), self.test_prompts
+        self.log_samples(step, "eval", prompts + prompts, evaluation.completions, evaluation.scores)
+        return {f"eval/{name}": value for name, value in evaluation.metrics().items()}
 
     def log_samples(self, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: Tensor):
-        """The first few completions, as a person reads them."""
-        extract = reward.find_task(self.config.task, self.config.flexible).extract
-        records = [
-            {
-                "step": step,
-                "kind": kind,
-                "prompt": prompts[completion.request].problem.prompt,
-                "completion": (text := self.decode(completion)),
-                "extracted": extract(text),
-                "answer": prompts[completion.request].problem.answer,
-                "reward": value,
-                "truncated": completion.truncated,
-            }
-            for completion, value in zip(completions[:SAMPLES_LOGGED], rewards.tolist())
-        ]
+        """The first few completions."""
+        records = self.records(prompts, completions[:SAMPLES_LOGGED], rewards)
+        records = [{"step": step, "kind": kind} | record for record in records]
         self.log.samples(records)
         if kind == "train":
             self.samples = records
-
-    def decode(self, completion: Completion) -> str:
-        """The text of a completion, without its end-of-sequence token."""
-        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
     def sync(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
         """Wakes vLLM with the policy as it is now, and with `verify` proves first that it would run it.
@@ -383,6 +421,25 @@ class Run:
             dtype = getattr(torch, self.config.dtype)
             weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))
             export.write_model(weights, folder / "model", like=Path(self.tokenizer.name_or_path))
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------
+
+
+def is_right(scores: Tensor) -> Tensor:
+    """1.0 where a completion is right, which a score of 1 or more says; less, as for good form alone, is wrong: 0.0."""
+    return (scores >= 1).double()
+
+
+def with_error(name: str, values: Tensor) -> dict[str, float]:
+    """The mean of (problems, samples) values and, as NAME_stderr, its standard error over problems.
+
+    Completions of one problem are alike, so a problem's mean is one observation (clustered standard errors, Miller
+    2024, arXiv 2411.00640). A single problem has no standard error.
+    """
+    means = values.mean(1)
+    error = {f"{name}_stderr": means.std().item() / math.sqrt(len(means))} if len(means) > 1 else {}
+    return {name: means.mean().item()} | error
 
 
 # ---- Order, seeds and learning rate: functions of the configuration and the step alone ------------------------

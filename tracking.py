@@ -288,4 +288,15 @@ def environment() -> dict[str, Any]:
             continue
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "cores": os.cpu_count()}
+    return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "hardware": hardware()}
+
+
+def hardware() -> str:
+    """What one process computes on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    processor = platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return f"CPU, {os.cpu_count()} cores of {processor}"
