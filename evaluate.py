@@ -134,7 +134,7 @@ def prepare() -> tuple[Evaluator, Path]:
     check_fit(config, read_config(model), prompts)
     with fsdp_utils.in_shared_memory(model) if config.use_shm else nullcontext(model) as fast_folder:
         engine = build_engine(dataclasses.replace(config, sleep_level=0), fast_folder)
-        if config.sync == "adapter":
+        if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.base_dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(fast_folder)))

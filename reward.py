@@ -5,6 +5,7 @@ differ from the usual, how its answer is read and what its problems are followed
 those functions and add the row.
 
     arithmetic   two-digit sums, generated; what the tiny model of `tiny_model.py` has learned, badly
+    times_tables products of two small numbers, which a small pretrained model half knows
     gsm8k        grade-school mathematics (Cobbe et al. 2021, arXiv 2110.14168), downloaded once
     math         problems with any expression for an answer, from files of yours, compared by math-verify
 """
@@ -226,6 +227,22 @@ def arithmetic_problems(split: str, data_dir: str, cache_dir: str) -> list[Probl
     return [Problem(f"{a}+{b}=", str(a + b)) for a, b in arithmetic_pairs(split)]
 
 
+# ---- times_tables ---------------------------------------------------------------------------------------------
+
+
+def times_tables_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
+    """Products of 2 to 20 with 2 to 12, a third of them held out; 7 times 8 is on the side of 8 times 7.
+
+    >>> times_tables_problems("test", "", "")[0]
+    Problem(prompt='What is 2 times 2?', answer='4')
+    """
+    pairs = [(a, b) for a in range(2, 21) for b in range(2, 13)]
+    sets = sorted({tuple(sorted(pair)) for pair in pairs})
+    held_out = set(random.Random(0).sample(sets, len(sets) // 3))
+    chosen = [pair for pair in pairs if (tuple(sorted(pair)) in held_out) == (split == "test")]
+    return [Problem(f"What is {a} times {b}?", str(a * b)) for a, b in chosen]
+
+
 # ---- gsm8k and math, from files of one JSON object a line --------------------------------------------------------
 
 
@@ -315,6 +332,12 @@ def text_field(row: Any, where: str, *names: str) -> str:
 
 TASKS = {
     "arithmetic": Task(arithmetic_problems, exact_match),
+    "times_tables": Task(
+        times_tables_problems,
+        partial(exact_match, flexible=True),
+        partial(extract_answer, flexible=True),
+        "Answer with the number alone.",
+    ),
     "gsm8k": Task(gsm8k_problems, exact_match, instruction=BOXED),
     "math": Task(math_problems, math_score, last_boxed, BOXED),
 }

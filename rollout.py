@@ -84,6 +84,10 @@ class Engine:
         self.copies_at_once = not on_cpu  # see load_weights
         if on_cpu and tensor_parallel_size > 1:
             forget_killed_engines()
+        if on_cpu and max_lora_rank:
+            from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+            PunicaWrapperCPU.add_lora_linear = add_lora_linear
         self.llm = vllm.LLM(
             model,
             dtype=dtype,
@@ -312,6 +316,31 @@ class HeldLinear:
         """The places of the columns that this rank has, and the columns as it counts them."""
         places = [place for place, column in enumerate(columns) if column in self.inputs]
         return places, [columns[place] - self.inputs.start for place in places]
+
+
+def add_lora_linear(
+    self, y: Tensor, x: Tensor, lora_a_stacked, lora_b_stacked, scale: float, output_slices, **_
+) -> None:
+    """y (T, out) += scale · x Aᵀ Bᵀ, each token with its own adapter; stands for the method of vLLM's PunicaWrapperCPU.
+
+    vLLM's copies A and B once per token, ten times the time of all the rest. This takes two products per adapter in the
+    batch, rounded where the trainer's are. A stack is (adapters, 1, r, in) or (adapters, 1, out, r), one per fused
+    linear, whose outputs are `output_slices` wide.
+    """
+    indices = self.token_lora_indices
+    for slot in indices.unique().tolist():
+        if slot < 0:  # tokens without an adapter
+            continue
+        rows = (indices == slot).nonzero()[:, 0]
+        everyone, start = len(rows) == len(y), 0
+        for A, B, width in zip(lora_a_stacked, lora_b_stacked, output_slices):
+            target = y[:, start : start + width]
+            low = (x if everyone else x[rows]) @ A[slot, 0].T
+            if everyone:
+                target.addmm_(low, B[slot, 0].T, alpha=scale)
+            else:
+                target.index_add_(0, rows, low @ B[slot, 0].T, alpha=scale)
+            start += width
 
 
 def forget_killed_engines() -> None:
