@@ -6,6 +6,7 @@ ARGS ?=
 # Bytecode is left to the first import, which needs a part of it; setting up takes half the time then.
 PIP := $(BIN)/pip install -q --no-deps --no-compile
 unexport PYTHONDONTWRITEBYTECODE
+PYTORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: train test test-all soak lint clean
 
@@ -25,11 +26,16 @@ lint: .venv/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# torch comes from PyTorch's own index, where the CPU build is; everything else is locked and comes without
-# dependencies of its own, see requirements-cpu.txt.
+# PyPI has torch's CUDA build alone, of several GB with what it needs. The CPU build comes from where pip is configured
+# to look or, if it is not there, from PyTorch's own index: asked second, since pip waits where that cannot be reached.
+# Everything else is locked and comes without dependencies of its own, see requirements-cpu.txt.
 .venv/ready: requirements-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) --extra-index-url https://download.pytorch.org/whl/cpu $$(grep '^torch==' requirements-cpu.txt)
+	@torch=$$(grep '^torch==' requirements-cpu.txt); \
+	$(PIP) $$torch 2> /dev/null || \
+	$(PIP) --index-url $(PYTORCH_INDEX) --retries 1 --timeout 10 $$torch || \
+	{ echo "error: $$torch, the CPU build, is not on PyPI, and $(PYTORCH_INDEX) does not give it;" \
+	"put its wheel into a folder and set PIP_FIND_LINKS to that" >&2; exit 1; }
 	$(PIP) -r requirements-cpu.txt
 	touch $@
 

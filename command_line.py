@@ -40,13 +40,18 @@ def parse_config(arguments: list[str], description: str) -> Config:
     parser = OneLineParser(Config, description=description, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="a file of configs/")
     known, _ = parser.parse_known_args(arguments)
-    parser.set_defaults(**dataclasses.asdict(read_config_file(known.config)))
+    return parse_over(dataclasses.asdict(read_config_file(known.config)), parser, arguments)
+
+
+def parse_over(settings: dict[str, Any], parser: OneLineParser, arguments: list[str]) -> Config:
+    """The `Config` of some settings with the command line's options on top of them."""
+    parser.set_defaults(**settings)
     config, _, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], fields, n=1, cutoff=0.0)
+        options = [action.option_strings[0] for action in parser._actions]
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1, cutoff=0.0)
         raise ValueError(f"unknown option {unknown[0]!r}; the nearest there is: {nearest[0]}")
     return config
 

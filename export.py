@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from adapter_files import AdapterFile, open_adapter
 from checkpoint import written_whole
 from fsdp_utils import FLOATS, find_model, open_weights, weight_files
 from lora import merge
+from progress_bar import progress_bar
 
 FILE_BYTES = 4 << 30
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
@@ -66,9 +68,10 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
     """Writes a Hugging Face model folder, whole or not at all; all but the tensors is copied from the folder `like`."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists and is not empty")
-    with written_whole(folder) as partial:
+    expected = sum(path.stat().st_size for path in weight_files(like))
+    with written_whole(folder) as partial, progress_bar("writing the model", expected, "bytes", unit_scale=True) as bar:
         weight_map, total = {}, 0
-        for number, batch in enumerate(batches(tensors), start=1):
+        for number, batch in enumerate(batches(counted(tensors, bar)), start=1):
             file = f"model-{number:05d}.safetensors"
             save_file(batch, partial / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(batch, file)
@@ -78,6 +81,13 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
         for path in like.iterdir():
             if path.is_file() and not path.name.endswith(NOT_COPIED):
                 shutil.copy(path, partial)
+
+
+def counted(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; the bar shows how many bytes have come."""
+    for name, tensor in tensors:
+        yield name, tensor
+        bar.update(tensor.nbytes)
 
 
 def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 
 import lora
 import nf4
+from progress_bar import progress_bar
 
 T = TypeVar("T")
 
@@ -190,10 +191,12 @@ def load_weights(model: PreTrainedModel, folder: str, device: torch.device, para
 def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
     """Reads this rank's rows of all parameters but the adapters' from the safetensors files of a folder."""
     wanted = dict(lora.base_weights(model))
-    for path in weight_files(Path(folder)):
-        with open_weights(path) as file:
-            for name in [name for name in file.keys() if name in wanted]:
-                read_rows(file.get_slice(name), wanted.pop(name), name)
+    with progress_bar("loading weights", len(wanted), "tensors") as bar:
+        for path in weight_files(Path(folder)):
+            with open_weights(path) as file:
+                for name in [name for name in file.keys() if name in wanted]:
+                    read_rows(file.get_slice(name), wanted.pop(name), name)
+                    bar.update()
     if wanted:  # tied parameters have one name here, and in the file
         raise ValueError(f"the checkpoint in {folder!r} lacks {sorted(wanted)[0]!r} ({len(wanted)} such tensors)")
 
@@ -322,8 +325,10 @@ def in_shared_memory(folder: str) -> Iterator[str]:
                 raise ValueError(
                     f"use_shm needs {needed / 2**30:.1f} GiB in {SHARED_MEMORY}, which has {free / 2**30:.1f} GiB free"
                 )
-            for path in files:
-                shutil.copy(path, copy)
+            with progress_bar("copying the model", needed, "bytes", unit_scale=True) as bar:
+                for path in files:
+                    shutil.copy(path, copy)
+                    bar.update(path.stat().st_size)
 
         on_every_rank(copy_files if first_on_host() else lambda: None)
         yield str(copy)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fsdp_utils
 from batching import MicroBatch
+from progress_bar import progress_bar
 from run import Run
 
 Metrics = dict[str, Tensor]  # name -> (R,) a value per completion token of a micro-batch
@@ -27,18 +28,20 @@ def optimize(
     `may_stop`: a run that was asked to stop does so between micro-batches; right if no parameter changed this step.
     """
     sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=run.world.device))
-    for batch in batches:
-        if may_stop:
-            run.check_stop()
-        loss, info = share_of_loss(batch)
-        # FSDP averages over ranks; the weights already make the sum right. It does so after each micro-batch, for
-        # until then every rank has whole gradients, and they would be the largest thing there if all weights learn.
-        (loss * run.world.size).backward()
-        counts = (batch.weights > 0).float()  # a filler's tokens do not count
-        sums["tokens"] += counts.sum()
-        sums["loss"] += loss.detach()  # already a share of the update's loss
-        for name, values in info.items():
-            sums[name] += (values * counts).sum()
+    with progress_bar("update", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            if may_stop:
+                run.check_stop()
+            loss, info = share_of_loss(batch)
+            # FSDP averages over ranks; the weights already make the sum right. It does so after each micro-batch, for
+            # until then every rank has whole gradients, and they would be the largest thing there if all weights learn.
+            (loss * run.world.size).backward()
+            counts = (batch.weights > 0).float()  # a filler's tokens do not count
+            sums["tokens"] += counts.sum()
+            sums["loss"] += loss.detach()  # already a share of the update's loss
+            for name, values in info.items():
+                sums[name] += (values * counts).sum()
+            bar.update()
     totals = torch.stack(list(sums.values())).cpu()  # only here is the GPU waited for
     dist.all_reduce(totals)
     metrics = dict(zip(sums, totals.tolist()))
@@ -61,10 +64,13 @@ def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: flo
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of a step's updates, out of the sums that `optimize` returns; loss and norm per update."""
+    """Means over the tokens of a step's updates, out of the sums that `optimize` returns; loss and norm per update.
+
+    What no update measured is not there.
+    """
     if not updates:
         return {}
     totals = {name: sum(update[name] for update in updates) for name in updates[0]}
     tokens = totals.pop("tokens")
     divisors = {"loss": len(updates), "grad_norm": len(updates), "skipped_updates": 1}  # of all others: tokens
-    return {name: value / divisors.get(name, tokens) for name, value in totals.items()}
+    return {name: value / divisors.get(name, tokens) for name, value in totals.items() if divisors.get(name, tokens)}

@@ -399,8 +399,7 @@ def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig
     known = {} if Path(config.model).is_dir() else dict(zip(SIZES, SHAPES.get(config.model, ())))
     if known or len(given) == len(SIZES):
         return AutoConfig.for_model("qwen2", **known | given)
-    folder = str(Path(config.cache_dir, "tiny")) if config.model == "tiny" else config.model
-    shape = models.read_config(folder)
+    shape = models.read_config(config.model_source)
     shape.update(given)
     return shape
 

@@ -5,12 +5,14 @@ Needs matplotlib, which training does not: `pip install -r requirements-dev.txt`
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
 PANELS = {  # title: (metrics, drawn solid and dashed)
     "Held-out accuracy": ("eval/accuracy", "eval/accuracy_greedy"),
     "Reward": ("reward/mean",),
+    "Share of groups whose rewards differ": ("reward/mixed_groups_frac",),
     "Completion length (tokens)": ("completion/length_mean",),
     "Entropy (nats per token)": ("policy/entropy",),
     "KL to the reference": ("policy/kl_ref",),
@@ -18,16 +20,17 @@ PANELS = {  # title: (metrics, drawn solid and dashed)
     "Update surviving the merge (cosine)": ("sync/update_survival",),
     "Gradient norm": ("grad_norm",),
 }
-PHASES = ("rollout", "reward", "logprobs", "update", "sync", "eval", "save")
+SHARES = ("Held-out accuracy", "Share of groups whose rewards differ", "Update surviving the merge (cosine)")
+OCCASIONAL = ("eval", "save")  # phases that not every step has
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl; ValueError if there are none."""
+    """The rows of a run's metrics.jsonl, without what is null or NaN in them; ValueError if there are none."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     if not rows:
         raise ValueError(f"{path} has no steps yet")
-    return rows
+    return [{name: value for name, value in row.items() if value is not None and math.isfinite(value)} for row in rows]
 
 
 def draw(runs: dict[str, list[dict[str, float]]], out: Path) -> None:
@@ -44,15 +47,16 @@ def draw(runs: dict[str, list[dict[str, float]]], out: Path) -> None:
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for colour, (run, rows) in enumerate(runs.items()):
             for name, style in zip(names, ("-", "--")):
-                points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+                points = [(row["step"], row[name]) for row in rows if name in row]
                 label = run if style == "-" else f"{run}, {name.rpartition('_')[2]}"
                 axis.plot(*zip(*points), style, color=f"C{colour}", label=label) if points else None
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
-        if title in ("Held-out accuracy", "Update surviving the merge (cosine)"):
+        if title in SHARES:
             axis.set_ylim(-0.02, 1.02)
-    axes.flat[0].legend(fontsize=8)
+    if panels:
+        axes.flat[0].legend(fontsize=8)
     draw_phases(axes.flat[len(panels)], runs)
     for axis in list(axes.flat)[len(panels) + 1 :]:
         axis.axis("off")
@@ -61,16 +65,21 @@ def draw(runs: dict[str, list[dict[str, float]]], out: Path) -> None:
 
 def draw_phases(axis, runs: dict[str, list[dict[str, float]]]) -> None:
     """The median step, phase by phase; evaluating and saving, which not every step does, as their share per step."""
+    names = dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name.startswith("time/"))
+    phases = [name.removeprefix("time/") for name in names if name != "time/step"]
+    phases.sort(key=lambda phase: phase in OCCASIONAL)  # those come last
     left = dict.fromkeys(runs, 0.0)
-    for phase in PHASES:
+    for number, phase in enumerate(phases):
         for run, rows in runs.items():
             seconds = sorted(row.get(f"time/{phase}", 0.0) for row in rows)
-            middle = sum(seconds) / len(seconds) if phase in ("eval", "save") else seconds[len(seconds) // 2]
+            middle = sum(seconds) / len(seconds) if phase in OCCASIONAL else seconds[len(seconds) // 2]
             first = run == next(iter(runs))
-            axis.barh(run, middle, left=left[run], color=f"C{PHASES.index(phase)}", label=phase if first else None)
+            axis.barh(run, middle, left=left[run], color=f"C{number}", label=phase if first else None)
             left[run] += middle
     axis.set_title("Seconds per step, by phase", fontsize=10)
-    axis.legend(fontsize=8, ncols=7, loc="upper center", bbox_to_anchor=(0.5, -0.1), columnspacing=0.8, handlelength=1)
+    if phases:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.1)}
+        axis.legend(fontsize=8, ncols=7, columnspacing=0.8, handlelength=1, **place)
 
 
 def main() -> None:

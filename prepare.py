@@ -15,9 +15,9 @@ import checkpoint
 import fsdp_utils
 import lora
 import reward
-import tiny_model
 from configs.base import Config
 from models import build_policy, read_config
+from progress_bar import progress_bar
 from rollout import Engine
 from run import Progress, Prompt, Run, Saved
 from tracking import RunLog, in_use
@@ -39,9 +39,10 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
         started = replace(config, lora_adapter_path="") if saved else config  # the checkpoint has what became of it
         policy = build_policy(started, fast_folder, world, learns_log_z)
         optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
-        engine = build_engine(config, fast_folder)
+        with progress_bar("starting vLLM"):
+            engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, train_prompts, test_prompts, policy, optimizer, engine, log, saved)
+    run = Run(config, world, tokenizer, test_prompts, engine, train_prompts, policy, optimizer, log, saved)
     engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place
     run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
     introduce(run)
@@ -121,10 +122,8 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
 
 
 def on_disk(config: Config) -> str:
-    """The folder of the configured model; the tiny one is made, one of the hub downloaded, if need be."""
-    if config.model == "tiny":
-        return str(fsdp_utils.on_first_rank(lambda: tiny_model.ensure(f"{config.cache_dir}/tiny")))
-    return fsdp_utils.on_first_rank(lambda: fsdp_utils.find_model(config.model))
+    """The folder of the configured model; one of the hub is downloaded if need be."""
+    return fsdp_utils.on_first_rank(lambda: fsdp_utils.find_model(config.model_source))
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
@@ -232,6 +231,6 @@ def build_engine(config: Config, folder: str) -> Engine:
         kv_cache_gb=config.kv_cache_gb,
         enforce_eager=config.enforce_eager,
         sleep_level=config.sleep_level,
-        max_lora_rank=config.lora_rank if config.sync == "adapter" else 0,
+        max_lora_rank=config.lora_rank if config.sends_adapter else 0,
         seed=config.seed,
     )

@@ -9,13 +9,15 @@ import quiet  # noqa: F401, I001  before torch
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process
 if not torch.cuda.is_available():
@@ -25,6 +27,7 @@ import vllm  # noqa: E402  most of it comes with its first use, which --help and
 from vllm.lora.request import LoRARequest  # noqa: E402
 
 import lora  # noqa: E402
+from progress_bar import progress_bar  # noqa: E402
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that its LoRA kernels are made for; others take the next larger
 
@@ -76,7 +79,7 @@ class Engine:
         self.max_completion_length = max_completion_length
         self.engines = world_size // tensor_parallel_size
         self.index, self.tensor_parallel_rank = divmod(rank, tensor_parallel_size)
-        self.sleep_level, self.adapters = sleep_level, {}
+        self.sleep_level, self.asleep, self.adapters = sleep_level, set(), {}
         on_cpu = not torch.cuda.is_available()
         self.copies_at_once = not on_cpu  # see load_weights
         if on_cpu and tensor_parallel_size > 1:
@@ -105,13 +108,21 @@ class Engine:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of the adapters beside them."""
+        return self.llm.llm_engine.model_config.dtype
+
+    @property
     def kv_cache_tokens(self) -> int:
         """Tokens of all sequences together that the engine has room for."""
         cache = self.llm.llm_engine.vllm_config.cache_config
         return cache.num_gpu_blocks * cache.block_size
 
-    def generate(self, requests: list[Request]) -> list[Completion]:
-        """All ranks pass the same requests and get all completions, in the order of the requests."""
+    def generate(self, requests: list[Request], label: str = "rollout") -> list[Completion]:
+        """All ranks pass the same requests and get all completions, in the order of the requests.
+
+        `label`: what a terminal calls this while it runs.
+        """
         mine = range(self.index, len(requests), self.engines)
         params = [
             vllm.SamplingParams(
@@ -127,7 +138,9 @@ class Engine:
         ]
         prompts = [vllm.TokensPrompt(prompt_token_ids=requests[i].prompt_ids) for i in mine]
         adapters = [self.adapter(requests[i].adapter) for i in mine]
-        outputs = self.llm.generate(prompts, params, lora_request=adapters, use_tqdm=False) if prompts else []
+        if prompts:
+            self.llm.enqueue(prompts, params, lora_request=adapters, use_tqdm=False)
+        outputs = self.finish(label)
         completions = [
             Completion(
                 request=i,
@@ -142,6 +155,20 @@ class Engine:
         shares: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, completions if self.tensor_parallel_rank == 0 else [])
         return sorted(chain.from_iterable(shares), key=lambda completion: completion.request)
+
+    def finish(self, label: str) -> list["vllm.RequestOutput"]:
+        """Runs the engine until nothing is left to do: the outputs of all requests, in their order.
+
+        As `LLM.wait_for_completion` does, whose progress bar only moves when a request has all of its samples.
+        """
+        engine, outputs = self.llm.llm_engine, []
+        sequences = engine.get_num_unfinished_requests()
+        label += f" (engine 1 of {self.engines})" if self.engines > 1 else ""  # the first rank shows its own
+        with progress_bar(label, sequences, "sequences") as bar:
+            while engine.has_unfinished_requests():
+                outputs += [output for output in engine.step() if output.finished]
+                bar.update(sequences - engine.get_num_unfinished_requests() - bar.n)
+        return sorted(outputs, key=lambda output: int(output.request_id))
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, under the weights in vLLM, at temperature 1."""
@@ -178,6 +205,36 @@ class Engine:
         self.adapters[name] = LoRARequest(name, number, folder)  # not to be read again with every request
         self.forget_prefixes()
 
+    @torch.inference_mode()
+    def read(self, name: str, columns: list[int]) -> "Held | None":
+        """Columns of a weight, a bias, or an adapter's matrix (`....lora_A`), as vLLM holds what was sent by this name.
+
+        None for what does not belong to a linear (norms, embeddings): only linears are read.
+        """
+        path, _, kind = name.rpartition(".")
+        linear = self.linears.get(path)
+        if linear is None:
+            return None
+        if kind == "weight":
+            return linear.weight(columns)
+        if kind == "bias":
+            return linear.bias()
+        worker = self.llm.collective_rpc(lambda worker: worker)[0]
+        slots = worker.model_runner.lora_manager._adapter_manager.lora_index_to_id
+        return linear.adapter_matrix(kind, slots.index(self.adapters[lora.POLICY].lora_int_id), columns)
+
+    @cached_property
+    def linears(self) -> "dict[str, HeldLinear]":
+        """The checkpoint's linears, by name."""
+        (model,) = self.llm.apply_model(lambda model: model)
+        fused, found = getattr(model, "packed_modules_mapping", {}), {}
+        for path, layer in model.named_modules():
+            if hasattr(getattr(layer, "base_layer", layer), "output_partition_sizes"):
+                parent, _, name = path.rpartition(".")
+                for index, part in enumerate(fused.get(name, [name])):
+                    found[f"{parent}.{part}"] = HeldLinear(layer, index)
+        return found
+
     def forget_prefixes(self) -> None:
         """Drops the keys and values of earlier prompts, which are those of the old weights."""
         if not self.llm.reset_prefix_cache():
@@ -191,13 +248,70 @@ class Engine:
 
     def sleep(self) -> None:
         """Leaves the GPU's memory to training: the KV cache goes, the weights move to the host (level 1) or go (2)."""
-        if self.sleep_level:
+        if self.sleep_level and not self.asleep:
             self.llm.sleep(level=self.sleep_level)
+            self.asleep = {"weights", "kv_cache"}
 
     def wake(self, part: Literal["weights", "kv_cache"]) -> None:
         """Takes the memory of one part back. After level 2 the weights are undefined until they are loaded."""
-        if self.sleep_level:
+        if part in self.asleep:
             self.llm.wake_up([part])
+            self.asleep.remove(part)
+
+
+# ---- What vLLM holds ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """This rank's part of a matrix: a slice of its rows, at some of the columns that were asked for."""
+
+    rows: slice
+    places: list[int]  # in the list of those columns
+    values: Tensor  # (rows, places)
+
+
+class HeldLinear:
+    """A linear of the checkpoint inside vLLM: alone or fused with others by rows, whole or one rank's share of it."""
+
+    def __init__(self, layer: nn.Module, index: int):
+        """layer: vLLM's, perhaps around a base layer to which it adds adapters. index: among those that are fused."""
+        self.layer, self.linear, self.index = layer, getattr(layer, "base_layer", layer), index
+        sizes = self.linear.output_partition_sizes
+        self.rows_of_layer = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+        rank = self.linear.tp_rank if sum(sizes) < self.linear.output_size else 0
+        if index:  # keys and values: several ranks may share a head
+            rank //= getattr(self.linear, "num_kv_head_replicas", 1)
+        self.rows = slice(rank * sizes[index], (rank + 1) * sizes[index])
+        inputs = getattr(self.linear, "input_size_per_partition", self.linear.input_size)
+        first = self.linear.tp_rank * inputs if inputs < self.linear.input_size else 0
+        self.inputs = range(first, first + inputs)
+
+    def weight(self, columns: list[int]) -> Held:
+        """Column j is W e_j, with a unit vector e_j: bit for bit, however vLLM has packed W (on CPUs it has)."""
+        places, own = self.owned(columns)
+        weight = next(self.linear.parameters())  # packed ones keep their dtype and device
+        units = F.one_hot(torch.tensor(own, dtype=torch.int64), len(self.inputs)).to(weight)
+        values = self.linear.quant_method.apply(self.linear, units, None) if own else units.new_empty(0, 0)
+        return Held(self.rows, places, values.T[self.rows_of_layer])
+
+    def bias(self) -> Held:
+        return Held(self.rows, [0], self.linear.bias[self.rows_of_layer, None])
+
+    def adapter_matrix(self, kind: str, slot: int, columns: list[int]) -> Held:
+        """lora_A (r, in) or lora_B (out, r) of vLLM's slot; the rank may be padded with zeros."""
+        if kind == "lora_B":
+            return Held(
+                self.rows, list(range(len(columns))), self.layer.lora_b_stacked[self.index][slot, 0][:, columns]
+            )
+        places, own = self.owned(columns)
+        values = self.layer.lora_a_stacked[self.index][slot, 0][:, own]
+        return Held(slice(0, len(values)), places, values)
+
+    def owned(self, columns: list[int]) -> tuple[list[int], list[int]]:
+        """The places of the columns that this rank has, and the columns as it counts them."""
+        places = [place for place, column in enumerate(columns) if column in self.inputs]
+        return places, [columns[place] - self.inputs.start for place in places]
 
 
 def forget_killed_engines() -> None:

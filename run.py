@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -34,15 +34,18 @@ import lora
 import reward
 import sync
 from configs.base import Config
+from health import explain, explain_survival, reason_to_stop, rewards_differ
 from policy import Policy
 from rollout import Completion, Engine, Request
 from stream import SyncStats, summon_layers, to_send
-from tracking import RunLog, accuracy
+from tracking import LOW_SURVIVAL, RunLog, accuracy
 
 T = TypeVar("T")
 SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
+EXPLAINED_EVERY = 10  # steps within which a useless one is explained once, at full length
 SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
 FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
+PATIENCE = 10  # syncs that may lose most of the update before the run ends
 LAST_WORDS = 20.0  # seconds that a failing process may take to end
 
 
@@ -61,6 +64,8 @@ class Progress:
     step: int = 0
     prompts_taken: int = 0  # from the endless stream of training prompts
     updates_skipped: int = 0  # for a loss or gradients that were not finite, since the last step without any
+    syncs_lost: int = 0  # in a row, in which merging lost more of the update than `min_survival` allows
+    steps_useless: int = 0  # whose rewards did not differ, since the last one whose did
     best_accuracy: float = -1.0  # of the checkpoints that were evaluated,
     best_step: int = -1  # and which of them has it
 
@@ -78,16 +83,104 @@ class Stopped(Exception):
     """The run, its argument, was asked to stop (SIGTERM, SIGINT), and every rank has agreed to."""
 
 
+class Evaluation(NamedTuple):
+    """What became of the held-out problems."""
+
+    completions: list[Completion]  # `eval_samples` sampled ones of each problem, then a greedy one of each
+    sampled: Tensor  # (problems, samples) scores, float64
+    greedy: Tensor  # (problems, 1)
+    seconds: float  # that vLLM took
+
+    @property
+    def scores(self) -> Tensor:
+        """One per completion, in their order."""
+        return torch.cat([self.sampled.flatten(), self.greedy.flatten()])
+
+    def metrics(self) -> dict[str, float]:
+        """Accuracy, sampled and greedy, with standard errors; and the mean score of sampled completions."""
+        sampled = with_error("accuracy", is_right(self.sampled))
+        greedy = with_error("accuracy_greedy", is_right(self.greedy))
+        return sampled | greedy | {"reward": self.sampled.mean().item()}
+
+
 @dataclass
-class Run:
+class Evaluator:
+    """A sampler and problems to test it on: what evaluation needs, in training and without it."""
+
     config: Config
     world: fsdp_utils.World
     tokenizer: PreTrainedTokenizerBase
-    train_prompts: list[Prompt]
     test_prompts: list[Prompt]
+    engine: Engine
+
+    def score(self, prompts: list[Prompt], completions: list[Completion]) -> Tensor:
+        """(N,) rewards, float64. Each completion is scored by one rank, so that all agree even on a fickle reward."""
+        rank, size = self.world.rank, self.world.size
+        mine = fsdp_utils.on_every_rank(
+            lambda: [self.score_one(prompts[c.request].problem, self.decode(c)) for c in completions[rank::size]]
+        )
+        shares: list = [None] * size
+        dist.all_gather_object(shares, mine)
+        rewards = torch.empty(len(completions), dtype=torch.float64)
+        for rank, share in enumerate(shares):
+            rewards[rank::size] = torch.tensor(share, dtype=torch.float64)
+        return rewards
+
+    def score_one(self, problem: reward.Problem, text: str) -> float:
+        """A finite reward, or ValueError naming the problem and the completion."""
+        try:
+            value = reward.score(self.config.task, text, problem.answer, self.config.flexible)
+            if isinstance(value, Real) and math.isfinite(value):
+                return float(value)
+            cause = f"returned {value!r}, which is no finite number"
+        except (Exception, SystemExit) as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise ValueError(f"the reward of task {self.config.task!r} {cause}, on {problem!r} and completion {text!r}")
+
+    def test(self) -> Evaluation:
+        """Sampled and greedy completions of the held-out problems, in one call of the engine, and their scores.
+
+        The seeds do not depend on the step: two evaluations differ by the policy alone.
+        """
+        config, prompts = self.config, self.test_prompts
+        seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
+        sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
+        greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
+        start = time.perf_counter()
+        completions = self.engine.generate(sampled + greedy, label="evaluation")
+        seconds = time.perf_counter() - start
+        rewards = self.score(prompts + prompts, completions)
+        split = len(prompts) * config.eval_samples
+        return Evaluation(completions, rewards[:split].view(len(prompts), -1), rewards[split:, None], seconds)
+
+    def records(self, prompts: list[Prompt], completions: list[Completion], rewards: Tensor) -> list[dict[str, Any]]:
+        """Completions as a person reads them."""
+        extract = reward.find_task(self.config.task, self.config.flexible).extract
+        return [
+            {
+                "prompt": prompts[completion.request].problem.prompt,
+                "completion": (text := self.decode(completion)),
+                "extracted": extract(text),
+                "answer": prompts[completion.request].problem.answer,
+                "reward": value,
+                "truncated": completion.truncated,
+            }
+            for completion, value in zip(completions, rewards.tolist())
+        ]
+
+    def decode(self, completion: Completion) -> str:
+        """The text of a completion, without its end-of-sequence token."""
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
+
+@dataclass
+class Run(Evaluator):
+    """An evaluator that learns."""
+
+    train_prompts: list[Prompt]
     policy: Policy
     optimizer: torch.optim.Optimizer
-    engine: Engine
     log: RunLog
     saved: Saved | None = None  # what it goes on from
     asked_to_stop: float = math.inf  # when, if it was
@@ -98,8 +191,11 @@ class Run:
         self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.progress.prompts_taken, None)
         self.taken = self.progress.prompts_taken
         self.saved_step = self.progress.step if self.saved else None
+        self.explained = -math.inf  # the last step whose uselessness was explained
+        self.samples: list[dict[str, Any]] = []  # that were logged of the last training rollout
         texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
-        self.verifier = sync.Verifier(texts, merged=self.config.sync == "merged")
+        self.verifier = sync.Verifier(self.policy, self.engine, self.send, texts, self.world.device)
+        self.syncs, self.survival_said = 0, False
         listen(self.ask_to_stop)
 
     def take(self, count: int) -> list[Prompt]:
@@ -132,90 +228,47 @@ class Run:
         ]
         return self.engine.generate(requests)
 
-    def score(self, prompts: list[Prompt], completions: list[Completion]) -> Tensor:
-        """(N,) rewards, float64. Each completion is scored by one rank, so that all agree even on a fickle reward."""
-        rank, size = self.world.rank, self.world.size
-        mine = fsdp_utils.on_every_rank(
-            lambda: [self.score_one(prompts[c.request].problem, self.decode(c)) for c in completions[rank::size]]
-        )
-        shares: list = [None] * size
-        dist.all_gather_object(shares, mine)
-        rewards = torch.empty(len(completions), dtype=torch.float64)
-        for rank, share in enumerate(shares):
-            rewards[rank::size] = torch.tensor(share, dtype=torch.float64)
-        return rewards
-
-    def score_one(self, problem: reward.Problem, text: str) -> float:
-        """A finite reward, or ValueError naming the problem and the completion."""
-        try:
-            value = reward.score(self.config.task, text, problem.answer, self.config.flexible)
-            if isinstance(value, Real) and math.isfinite(value):
-                return float(value)
-            cause = f"returned {value!r}, which is no finite number"
-        except (Exception, SystemExit) as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        raise ValueError(f"the reward of task {self.config.task!r} {cause}, on {problem!r} and completion {text!r}")
-
     def evaluate(self, step: int) -> dict[str, float]:
-        """Accuracy on held-out problems, of sampled and of greedy completions, in one call of the engine.
-
-        The seeds do not depend on the step: two evaluations differ by the policy alone.
-        """
-        config, prompts = self.config, self.test_prompts
-        seeds = [request_seed(config.seed, i) for i in range(len(prompts))]
-        sampled = [Request(p.token_ids, config.eval_samples, config.temperature, s) for p, s in zip(prompts, seeds)]
-        greedy = [Request(p.token_ids, samples=1, temperature=0.0, seed=0) for p in prompts]
-        completions = self.engine.generate(sampled + greedy)
-        rewards = self.score(prompts + prompts, completions)
-        self.log_samples(step, "eval", prompts + prompts, completions, rewards)
-        split = len(prompts) * config.eval_samples
-        return {"eval/accuracy": rewards[:split].mean().item(), "eval/accuracy_greedy": rewards[split:].mean().item()}
+        """Tests the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics."""
+        evaluation, prompts = self.test(), self.test_prompts
+        self.log_samples(step, "eval", prompts + prompts, evaluation.completions, evaluation.scores)
+        return {f"eval/{name}": value for name, value in evaluation.metrics().items()}
 
     def log_samples(self, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: Tensor):
-        """The first few completions, as a person reads them."""
-        extract = reward.find_task(self.config.task, self.config.flexible).extract
-        records = [
-            {
-                "step": step,
-                "kind": kind,
-                "prompt": prompts[completion.request].problem.prompt,
-                "completion": (text := self.decode(completion)),
-                "extracted": extract(text),
-                "answer": prompts[completion.request].problem.answer,
-                "reward": value,
-                "truncated": completion.truncated,
-            }
-            for completion, value in zip(completions[:SAMPLES_LOGGED], rewards.tolist())
-        ]
+        """The first few completions."""
+        records = self.records(prompts, completions[:SAMPLES_LOGGED], rewards)
+        records = [{"step": step, "kind": kind} | record for record in records]
         self.log.samples(records)
-
-    def decode(self, completion: Completion) -> str:
-        """The text of a completion, without its end-of-sequence token."""
-        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        if kind == "train":
+            self.samples = records
 
     def sync(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
-        """Wakes vLLM with the policy as it is now; returns `sync/*` metrics. Raises RuntimeError if `verify` fails.
+        """Wakes vLLM with the policy as it is now, and with `verify` proves first that it would run it.
 
-        Sent is what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
+        Returns `sync/*` metrics; raises RuntimeError if vLLM does not hold or does not run what was sent. Sent is
+        what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
         """
-        expected = self.verifier.expect(self.policy, self.world.device) if verify else None  # while vLLM leaves room
+        verified = self.verifier.check(everything) if verify else {}
+        return self.send(everything) | verified
+
+    def send(self, everything: bool = False) -> dict[str, float]:
+        """One transfer of the policy's weights into vLLM, which is awake afterwards; see `sync`."""
         start = time.perf_counter()
         fsdp_utils.reshard(self.policy)
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()  # or what training has freed would still be torch's, not vLLM's
         self.engine.wake("weights")
-        if self.config.sync == "adapter":
-            metrics = sync.send_adapter(self.policy, self.engine)
+        self.syncs += 1
+        sent = sync.Sent(self.syncs)
+        if self.config.sends_adapter:
+            metrics = sync.send_adapter(self.policy, self.engine, sent)
         else:
             modules, stats = to_send(self.policy.model, everything or self.engine.sleep_level == 2), SyncStats()
-            self.engine.load_weights(self.weights(modules, stats))
+            self.engine.load_weights(sent.noting(self.weights(modules, stats)))
             metrics = stats.metrics()
         self.engine.wake("kv_cache")
-        metrics["sync/seconds"] = time.perf_counter() - start
-        if expected:
-            metrics |= self.verifier.check(self.engine, *expected)
-        return metrics
+        metrics |= sent.check(self.engine)
+        return metrics | {"sync/seconds": time.perf_counter() - start}
 
     def weights(self, modules: set[str] | None = None, stats: SyncStats | None = None) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights as vLLM runs them, see `summon_layers`."""
@@ -257,12 +310,29 @@ class Run:
             give_memory_back()
         self.log.step(step, metrics)
         self.check_health(metrics)
+        self.count_useless(step, metrics)
+        useless = reason_to_stop(self.progress.steps_useless, metrics, self.samples, config)
         self.finish_step(step)
         self.log.phase("save")  # counted in the next step
-        if last or due(config.save_every, step):
+        if last or useless or due(config.save_every, step):
             self.save(metrics.get("eval/accuracy"))
+        if useless:
+            raise RuntimeError(f"{useless}; the last step that was saved is {self.saved_step}")
         if not last:
             self.check_stop()
+
+    def count_useless(self, step: int, metrics: dict[str, float]) -> None:
+        """Counts the steps in a row whose rewards do not differ, and says so: why not, but not every time."""
+        if rewards_differ(metrics):
+            self.progress.steps_useless = 0
+            return
+        self.progress.steps_useless += 1
+        if step >= self.explained + EXPLAINED_EVERY:
+            self.log.print(f"  {explain(metrics, self.samples)}")
+            self.explained = step
+        else:
+            count = self.progress.steps_useless
+            self.log.print(f"  nothing to learn from, {count} step{'s' * (count > 1)} in a row")
 
     def check_health(self, metrics: dict[str, float]) -> None:
         """Raises RuntimeError for what training on would only make worse."""
@@ -279,6 +349,20 @@ class Run:
         if limit and mismatch > limit:
             raise RuntimeError(
                 f"sampler and trainer differ by {mismatch:.3g} nats per token, above max_mismatch {limit}"
+            )
+        self.check_survival(metrics.get("sync/update_survival", 1.0))
+
+    def check_survival(self, survival: float) -> None:
+        """Says once that merging loses a part of the update; raises RuntimeError if it goes on losing most of it."""
+        if survival < LOW_SURVIVAL and not self.survival_said:
+            self.survival_said = True
+            self.log.print(f"  {explain_survival(survival)}")
+        limit, progress = self.config.min_survival, self.progress
+        progress.syncs_lost = progress.syncs_lost + 1 if survival < limit else 0
+        if progress.syncs_lost >= PATIENCE:
+            raise RuntimeError(
+                f"for {PATIENCE} syncs the sampler got less of the update than min_survival {limit} asks for. "
+                f"{explain_survival(survival)}; min_survival 0 goes on regardless"
             )
 
     def end(self) -> None:
@@ -329,15 +413,33 @@ class Run:
 
     def export(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """The policy for everybody else, out of its whole tensors: a peft folder, or without adapters a model's."""
-        model, base = self.policy.model, self.tokenizer.name_or_path
+        model = self.policy.model
         whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
         if self.config.lora_rank:
-            source = base if self.config.model == "tiny" else self.config.model
-            lora.save_adapter(model, folder / "adapter", base_model=source, gather=whole.get)
+            lora.save_adapter(model, folder / "adapter", base_model=self.config.model_source, gather=whole.get)
         else:
             dtype = getattr(torch, self.config.dtype)
             weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))
-            export.write_model(weights, folder / "model", like=Path(base))
+            export.write_model(weights, folder / "model", like=Path(self.tokenizer.name_or_path))
+
+
+# ---- Scores ---------------------------------------------------------------------------------------------------
+
+
+def is_right(scores: Tensor) -> Tensor:
+    """1.0 where a completion is right, which a score of 1 or more says; less, as for good form alone, is wrong: 0.0."""
+    return (scores >= 1).double()
+
+
+def with_error(name: str, values: Tensor) -> dict[str, float]:
+    """The mean of (problems, samples) values and, as NAME_stderr, its standard error over problems.
+
+    Completions of one problem are alike, so a problem's mean is one observation (clustered standard errors, Miller
+    2024, arXiv 2411.00640). A single problem has no standard error.
+    """
+    means = values.mean(1)
+    error = {f"{name}_stderr": means.std().item() / math.sqrt(len(means))} if len(means) > 1 else {}
+    return {name: means.mean().item()} | error
 
 
 # ---- Order, seeds and learning rate: functions of the configuration and the step alone ------------------------

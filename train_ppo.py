@@ -9,6 +9,9 @@ as a whole in float32 unless `critic_lora_rank` is set, and sharded like it.
 PPO: arXiv 1707.06347; for language models, with the KL penalty in each token's reward: arXiv 2009.01325. As in
 verl and TRL, advantages are normalised over the step, and the critic starts from the policy's base.
 
+A step in which all rewards are the same is as useless here as there: the critic learns a constant, and the policy's
+advantages are the critic's errors alone. It counts towards `max_useless`.
+
 Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its completions.
 """
 
@@ -30,6 +33,7 @@ from command_line import parse_config
 from models import build_critic
 from optimize import Metrics, optimize, update_metrics
 from prepare import make_optimizer, on_disk, prepare
+from progress_bar import progress_bar
 from run import Run, due, launch, set_learning_rate
 from train_grpo import (
     Algorithm,
@@ -87,15 +91,17 @@ def judge(run: Run, batches: list[MicroBatch]) -> None:
     On entry, `advantages` holds on each token the reward of its whole completion.
     """
     config, (critic, _) = run.config, run.learners["critic"]
-    for batch in batches:
-        values = batch.values = critic(batch.packed)
-        ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
-        rewards = torch.where(ends, batch.advantages, 0.0)
-        if config.kl_coef and config.kl_in == "reward":
-            rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
-        lengths = batch.sequences.bincount().tolist()
-        batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
-        batch.returns = values + batch.advantages
+    with progress_bar("values", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            values = batch.values = critic(batch.packed)
+            ends = batch.sequences.diff(append=batch.sequences.new_tensor([-1])) != 0
+            rewards = torch.where(ends, batch.advantages, 0.0)
+            if config.kl_coef and config.kl_in == "reward":
+                rewards -= config.kl_coef * kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
+            lengths = batch.sequences.bincount().tolist()
+            batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+            batch.returns = values + batch.advantages
+            bar.update()
     normalize(batches, run.world)
 
 
@@ -170,7 +176,7 @@ def train(run: Run) -> None:
 
         # 7. log, evaluate, save
         log.phase("eval")
-        metrics = rollout_metrics(completions, scores) | {"lr": lr, **sync_metrics}
+        metrics = rollout_metrics(completions, scores, group_size=None) | {"lr": lr, **sync_metrics}
         metrics |= batch_metrics(updates, len(completions), run.world) | update_metrics(policy_sums)
         metrics |= {f"critic/{name}": value for name, value in update_metrics(critic_sums).items()}
         run.conclude(step, metrics)

@@ -174,7 +174,7 @@ def sampler(rows: Rows, size: Size, work: Path) -> None:
     """After each sync vLLM has the trainer's weights, whatever it did in between: sleep at level 0, 1, 2, and back."""
     from benchmarks.weight_sync import random_adapter
 
-    run, folder, prompts = checked_run(size, work, sleep_level=2 if ON_GPU else 0)
+    run, folder, prompts = checked_run(size, work, sync="merged", sleep_level=2 if ON_GPU else 0)
     if ON_GPU:
         mode = run.engine.llm.llm_engine.vllm_config.compilation_config.cudagraph_mode
         rows.holds("CUDA graphs", float(mode.name != "NONE"), "on", f"{mode.name}; tensor_parallel_size 1")
@@ -182,7 +182,7 @@ def sampler(rows: Rows, size: Size, work: Path) -> None:
         rows.unable("CUDA graphs", "need a GPU")
         rows.unable("sleep levels 1 and 2", "vLLM on a CPU does not sleep")
     verified = run.sync(verify=True)
-    rows.add("verifier's noise", verified["sync/verified_diff"], "nats", "trainer and vLLM as it was loaded")
+    rows.add("noise", verified["sync/noise"], "nats", "trainer and vLLM, both on the base")
     for number, level in enumerate((0, 1, 2, 1, 0) if ON_GPU else (0, 0), start=1):
         random_adapter(run.policy.model, number, 0.05)
         run.engine.sleep_level = level
@@ -197,8 +197,8 @@ def sampler(rows: Rows, size: Size, work: Path) -> None:
         compare_logprobs(rows, f"sync {number}, sleep level {level}", run, folder, prompts)
     reused = run.engine.llm.generate([{"prompt_token_ids": prompts[0]}], use_tqdm=False)[0].num_cached_tokens
     rows.holds("prefix caching", reused, "tokens", f"of {len(prompts[0])} come from the cache")
-    arrived = run.sync(verify=True)["sync/arrived"]
-    rows.right("verifier: share of the update that is missing", abs(1 - arrived), 0.1)
+    run.engine.sleep()
+    rows.right("probe: share of its effect that is missing", run.sync(verify=True)["sync/probe_error"], 0.1)
 
 
 def adapter(rows: Rows, size: Size, work: Path) -> None:

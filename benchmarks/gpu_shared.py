@@ -143,4 +143,4 @@ def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True)
     policy = models.build_policy(config, folder, world)
     engine = prepare.build_engine(config, folder) if sample else None
     asked = [Prompt(None, token_ids) for token_ids in prompts]
-    return Run(config, world, None, asked, asked, policy, None, engine, None)
+    return Run(config, world, None, asked, engine, asked, policy, None, None)

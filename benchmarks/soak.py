@@ -100,10 +100,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=2.0, help="between two notes")
-    parser.add_argument("--cache_dir", default=str(ROOT / ".cache"))
     parser.add_argument("--sync", default="merged")
     options = parser.parse_args()
-    shared = ["--cache_dir", options.cache_dir, "--sync", options.sync]
+    shared = ["--sync", options.sync]
     before = left_behind()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -202,6 +202,7 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         eval_every=0,
         eval_problems=1,
         verify_every=0,
+        sync="merged",  # as TRL does
         prompts_per_step=scale.prompts,
         group_size=GROUP,
         max_prompt_length=scale.longest_prompt,

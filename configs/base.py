@@ -39,6 +39,12 @@ class Config:
     max_mismatch: float = option(
         0.1, "stop if the sampler's KL from the trainer, per token, is above this; 0: never", least=0
     )
+    min_survival: float = option(
+        0.5, "stop when merged weights keep less than this of the update for ten syncs; 0: never", least=0, most=1
+    )
+    max_useless: int = option(
+        20, "stop after so many steps in a row whose rewards do not differ, which teach nothing; 0: never", least=0
+    )
     profile: int = option(0, "write a torch profiler trace of this step, see tracking.py; 0: none", least=0)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "auto: $WANDB_MODE, or online if logged in, else offline"
@@ -51,10 +57,10 @@ class Config:
     instruction: str | None = option(None, "follows each problem, on a line of its own; mostly what the task asks for")
     system_prompt: str | None = option(None, "the chat's system turn; mostly what the model's chat template has")
     flexible: bool = option(False, "a completion without a marked answer is read as its last number, see reward.py")
-    cache_dir: str = option(".cache", "where downloads and the tiny model are kept")
+    cache_dir: str = option(".cache", "where downloads are kept")
 
     # The model and its adapter
-    model: str = option("Qwen/Qwen2.5-3B-Instruct", "a folder or a name on the hub; 'tiny': made on the spot")
+    model: str = option("Qwen/Qwen2.5-3B-Instruct", "a folder or a name on the hub; 'tiny': configs/tiny")
     dtype: Literal["bfloat16", "float32"] = option(
         "bfloat16", "of the base weights, here and in vLLM; adapters are float32"
     )
@@ -89,8 +95,10 @@ class Config:
     )
     max_num_seqs: int = option(256, "sequences that one engine generates at a time", least=1)
     enforce_eager: bool = option(False, "vLLM without CUDA graphs: starts sooner, generates slower")
-    sync: Literal["merged", "adapter"] = option(
-        "merged", "merged: vLLM gets base plus adapter as weights; adapter: vLLM's own LoRA, lossless, generates slower"
+    sync: Literal["merged", "adapter"] | None = option(
+        None,
+        "how vLLM gets the policy. adapter: as vLLM's own LoRA, which loses nothing. merged: base plus adapter as "
+        "weights, which generates faster, but bfloat16 rounds small updates away. Mostly adapter, see `sends_adapter`",
     )
     sync_prefetch: bool = option(
         False, "gather the next weight while vLLM loads one: faster, for one weight more memory"
@@ -100,7 +108,7 @@ class Config:
         "vLLM's GPU memory during the update. 0: stays; 1: its weights move to the host; 2: they go, and are all sent",
     )
     verify_every: int = option(
-        50, "syncs between checks that vLLM runs the trained weights; 0: only the first", least=0
+        50, "steps between proofs, by a test adapter, that vLLM runs the trained weights; 0: only at the start", least=0
     )
 
     # The algorithm
@@ -176,9 +184,20 @@ class Config:
                 raise ValueError(message)
 
     @property
+    def sends_adapter(self) -> bool:
+        """Whether vLLM runs the adapter beside its weights, as it does by default wherever it can."""
+        merged = self.base_dtype == "nf4" or self.lora_forward == "merged" or self.sleep_level == 2
+        return self.sync == "adapter" or (self.sync is None and 0 < self.lora_rank <= 512 and not merged)
+
+    @property
     def run_folder(self) -> Path:
         """Where everything of the run is."""
         return Path(self.output_dir, self.run_name)
+
+    @property
+    def model_source(self) -> str:
+        """The model's folder, or its name on the hub; `tiny` comes with the code."""
+        return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
 
     @property
     def max_model_len(self) -> int:

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+EPSILON = torch.finfo(torch.float32).eps  # of one rounding, relative
+TINY = ROOT / "configs" / "tiny"  # the embedded default's model
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():  # as on a fresh machine, no C++ compiler is found, and nothing that was compiled
     os.environ |= {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor")}
@@ -71,14 +73,17 @@ def complaints(runs: list[list[str]]) -> list[str]:
 
 
 def fill_adapters(model, fill):
-    """The same random values, wherever the model's tensors live."""
+    """The same random values, wherever the model's tensors live.
+
+    They are multiples of 1/64: sums of their products are exact in float32, in whatever order a processor adds.
+    """
     import lora
 
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             for parameter in layer.adapters[lora.POLICY].parameters():
-                fill(parameter, torch.randn(parameter.shape, generator=generator) * 0.1)
+                fill(parameter, (torch.randn(parameter.shape, generator=generator) * 6.4).round() / 64)
 
 
 def make_model(
@@ -123,11 +128,3 @@ def model_folder(tmp_path_factory):
         return made[key]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_folder() -> Path:
-    """The embedded default's model; the same cache as `make train` uses."""
-    import tiny_model
-
-    return tiny_model.ensure(ROOT / ".cache" / "tiny")

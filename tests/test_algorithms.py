@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import EPSILON, ROOT, torchrun
 
 import train_grpo
 import train_ppo
@@ -121,7 +121,8 @@ BY_HAND = {
 def test_by_hand(name):
     config, algorithm = config_of(name, max_completion_length=10), ALGORITHMS[name]
     advantages = algorithm.advantage(torch.tensor(REWARDS, dtype=F64)).flatten()
-    torch.testing.assert_close(advantages, torch.tensor(BY_HAND[name][0], dtype=F64), atol=3e-6, rtol=0)
+    expected = torch.tensor(BY_HAND[name][0], dtype=F64)
+    torch.testing.assert_close(advantages, expected, atol=3e-6, rtol=0)  # to stds of 0.5, 1e-6 is added
     weights = algorithm.weight(torch.tensor(LENGTHS, dtype=F64), config)
     old = torch.full((8,), -1.0, dtype=F64)
     batch = micro_batch(
@@ -249,7 +250,7 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
 
     (expected, one), (found, several) = gradient(1, 10_000), gradient(ranks, budget)
     assert one == 1 and several > 1
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=0, atol=10 * EPSILON * expected.abs().max().item())
 
 
 # ---- KL, entropy, importance sampling, dual clip --------------------------------------------------------------
@@ -490,10 +491,12 @@ def test_every_row_learns(name):
             optimizer.zero_grad()
             policy_loss(logprobs, torch.zeros_like(old), batch, algorithm.loss, config)[0].backward()
             optimizer.step()
-    assert table.softmax(1)[range(4), range(4)].min() > 0.7
+    assert table.softmax(1)[range(4), range(4)].min() > 0.7, (
+        "from 0.2; all in float64, so that draws are the same anywhere"
+    )
 
 
-def test_a_run_with_everything_on(tmp_path, tiny_folder):
+def test_a_run_with_everything_on(tmp_path):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
     options = {
         "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all", "wandb_mode": "disabled",
@@ -512,7 +515,10 @@ def test_a_run_with_everything_on(tmp_path, tiny_folder):
 
 
 def test_flowrl_keeps_what_grpo_gives_up():
-    """Four right answers of eight: both end with nearly nothing but right ones, GRPO with one of them."""
+    """Four right answers of eight: both end with nearly nothing but right ones, GRPO with one of them.
+
+    In float64, so that no processor's rounding decides about a draw.
+    """
     from benchmarks.flowrl import RIGHT, train
 
     grpo, flowrl = (train(name)[-1, :RIGHT] for name in ("grpo", "flowrl"))

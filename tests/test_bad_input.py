@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, complaints, on_ranks
+from conftest import ROOT, TINY, complaints, on_ranks
 from safetensors.torch import load_file, save_file
 
 import adapter_files
@@ -250,20 +250,20 @@ Case = tuple[list[str], list[str]]  # options, and the words of what is said
 
 
 @pytest.mark.slow
-def test_what_only_a_run_can_find_out(tmp_path, tiny_folder):
+def test_what_only_a_run_can_find_out(tmp_path):
     """One process prepares run after run; not one of them comes so far as to start vLLM or to write anything."""
     bad = tmp_path / "bad"
     bad.mkdir()
     cases = [
         *bad_settings(bad),
         *bad_data(bad),
-        *bad_models(bad, tiny_folder),
-        *bad_adapters(bad, tiny_folder),
+        *bad_models(bad),
+        *bad_adapters(bad),
         *bad_checkpoints(tmp_path / "runs" / "r", bad),
     ]
     before = sorted(tmp_path.rglob("*"))
     run = [*ARITHMETIC, "--output_dir", str(tmp_path / "runs"), "--run_name", "r"]
-    run += ["--cache_dir", str(tiny_folder.parent), "--wandb_mode", "disabled"]
+    run += ["--wandb_mode", "disabled"]
     (said,) = on_ranks(1, complaints, [run + options for options, _ in cases], folder=tmp_path)
     wrong = []
     for (options, words), line in zip(cases, said, strict=True):
@@ -331,17 +331,17 @@ def bad_data(bad: Path) -> list[Case]:
     return cases
 
 
-def bad_models(bad: Path, tiny_folder: Path) -> list[Case]:
+def bad_models(bad: Path) -> list[Case]:
     """The tiny model's folder with one thing wrong."""
-    config = json.loads((tiny_folder / "config.json").read_text())
-    weights = load_file(tiny_folder / "model.safetensors")
+    config = json.loads((TINY / "config.json").read_text())
+    weights = load_file(TINY / "model.safetensors")
     first = "model.layers.0.mlp.down_proj.weight"
-    whole = (tiny_folder / "model.safetensors").read_bytes()
+    whole = (TINY / "model.safetensors").read_bytes()
     cases = []
 
     def case(name: str, files: dict[str, bytes | dict | None], words: list[str]) -> None:
         folder = bad / "model" / name
-        shutil.copytree(tiny_folder, folder)
+        shutil.copytree(TINY, folder)
         for file, content in files.items():
             if content is None:
                 (folder / file).unlink()
@@ -413,7 +413,7 @@ def bad_models(bad: Path, tiny_folder: Path) -> list[Case]:
     return cases
 
 
-def bad_adapters(bad: Path, tiny_folder: Path) -> list[Case]:
+def bad_adapters(bad: Path) -> list[Case]:
     """An adapter of the tiny model's MLPs with one thing wrong."""
     sizes = {"gate_proj": (128, 384), "up_proj": (128, 384), "down_proj": (384, 128)}
     tensors = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_ranks
+from conftest import EPSILON, on_ranks
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
@@ -176,7 +176,7 @@ def test_gradients_do_not_depend_on_the_cut(model_folder, tmp_path, ranks):
     everyone = on_ranks(ranks, cut_and_compare, model_folder("qwen2", dtype=torch.float64), folder=tmp_path)
     assert len({tuple(cut[0] for cut in results.values()) for results in everyone}) == 1
     for (_, budget, drop), (micro_batches, fillers, error, metrics) in everyone[0].items():
-        assert error < 1e-6, (budget, drop, error)  # logprobs and weights are float32, the rest float64
+        assert error < 10 * EPSILON, (budget, drop, error)  # logprobs and weights are float32, the rest float64
         kept = 8 if drop else 12
         assert metrics["batch/useless_frac"] == pytest.approx(1 - kept / 12)
         assert 1 <= metrics["batch/imbalance"] < 1.2

@@ -91,7 +91,7 @@ def test_a_user_sees_one_line():
         assert "Traceback" not in err and not out
 
 
-def test_what_only_a_run_can_find_out(tmp_path, tiny_folder):
+def test_what_only_a_run_can_find_out(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"question": "q"}\n')
     cases = {
         "'sums'": ["--task", "sums"],
@@ -105,7 +105,7 @@ def test_what_only_a_run_can_find_out(tmp_path, tiny_folder):
     }
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
-    run = [*ARITHMETIC, "--output_dir", str(tmp_path), "--cache_dir", str(tiny_folder.parent)]
+    run = [*ARITHMETIC, "--output_dir", str(tmp_path)]
     (said,) = on_ranks(1, complaints, [run + more for more in cases.values()], folder=tmp_path)
     for word, line in zip(cases, said, strict=True):
         assert word in line and "\n" not in line

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, TINY, on_ranks
 from transformers import AutoModelForCausalLM
 
 DOCS = ROOT / "docs"
@@ -99,7 +100,7 @@ def test_the_example_is_an_algorithm():
 # ---- Metrics and alignment, of a real run ---------------------------------------------------------------------
 
 
-def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], list[dict]]:
+def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
     """One completion's table of a real run, which then takes two steps: its metrics."""
     import train_grpo
 
@@ -111,7 +112,7 @@ def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], l
         "eval_problems": 8,
         "eval_samples": 1,
     }
-    places = {"output_dir": folder, "run_name": "run", "cache_dir": cache, "wandb_mode": "offline"}
+    places = {"output_dir": folder, "run_name": "run", "wandb_mode": "offline"}
     sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
     run = train_grpo.prepare_grpo()
@@ -121,16 +122,24 @@ def align_and_train(folder: Path, cache: Path) -> tuple[list[int], list[dict], l
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory, tiny_folder):
+def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
-    return folder / "run", *on_ranks(1, align_and_train, folder, tiny_folder.parent, folder=folder)[0]
+    return folder / "run", *on_ranks(1, align_and_train, folder, folder=folder)[0]
 
 
 def test_every_metric_is_defined_and_every_definition_is_a_metric(real):
     rows = {row["metric"].strip("`"): row["when"] for row in table(DOCS / "metrics.md", "metric")}
     found = {name for metrics in real[3] for name in metrics}
     assert found <= set(rows), "metrics that docs/metrics.md does not define"
-    usual = ("always", "always, but `ppo`", "evaluations", "verified syncs", "`tis_cap`", "`sync` merged")
+    usual = (
+        "always",
+        "always, but `ppo`",
+        "algorithms with groups",
+        "evaluations",
+        "verified syncs",
+        "`tis_cap`",
+        "`sync` merged",
+    )
     assert {name for name, when in rows.items() if when in usual} == found
 
 
@@ -143,20 +152,21 @@ def test_an_evaluation_leaves_a_table_for_people(real):
         assert extracted == "None" or completion.endswith(f"#### {extracted}")
 
 
-def test_alignment_is_that_of_the_plain_model(real, tiny_folder):
-    """Every number of the table, from a padded forward of the model and the definitions alone."""
+def test_alignment_is_that_of_the_plain_model(real):
+    """Every number of the table, from a padded forward of the model in float32 and the definitions alone."""
     prompt, cells, _ = real[1:]
     ids = [cell["id"] for cell in cells]
-    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    models = (AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     with torch.no_grad():
-        logprobs = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        logprobs, rounded = (model(torch.tensor([ids])).logits[0].float().log_softmax(-1) for model in models)
+    noise = (logprobs - rounded).abs().max().item()  # of bfloat16, in which sampler and trainer compute
     assert ids[: len(prompt)] == prompt
     for position, cell in enumerate(cells):
         assert ("target id" in cell) == (len(prompt) - 1 <= position < len(ids) - 1)
         if "target id" in cell:
             assert cell["target id"] == ids[position + 1]
             for side in ("sampler", "trainer"):
-                assert cell[side] == pytest.approx(logprobs[position, ids[position + 1]].item(), abs=0.15)
+                assert cell[side] == pytest.approx(logprobs[position, ids[position + 1]].item(), abs=3 * noise)
             assert cell["weight"] == pytest.approx(1 / (8 * 16 * (len(ids) - len(prompt))))
     assert len({cell["advantage"] for cell in cells if "advantage" in cell}) == 1
 
@@ -183,7 +193,10 @@ def test_the_gallerys_numbers_are_those_it_makes():
     equal = gallery.train(reward_of=lambda scores: (scores == 1).float())
 
     def says(text: str, name: str, history: dict) -> bool:
-        """Whether the text's first number is the mean of the run's last steps, as far as CPUs agree."""
+        """Whether the text's first number is the mean of the run's last steps.
+
+        A start that is moved by some roundings of float32 moves these means by up to 0.5%.
+        """
         mean = sum(history[name][-20:]) / 20
         return float(re.search(r"\d+\.\d+", text)[0]) == pytest.approx(mean, rel=0.05, abs=0.03)
 
@@ -200,19 +213,29 @@ def test_the_gallerys_numbers_are_those_it_makes():
         assert f"{value:.2f} for" in rows["Learning rate too low for bf16"]["what shows it"], size
 
 
-def test_plot_draws_runs_that_lack_metrics(tmp_path, monkeypatch, capsys):
+def test_plot_draws_what_was_measured(tmp_path, monkeypatch, capsys):
+    """Of runs that lack metrics, have null or NaN for some, and phases of their own."""
+    from matplotlib import pyplot
+
     import plot
 
     rows = [{"step": 0, "eval/accuracy": 0.1}, {"step": 1, "reward/mean": 0.5, "loss": None, "grad_norm": None}]
+    rows += [{"step": 2, "policy/entropy": math.nan, "time/step": 2.0, "time/search": 2.0, "mismatch/kl": 0.1}]
     for name in ("a/run", "b/run"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-        rows = rows[:1]
+        rows = rows[:2]
     drawn = {}
     monkeypatch.setattr(plot, "draw", lambda runs, out, real=plot.draw: (drawn.update(runs), real(runs, out)))
     monkeypatch.setattr(
         sys, "argv", ["plot.py", str(tmp_path / "a/run"), str(tmp_path / "b/run"), "--out", str(tmp_path / "x.png")]
     )
     plot.main()
-    assert [len(rows) for rows in drawn.values()] == [2, 1], "two runs of one name are two runs"
+    assert [len(rows) for rows in drawn.values()] == [3, 2], "two runs of one name are two runs"
+    axes = [axis for axis in pyplot.gcf().axes if axis.axison]
+    titles = [axis.get_title() for axis in axes]
+    assert titles == ["Held-out accuracy", "Reward", "Trainer against sampler (KL)", "Seconds per step, by phase"]
+    numbers = [y for axis in axes for line in axis.lines for y in line.get_ydata()]
+    assert sorted(numbers) == [0.1, 0.1, 0.1, 0.5, 0.5]
+    assert [text.get_text() for text in axes[-1].get_legend().get_texts()] == ["search"]
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks, torchrun
+from conftest import ROOT, TINY, on_ranks, torchrun
 
 import fsdp_utils
 import reward
@@ -85,12 +85,12 @@ run.launch(train_grpo.prepare_grpo, train)
 """
 
 
-def start(fault: str, folder: Path, tiny_folder: Path, *options: str) -> subprocess.Popen:
+def start(fault: str, folder: Path, *options: str) -> subprocess.Popen:
     """A short run on two ranks, one of which has a fault."""
     (folder / "faulty.py").write_text(FAULTY.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(folder / "faulty.py"), fault, "--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
-    command += ["--output_dir", str(folder), "--run_name", "r", "--cache_dir", str(tiny_folder.parent)]
+    command += ["--output_dir", str(folder), "--run_name", "r"]
     command += (
         "--wandb_mode disabled --steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
     )
@@ -113,27 +113,27 @@ def end(process: subprocess.Popen) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-def test_a_reward_that_raises_on_one_rank_ends_all(tmp_path, tiny_folder):
-    output, cause = end(start("reward", tmp_path, tiny_folder, "--prompts_per_step", "4"))
+def test_a_reward_that_raises_on_one_rank_ends_all(tmp_path):
+    output, cause = end(start("reward", tmp_path, "--prompts_per_step", "4"))
     assert cause.startswith("error: the reward of task 'arithmetic' raised KeyError: 'no such answer' (")
     assert "faulty.py, line " in cause and "on Problem(prompt=" in cause and "and completion '" in cause
     assert output.count("\nerror: ") == 1, "the other rank has nothing to add"
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_ends_all(tmp_path, tiny_folder):
+def test_a_rank_that_is_killed_ends_all(tmp_path):
     """As by the kernel, for want of memory."""
-    output, cause = end(start("killed", tmp_path, tiny_folder))
+    output, cause = end(start("killed", tmp_path))
     assert cause.startswith("Signal 9 (SIGKILL) received by PID")
     leftovers = subprocess.run(["pgrep", "-f", str(tmp_path / "faulty.py")], capture_output=True, text=True).stdout
     assert not leftovers, "no process stays behind"
 
 
 @pytest.mark.slow
-def test_what_a_run_survives_and_what_stops_it(tmp_path, tiny_folder):
+def test_what_a_run_survives_and_what_stops_it(tmp_path):
     """A full disk, and on one rank an infinite loss, are passed over; endless infinite gradients are not."""
     options = ["--max_skipped", "2", "--save_every", "1"]
-    output, cause = end(start("numbers", tmp_path, tiny_folder, *options))
+    output, cause = end(start("numbers", tmp_path, *options))
     metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][1:]
     assert [row["skipped_updates"] for row in metrics] == [0, 1, 0, 1, 1, 1]
     assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None, "JSON has no infinity"
@@ -244,16 +244,16 @@ def update_norm(session: SimpleNamespace, algorithm: train_grpo.Algorithm, lengt
 
 
 @pytest.mark.slow
-def test_completions_without_a_token_teach_nothing(tmp_path, tiny_folder):
+def test_completions_without_a_token_teach_nothing(tmp_path):
     """One, a whole group, and all of a step."""
-    (norms,) = on_ranks(1, empty_updates, str(tiny_folder), folder=tmp_path)
+    (norms,) = on_ranks(1, empty_updates, str(TINY), folder=tmp_path)
     for name, found in norms.items():
         assert len(found) == 3 and all(math.isfinite(norm) for norm in found), (name, found)
         assert found[0] > 0 and found[1] == 0 and found[2] > 0, (name, found)
 
 
 @pytest.mark.slow
-def test_fewer_problems_than_a_batch(tmp_path, tiny_folder):
+def test_fewer_problems_than_a_batch(tmp_path):
     """Three problems in every script, eight prompts a step, four evaluated; prompts that are too long are left out."""
     questions = ["2+2?", "¿Cuánto son 2 más 2? 🦊", "二加二 \u0000\u200f", "long " * 200]
     for split in ("train", "test"):
@@ -261,7 +261,7 @@ def test_fewer_problems_than_a_batch(tmp_path, tiny_folder):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     done = torchrun(
         2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data_dir", str(tmp_path), "--steps", "2",
-        "--output_dir", str(tmp_path), "--run_name", "r", "--cache_dir", str(tiny_folder.parent),
+        "--output_dir", str(tmp_path), "--run_name", "r",
         "--wandb_mode", "disabled", "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

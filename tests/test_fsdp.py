@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_adapters, on_ranks
+from conftest import EPSILON, fill_adapters, on_ranks
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
@@ -220,7 +220,7 @@ def plain_gradients(folder):
 
 
 def sharded_gradients(folder, ways):
-    """For each way to shard and split: the loss over all ranks, and the largest relative error of a gradient."""
+    """For each way to shard and split: the relative errors of the loss over all ranks and of the worst gradient."""
     world, found = fsdp_utils.init_world(), []
     expected_loss, expected = plain_gradients(folder)
     for way in ways:
@@ -243,7 +243,7 @@ def sharded_gradients(folder, ways):
             (fsdp_utils.gather(policy.model.get_parameter(name).grad) - gradient).norm() / gradient.norm()
             for name, gradient in expected.items()
         ]
-        found.append((way, abs(total.item() - expected_loss), max(errors).item()))
+        found.append((way, abs(total.item() / expected_loss - 1), max(errors).item()))
     return found
 
 
@@ -263,4 +263,4 @@ def test_gradients_equal_one_plain_process(ranks, model_folder, tmp_path):
     ways = [way for way in WAYS if way.get("fsdp_size", 1) <= ranks]
     for found in on_ranks(ranks, sharded_gradients, folder, ways, folder=tmp_path):
         for way, loss_error, gradient_error in found:
-            assert loss_error < 1e-4 and gradient_error < 1e-4, way
+            assert max(loss_error, gradient_error) < 1000 * EPSILON, (way, loss_error, gradient_error)

@@ -5,6 +5,7 @@ import json
 import peft
 import pytest
 import torch
+from conftest import EPSILON
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -66,6 +67,9 @@ def test_merged_forward_is_the_rounded_weight_and_goes_straight_through():
     """In bfloat16, merged: y and dx are exactly those of a plain linear with the merged weight; dA, dB as factored."""
     layer = make_layer(torch.bfloat16, merged=True)
     adapter = layer.adapters[lora.POLICY]
+    with torch.no_grad():  # to multiples of 1/16, so that the sum is exact in float32, in whatever order it is added
+        for matrix in (adapter.lora_A, adapter.lora_B):
+            matrix.copy_((matrix * 16).round() / 16)
     sampler = (layer.weight.float() + adapter.scale * adapter.lora_B @ adapter.lora_A).bfloat16().detach()
     x = torch.randn(7, 12).bfloat16().requires_grad_()
     y, expected = layer(x), nn.functional.linear(x, sampler, layer.bias)
@@ -142,14 +146,15 @@ def test_peft_reads_ours_and_we_read_peft(architecture, targets, rank, options, 
     assert lora.load_adapter(ours, tmp_path / "theirs") == 0.0
     logits = theirs(IDS).logits
     base = load(folder)(IDS).logits
-    torch.testing.assert_close(ours(IDS).logits, logits, rtol=0, atol=2e-5)
-    assert (logits - base).abs().max() > 0.01  # the adapter does something
+    rounding = 100 * EPSILON * logits.abs().max().item()
+    torch.testing.assert_close(ours(IDS).logits, logits, rtol=0, atol=rounding)
+    assert (logits - base).abs().max() > 100 * rounding, "or an adapter that does nothing would not be seen"
     with lora.disabled(ours):
         assert torch.equal(ours(IDS).logits, base)
 
     lora.save_adapter(ours, tmp_path / "ours", base_model=str(folder))
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "ours").eval()
-    torch.testing.assert_close(again(IDS).logits, logits, rtol=0, atol=2e-5)
+    torch.testing.assert_close(again(IDS).logits, logits, rtol=0, atol=rounding)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
 
@@ -177,7 +182,7 @@ def test_gradients_are_pefts(model_folder, tmp_path):
         for matrix in ("lora_A", "lora_B"):
             reference = expected[f"base_model.model.{path}.{matrix}.default.weight"]
             found = getattr(layer.adapters[lora.POLICY], matrix).grad
-            assert (found - reference).norm() < 1e-4 * reference.norm()
+            assert (found - reference).norm() < 1000 * EPSILON * reference.norm()
     assert sum(p.requires_grad for p in ours.parameters()) == len(expected)
 
 
@@ -248,11 +253,12 @@ def test_a_larger_rank_goes_on_exactly_where_the_smaller_was(model_folder, tmp_p
     lora.inject(after, ["all-linear"], 32, 16)
     assert lora.load_adapter(after, tmp_path, seed=1) == 0.0
     for (_, old), (_, new) in zip(lora.lora_layers(before), lora.lora_layers(after)):
-        old, weight, new = old.adapters[lora.POLICY], old.weight, new.adapters[lora.POLICY]
-        merged = [lora.merge(weight, adapter.lora_A, adapter.lora_B, adapter.scale) for adapter in (old, new)]
-        assert torch.equal(*merged)
+        old, new = old.adapters[lora.POLICY], new.adapters[lora.POLICY]
+        assert torch.equal(new.lora_A[:16], old.lora_A) and torch.equal(new.scale * new.lora_B[:, :16], old.lora_B)
+        assert not new.lora_B[:, 16:].any()
         assert new.lora_A[16:].abs().min() > 0  # or the added directions could never learn
-    torch.testing.assert_close(after(IDS).logits, before(IDS).logits, rtol=0, atol=1e-6)
+    logits = before(IDS).logits
+    torch.testing.assert_close(after(IDS).logits, logits, rtol=0, atol=100 * EPSILON * logits.abs().max().item())
 
 
 @torch.no_grad()
@@ -276,8 +282,8 @@ def test_shrinking_what_has_a_smaller_rank_already_loses_nothing():
     torch.manual_seed(0)
     A, B = torch.randn(8, 3) @ torch.randn(3, 30), torch.randn(20, 8)
     small_A, small_B, values = shrink(A, B, 3)
-    torch.testing.assert_close(small_B @ small_A, B @ A, rtol=0, atol=1e-4)
-    assert values[3:].max() < 1e-5 * values[0]
+    assert (small_B @ small_A - B @ A).norm() < 100 * EPSILON * (B @ A).norm()
+    assert values[3:].max() < 100 * EPSILON * values[0]
 
 
 @torch.no_grad()

@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import on_ranks
+from conftest import EPSILON, TINY, on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -46,18 +47,22 @@ def prepared(model: nn.Module, merged: bool | None, nf4: bool) -> nn.Module:
     return model
 
 
-def start(model: nn.Module, fill=torch.Tensor.copy_, seed: int = 1) -> None:
-    """Values for the adapters, with a B that is not zero."""
-    lora.init_adapters(model, seed=0, fill=fill)
+def start(model: nn.Module, fill=torch.Tensor.copy_, seed: int = 1, std: float = 0.1) -> None:
+    """Values for the adapters, with a B that is not zero.
+
+    They are multiples of 1/256: sums of their products are exact in float32, in whatever order a processor adds.
+    """
+    exact = lambda parameter, values: fill(parameter, (values * 256).round() / 256)  # noqa: E731
+    lora.init_adapters(model, seed=0, fill=exact)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in lora.lora_layers(model):
             B = layer.adapters[lora.POLICY].lora_B
-            fill(B, torch.randn(B.shape, generator=generator) * 0.1)
+            exact(B, torch.randn(B.shape, generator=generator) * std)
 
 
 def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, float, float]]:
-    """Of each mode: relative errors of logprobs and of gradients, and the share of streamed weights with equal bits."""
+    """Of each mode: relative errors of logprobs and of gradients, and the share of equal streamed elements."""
     policy.LOGITS_AT_ONCE = 2 * 160  # several chunks, of two rows
     world, results = fsdp_utils.init_world(), {}
     for mode, (architecture, merged, nf4, recompute) in SETTINGS.items():
@@ -83,12 +88,12 @@ def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, 
             if parameter.requires_grad
         ]
         streams = [summon_layers(source, world.device, dtype=torch.bfloat16) for source in (model, plain)]
-        same = [
-            names[0] == names[1] and torch.equal(*tensors)
-            for names, tensors in (zip(*pair) for pair in zip(*streams, strict=True))
-        ]
+        same = []
+        for (name, streamed), (other, whole) in zip(*streams, strict=True):
+            assert name == other
+            same.append((streamed == whole).flatten())
         difference = (found - expected).norm() / expected.norm()
-        results[mode] = (difference.item(), max(gradients).item(), sum(same) / len(same))
+        results[mode] = (difference.item(), max(gradients).item(), torch.cat(same).float().mean().item())
     dist.destroy_process_group()
     return results
 
@@ -98,7 +103,9 @@ def test_three_ranks_agree_with_one_plain_process(model_folder, tmp_path):
     folders = {name: str(model_folder(name)) for name in ("llama", "qwen2", "qwen3", "mistral")}
     for results in on_ranks(3, compare_with_one_process, folders, folder=tmp_path):
         for mode, (logprobs, gradients, same) in results.items():
-            assert logprobs < 1e-5 and gradients < 1e-4 and same == 1.0, (mode, logprobs, gradients, same)
+            assert logprobs < 100 * EPSILON and gradients < 1000 * EPSILON, (mode, logprobs, gradients)
+            # A four-bit weight fills float32's digits, so its sum with an update may be rounded twice.
+            assert same > 0.999 if "nf4" in mode else same == 1.0, (mode, same)
 
 
 CONTRADICTIONS = {
@@ -158,7 +165,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )
         tokenizer = prepare.AutoTokenizer.from_pretrained(model)
-        session = run.Run(config, world, tokenizer, [], [], trained, optimizer, engine, None)
+        session = run.Run(config, world, tokenizer, [], engine, [], trained, optimizer, None)
 
         @torch.no_grad()
         def difference(trained=trained) -> float:
@@ -184,26 +191,54 @@ def chosen(logprobs: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     return logprobs[range(len(tokens)), tokens]
 
 
-def adapter_in(folder, model_folder, rank: int = 16, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Saves a random adapter; all logprobs at each of `TOKENS`, with it and without."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16)
-    lora.inject(model, ["all-linear"], rank, float(rank))
-    start(model, seed=seed)
-    lora.save_adapter(model, folder)
-    with torch.no_grad(), lora.disabled(model):
-        base = model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
-    with torch.no_grad():
-        return model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1), base
+class Expected(NamedTuple):
+    """Logprobs of all tokens at each of `TOKENS`, (T, V), in float32; and what bfloat16 changes in them, on average."""
+
+    adapted: torch.Tensor
+    base: torch.Tensor
+    noise: float
 
 
-def test_what_each_mode_trains_is_what_vllm_runs(tiny_folder, tmp_path):
-    adapter, base = adapter_in(tmp_path / "adapter", tiny_folder)
-    for results in on_ranks(2, train_and_stream, str(tiny_folder), str(tmp_path / "adapter"), folder=tmp_path):
+@torch.no_grad()
+def adapter_in(folder, rank: int = 16, seed: int = 1) -> Expected:
+    """Saves a random adapter of the tiny model, large enough that its effect is 20 times the noise of bfloat16."""
+    exact, rounded = (
+        AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    base, std, effect, noise = (
+        all_logprobs(exact),
+        0.1,
+        0.0,
+        mean_difference(all_logprobs(rounded), all_logprobs(exact)),
+    )
+    for model in (exact, rounded):
+        lora.inject(model, ["all-linear"], rank, float(rank))
+    while effect < 20 * noise:
+        for model in (exact, rounded):
+            start(model, seed=seed, std=std)
+        adapted, std = all_logprobs(exact), 1.5 * std
+        effect, noise = mean_difference(adapted, base), max(noise, mean_difference(all_logprobs(rounded), adapted))
+    lora.save_adapter(exact, folder)
+    return Expected(adapted, base, noise)
+
+
+def all_logprobs(model: nn.Module) -> torch.Tensor:
+    return model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
+
+
+def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (found - expected).abs().mean().item()
+
+
+def test_what_each_mode_trains_is_what_vllm_runs(tmp_path):
+    """In bfloat16, so trainer and sampler each differ from the exact model by its noise."""
+    adapted, base, noise = adapter_in(tmp_path / "adapter")
+    for results in on_ranks(2, train_and_stream, str(TINY), str(tmp_path / "adapter"), folder=tmp_path):
         for mode, (before, stale, synced, reference) in results.items():
-            assert before < 0.05 and synced < 0.05 < 0.3 < stale, (mode, before, stale, synced)
+            assert max(before, synced) < 4 * noise and stale > 10 * noise, (mode, noise, before, stale, synced)
             if mode in ("factored", "reference"):
-                expected = adapter if mode == "reference" else base
-                assert abs(reference - chosen(expected[:-1], TOKENS[1:]).mean().item()) < 0.02
+                expected = adapted if mode == "reference" else base
+                assert abs(reference - chosen(expected[:-1], TOKENS[1:]).mean().item()) < 2 * noise
 
 
 def with_adapters(model: str, adapters: dict[str, str]) -> list[tuple[list[float], int, float]]:
@@ -228,14 +263,14 @@ def with_adapters(model: str, adapters: dict[str, str]) -> list[tuple[list[float
     return results
 
 
-def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tiny_folder, tmp_path):
+def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tmp_path):
     adapters = {"first": (16, 1), "second": (4, 2)}  # rank and seed
     folders = {name: str(tmp_path / name) for name in adapters}
-    expected = [adapter_in(folders[name], tiny_folder, rank, seed) for name, (rank, seed) in adapters.items()]
-    references = [with_it for with_it, _ in expected] + [expected[0][1]]
-    (found,) = on_ranks(1, with_adapters, str(tiny_folder), folders, folder=tmp_path)
+    expected = [adapter_in(folders[name], rank, seed) for name, (rank, seed) in adapters.items()]
+    references, noise = [*(each.adapted for each in expected), expected[0].base], max(each.noise for each in expected)
+    (found,) = on_ranks(1, with_adapters, str(TINY), folders, folder=tmp_path)
     for reference, (logprobs, token, logprob) in zip(references, found, strict=True):
-        assert (chosen(reference[:-1], TOKENS[1:]) - torch.tensor(logprobs)).abs().mean() < 0.06  # logits of 16
-        assert abs(reference[-1, token] - logprob) < 0.2
+        assert mean_difference(torch.tensor(logprobs), chosen(reference[:-1], TOKENS[1:])) < 4 * noise
+        assert abs(reference[-1, token] - logprob) < 10 * noise  # a single one
     for one, other in itertools.combinations(references, 2):
-        assert (chosen(one[:-1], TOKENS[1:]) - chosen(other[:-1], TOKENS[1:])).abs().mean() > 0.1
+        assert mean_difference(one, other) > 10 * noise, "or taking one for the other would not be seen"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_ranks
+from conftest import EPSILON, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fsdp_utils
@@ -57,7 +57,7 @@ def test_packed_logprobs_equal_the_padded_models(model_folder, architecture, set
     for prompt, completion in zip(prompts, completions):
         logits = plain(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
         expected.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    torch.testing.assert_close(logprobs, torch.cat(expected), atol=2e-5, rtol=1e-5)
+    assert (logprobs - torch.cat(expected)).norm() < 100 * EPSILON * torch.cat(expected).norm()
 
 
 def test_neighbours_do_not_leak(model_folder):
@@ -80,7 +80,8 @@ def test_log_z_is_of_each_sequences_prompt(model_folder):
     prompts, completions = [[5] * 9, [6, 7, 8], [9, 10]], [[], [11, 12], [13]]
     found = Policy(ours, log_z)(pack(prompts, completions, CPU)).log_z
     states = [plain.base_model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]
-    torch.testing.assert_close(found, log_z(torch.stack(states))[:, 0], atol=1e-4, rtol=1e-4)
+    expected = log_z(torch.stack(states))[:, 0]
+    assert (found - expected).norm() < 1000 * EPSILON * expected.norm()
 
 
 def test_masks_come_from_lengths():

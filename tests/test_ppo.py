@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks, torchrun
+from conftest import EPSILON, ROOT, on_ranks, torchrun
 from test_algorithms import F64, micro_batch
 
 import fsdp_utils
@@ -85,6 +85,11 @@ def critic_on_ranks(folder):
     return values.detach(), gradients, trained, dtypes, followed, batches[0].advantages
 
 
+def close(found, expected):
+    """To a thousand roundings of float32, of the whole tensor."""
+    assert (found - expected).norm() < 1000 * EPSILON * expected.norm()
+
+
 def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
     from transformers import AutoModelForCausalLM
 
@@ -98,13 +103,13 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
         for prompt, completion in zip(*rank_share(rank, 2)):
             hidden = body(torch.tensor([prompt + completion])).last_hidden_state[0]
             expected.append(hidden[len(prompt) - 1 : -1] @ torch.linspace(-1, 1, 64))
-        torch.testing.assert_close(values, torch.cat(expected).detach(), rtol=1e-4, atol=1e-5)
+        close(values, torch.cat(expected).detach())
         total = total + torch.cat(expected).square().sum()
     total.backward()
     gradients = results[0][1]
     assert len(gradients) == len(list(body.parameters())) + 1  # all, and the value's
     for name, parameter in body.named_parameters():
-        torch.testing.assert_close(gradients[f"model.model.{name}"], parameter.grad, rtol=1e-3, atol=1e-4)
+        close(gradients[f"model.model.{name}"], parameter.grad)
 
     _, _, trained, dtypes, followed, _ = results[0]
     assert len(trained) == 2 * 2 + 1 and all("q_proj.adapters" in n or n == "value.weight" for n in trained)
@@ -115,7 +120,7 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
     torch.testing.assert_close(whole, (raw - raw.mean()) / (raw.std(unbiased=False) + 1e-6))
 
 
-def test_a_short_run(tmp_path, tiny_folder):
+def test_a_short_run(tmp_path):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
     options = "--steps 4 --wandb_mode disabled --run_name ppo --eval_problems 32 --prompts_per_step 128"
     options += " --profile 4 --warmup_steps 1 --kl_coef 0.01 --kl_in reward --kl_estimator k1 --epochs_per_rollout 2"

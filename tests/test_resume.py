@@ -29,7 +29,7 @@ NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may di
 GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"
 
 
-def start(folder: Path, tiny_folder: Path, *options: str, ranks: int = 2, **environment: str) -> subprocess.Popen:
+def start(folder: Path, *options: str, ranks: int = 2, **environment: str) -> subprocess.Popen:
     """A short run of the arithmetic default, or of PPO, in a process group of its own."""
     program = "train_ppo.py --config configs/arithmetic_cpu_ppo.py" if "critic_lora_rank" in str(options) else GRPO
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
@@ -39,8 +39,6 @@ def start(folder: Path, tiny_folder: Path, *options: str, ranks: int = 2, **envi
         str(folder),
         "--run_name",
         "r",
-        "--cache_dir",
-        str(tiny_folder.parent),
     ]
     command += "--wandb_mode disabled --prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16".split()
     command += ["--steps", "8", "--save_every", "2", "--eval_every", "4", *options]
@@ -82,32 +80,32 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
-def test_a_killed_run_resumes_bit_identically(tmp_path, tiny_folder):
+def test_a_killed_run_resumes_bit_identically(tmp_path):
     """Killed in the first step, in another step, in a save, then let to end: every metric and sample is that of a
     quiet run.
     """
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     checkpoints = killed / "r" / "checkpoints"
-    finish(start(quiet, tiny_folder))
+    finish(start(quiet))
 
-    process = start(killed, tiny_folder)
+    process = start(killed)
     await_step(process, killed, 0)
     time.sleep(random.uniform(0, 0.2))
     kill(process)
     # whether a checkpoint is there yet or not, it goes on
 
-    process = start(killed, tiny_folder, "--resume")
+    process = start(killed, "--resume")
     await_step(process, killed, 3)
     time.sleep(random.uniform(0, 0.5))
     kill(process)
 
-    process = start(killed, tiny_folder, "--resume")
+    process = start(killed, "--resume")
     await_step(process, killed, 6)
     while not list(checkpoints.glob("*6.partial")) and not (checkpoints / "step_000006").exists():
         pass
     kill(process)
 
-    output = finish(start(killed, tiny_folder, "--resume"))
+    output = finish(start(killed, "--resume"))
     assert "resumed after step" in output
     assert rows(killed) == rows(quiet)
     assert rows(killed, "samples") == rows(quiet, "samples")
@@ -119,7 +117,7 @@ def test_a_killed_run_resumes_bit_identically(tmp_path, tiny_folder):
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    output = finish(start(killed, tiny_folder, "--resume", ranks=1))
+    output = finish(start(killed, "--resume", ranks=1))
     assert "step_000008 is damaged (state.safetensors is not what was written)" in output
     assert "resumed after step 6" in output
     for one, two in zip(rows(killed), rows(quiet), strict=True):
@@ -129,7 +127,7 @@ def test_a_killed_run_resumes_bit_identically(tmp_path, tiny_folder):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_bit_identically(tmp_path, tiny_folder):
+def test_a_stopped_run_goes_on_bit_identically(tmp_path):
     """PPO, whose critic and dropout must go on too, stopped by Ctrl-C, which a terminal sends to all processes.
 
     The wandb run goes on as well, and no secret of the environment is written anywhere.
@@ -146,9 +144,9 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, tiny_folder):
     ]
     secrets = {"WANDB_API_KEY": "5ec4e7" * 6 + "cafe", "HF_TOKEN": "hf_5ec4e7canary"}
     quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"
-    finish(start(quiet, tiny_folder, *options, ranks=1))
+    finish(start(quiet, *options, ranks=1))
 
-    process = start(stopped, tiny_folder, *options, ranks=1, **secrets)
+    process = start(stopped, *options, ranks=1, **secrets)
     await_step(process, stopped, 3)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -156,7 +154,7 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, tiny_folder):
     assert f"stopped after step {last}, and saved. To go on, add --resume to the command." in output
     assert last < 8 and max(sample["step"] for sample in rows(stopped, "samples")) >= last
 
-    output = finish(start(stopped, tiny_folder, *options, "--resume", ranks=1, **secrets))
+    output = finish(start(stopped, *options, "--resume", ranks=1, **secrets))
     assert f"resumed after step {last}" in output
     assert rows(stopped) == rows(quiet)
     assert rows(stopped, "samples") == rows(quiet, "samples")
@@ -167,9 +165,9 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path, tiny_folder):
         assert not [path for path in written if secret.encode() in path.read_bytes()] and secret not in output
 
 
-def test_a_scheduler_stops_a_run(tmp_path, tiny_folder):
+def test_a_scheduler_stops_a_run(tmp_path):
     """SIGTERM to the ranks themselves ends all in good order, with exit code 0."""
-    process = start(tmp_path, tiny_folder, "--steps", "1000")
+    process = start(tmp_path, "--steps", "1000")
     await_step(process, tmp_path, 2)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(children[0]), signal.SIGTERM)
@@ -202,7 +200,7 @@ def variants(base: list[str], cases: list[list[str]]) -> list[list]:
 
 
 @pytest.mark.slow
-def test_every_kind_of_run_goes_on(tmp_path, tiny_folder):
+def test_every_kind_of_run_goes_on(tmp_path):
     """Full fine-tuning, four-bit bases, adapter sync, FlowRL's log Z and dynamic sampling's place in the data."""
     cases = {
         "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
@@ -212,7 +210,7 @@ def test_every_kind_of_run_goes_on(tmp_path, tiny_folder):
         "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--param_offload", "1"],
     }
     base = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py"), "--output_dir", str(tmp_path), "--run_name", "r"]
-    base += ["--cache_dir", str(tiny_folder.parent), "--wandb_mode", "disabled", "--steps", "4", "--eval_every", "2"]
+    base += ["--wandb_mode", "disabled", "--steps", "4", "--eval_every", "2"]
     base += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 8 --kv_cache_gb 0.05".split()
     (compared,) = on_ranks(1, variants, base, list(cases.values()), folder=tmp_path, timeout=600)
     for name, (quiet, resumed) in zip(cases, compared, strict=True):

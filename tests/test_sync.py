@@ -1,8 +1,13 @@
 """The policy arrives in real vLLM: merged or as an adapter, whatever the ranks; and what does not arrive is noticed."""
 
+import json
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import on_ranks
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
@@ -53,41 +58,108 @@ def a_run(folder, tensor_parallel_size, **overrides):
         max_prompt_length=60,
         max_completion_length=4,
         tensor_parallel_size=tensor_parallel_size,
-        **({"dtype": "float32"} | overrides),
+        **({"dtype": "float32", "sync": "merged"} | overrides),
     )
     return bare_run(config, str(folder), TEXTS)
 
 
-def planted_faults(a):
-    """What verification says, if anything, to each way of the stream going wrong."""
-    import rollout
-
-    def skip(self, stream):
-        list(stream)
-
-    def one_stale(self, stream):  # the first layer's queries, keys and values are those of the sync before
-        real(self, ((name, stale.get(name, tensor)) for name, tensor in stream))
-
-    def shuffle(self, stream):  # two tensors of one shape under each other's names
-        other = {"model.layers.0.mlp.gate_proj.weight": "model.layers.0.mlp.up_proj.weight"}
-        other |= {value: key for key, value in other.items()}
-        real(self, ((other.get(name, name), tensor) for name, tensor in stream))
-
-    from stream import summon_layers
-
-    real, verdicts = rollout.Engine.load_weights, {}
-    stale = {n: t for n, t in summon_layers(a.policy.model, a.world.device) if "layers.0.self_attn" in n}
-    random_adapter(a.policy.model, 3, fsdp_utils.fill)
-    for fault in (skip, one_stale, shuffle):
-        rollout.Engine.load_weights = fault
+def verdicts_on(a, faults):
+    """What a verified sync says to each fault, while it is there; and without any, in the end."""
+    verdicts = {}
+    for name, (owner, attribute, broken) in faults.items():
+        random_adapter(a.policy.model, len(name), fsdp_utils.fill)
+        intact = getattr(owner, attribute)
+        setattr(owner, attribute, partial(broken, intact))
         try:
-            verdicts[fault.__name__] = a.sync(verify=True)
+            verdicts[name] = a.sync(verify=True)
         except RuntimeError as error:
-            verdicts[fault.__name__] = str(error)
-        finally:
-            rollout.Engine.load_weights = real
+            verdicts[name] = str(error)
+        setattr(owner, attribute, intact)
     verdicts["none"] = a.sync(verify=True)
     return verdicts
+
+
+def merged_faults(a):
+    """Ways for merged weights to go wrong: where they are sent, and where vLLM takes them."""
+    base = {name: parameter for name, parameter in lora.base_weights(a.policy.model)}
+    base = {name: fsdp_utils.gather(parameter).clone() for name, parameter in base.items()}
+    old = {name: tensor.clone() for name, tensor in a.weights()}
+    swapped = {"model.layers.0.mlp.gate_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+    swapped |= {value: key for key, value in swapped.items()}
+
+    def unmerged(part, weights, *arguments):
+        return ((name, base[name] if part in name else tensor) for name, tensor in weights(*arguments))
+
+    def doubled(weights, *arguments):
+        return ((name, 2 * tensor - base[name]) for name, tensor in weights(*arguments))
+
+    def nothing(load, stream):
+        list(stream)
+
+    def old_part(part, load, stream):
+        load((name, old[name] if part in name else tensor) for name, tensor in stream)
+
+    def late(load, stream):
+        kept = [(name, tensor.clone()) for name, tensor in stream]
+        load([(name, old[name]) for name, _ in kept])
+        old.update(kept)
+
+    def shuffled(load, stream):
+        load((swapped.get(name, name), tensor) for name, tensor in stream)
+
+    loading = a.engine, "load_weights"
+    return {
+        "adapters ignored": (a, "weights", partial(unmerged, "")),
+        "a layer ignored": (a, "weights", partial(unmerged, "layers.1.")),
+        "wrong scale": (a, "weights", doubled),
+        "not loaded": (*loading, nothing),
+        "a step late": (*loading, late),
+        "a part of qkv stale": (*loading, partial(old_part, "layers.0.self_attn.k_proj")),
+        "two exchanged": (*loading, shuffled),
+    }
+
+
+def adapter_faults(a):
+    """Ways for an adapter to go wrong: its requests do not name it, or another folder than the one sent is loaded."""
+    old = {}
+
+    def changed(change, load, folder):
+        path = Path(folder)
+        tensors, config = (
+            load_file(path / "adapter_model.safetensors"),
+            json.loads((path / "adapter_config.json").read_text()),
+        )
+        if a.world.rank == 0:
+            change(tensors, config)
+            save_file(tensors, path / "adapter_model.safetensors")
+            (path / "adapter_config.json").write_text(json.dumps(config))
+        torch.distributed.barrier()
+        load(folder)
+
+    def keep_old(part, tensors, config):
+        previous = old.get("tensors", {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+        old["tensors"] = dict(tensors)
+        tensors.update({name: tensor for name, tensor in previous.items() if part in name})
+
+    def drop_layer(tensors, config):
+        for name in [name for name in tensors if "layers.1." in name]:
+            del tensors[name]
+
+    def double(tensors, config):
+        config["lora_alpha"] *= 2
+
+    loading = a.engine, "load_adapter"
+    return {
+        "adapters ignored": (a.engine, "adapter", lambda adapter, name: None),
+        "a layer ignored": (*loading, partial(changed, drop_layer)),
+        "wrong scale": (*loading, partial(changed, double)),
+        "a step late": (*loading, partial(changed, partial(keep_old, ""))),
+        "a part of qkv stale": (*loading, partial(changed, partial(keep_old, "layers.0.self_attn.k_proj"))),
+    }
+
+
+# Where a fault is noticed: by reading vLLM's weights back, or only by what the probe does.
+RUNS, HOLDS = "does not run the trained weights", "does not hold the weights that were sent"
 
 
 def merged_syncs(folder, tensor_parallel_size, faults, overrides):
@@ -99,7 +171,7 @@ def merged_syncs(folder, tensor_parallel_size, faults, overrides):
         random_adapter(a.policy.model, seed, fsdp_utils.fill)
         metrics = a.sync(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
-    verdicts = planted_faults(a) if faults else {}
+    verdicts = verdicts_on(a, merged_faults(a)) if faults else {}
     after = [p.to_local() for _, p in sorted(a.policy.named_parameters()) if not p.requires_grad]
     return found, metrics, verdicts, all(torch.equal(a, b) for a, b in zip(before, after))
 
@@ -124,15 +196,14 @@ def test_the_stream_arrives_in_vllm(ranks, tp, faults, overrides, model_folder, 
             assert furthest(got, reference) < (0.3 if overrides.get("dtype") else 1e-3)
         assert unchanged
         if faults:
-            assert isinstance(verdicts.pop("none"), dict)
-            assert all("does not run the trained weights" in verdict for verdict in verdicts.values())
+            assert verdicts.pop("none")["sync/read_back_frac"] == 1
+            seen_by_probe = ("adapters ignored", "a layer ignored", "wrong scale")
+            for fault, verdict in verdicts.items():
+                assert (RUNS if fault in seen_by_probe else HOLDS) in verdict, (fault, verdict)
 
 
 def adapter_syncs(folder, tensor_parallel_size):
-    """vLLM's own LoRA: three versions of the policy's adapter, one after the other, and then one that does not come."""
-    from pathlib import Path
-
-    import sync
+    """vLLM's own LoRA: three versions of the policy's adapter, one after the other, and then faulty ones."""
     from rollout import Request
 
     a = a_run(folder, tensor_parallel_size, sync="adapter", sleep_level=1)
@@ -148,23 +219,21 @@ def adapter_syncs(folder, tensor_parallel_size):
         a.engine.generate([Request(TEXTS[0], 1, 1.0, seed=5, adapter="critic")])
     except ValueError as error:
         unknown = str(error)
-    a.engine.load_adapter = lambda folder: None
-    random_adapter(a.policy.model, 3, fsdp_utils.fill)
-    with pytest.raises(RuntimeError, match="does not run the trained weights"):
-        a.sync(verify=True)
-    assert sync.send_adapter(a.policy, a.engine)["sync/bytes"] == metrics["sync/bytes"]
+    verdicts = verdicts_on(a, adapter_faults(a))
     torch.distributed.barrier()  # the rank that cleans up has done so
-    return found, metrics, tokens, unknown, set(Path("/dev/shm").glob("lorl-*")) - before
+    return found, metrics, verdicts, tokens, unknown, set(Path("/dev/shm").glob("lorl-*")) - before
 
 
 def test_adapters_arrive_in_vllm(model_folder, tmp_path):
     folder = model_folder("qwen2", dtype=torch.float32, hidden_size=128)
     references = [plain_logprobs(folder, seed) for seed in (None, 1, 2)]
     results = on_ranks(2, adapter_syncs, folder, 2, folder=tmp_path)
-    for found, metrics, tokens, unknown, left in results:
+    for found, metrics, verdicts, tokens, unknown, left in results:
         for got, reference in zip(found, references):
             assert furthest(got, reference) < 1e-3
-        assert metrics["sync/arrived"] == pytest.approx(1, abs=1e-3)
-        assert tokens == results[0][2]
+        assert metrics["sync/probe_error"] < 0.01 and verdicts.pop("none")["sync/read_back_frac"] == 1
+        for fault, verdict in verdicts.items():
+            assert (RUNS if fault == "adapters ignored" else HOLDS) in verdict, (fault, verdict)
+        assert tokens == results[0][3]
         assert unknown == "vLLM has no adapter 'critic'; there are: policy"
         assert not left

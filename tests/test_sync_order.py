@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoint
 import fsdp_utils
+import sync
 from configs.base import Config
 from prepare import make_optimizer
 from run import Progress, Saved
@@ -42,9 +43,10 @@ def calls_of_a_step(sleep_level, monkeypatch):
 
     engine = Engine.__new__(Engine)
     engine.llm, engine.sleep_level, engine.adapters, engine.copies_at_once = RecordingLLM(), sleep_level, {}, False
+    engine.asleep = set()
     engine.with_tied_head = iter
     a = run.Run.__new__(run.Run)
-    a.config, a.engine = dataclasses.replace(Config(), sleep_level=sleep_level), engine
+    a.config, a.engine = dataclasses.replace(Config(), sync="merged", sleep_level=sleep_level), engine
     a.world = fsdp_utils.World(0, 1, torch.device("cuda"))
     block = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4), "down": torch.nn.Linear(4, 4, bias=False)})
     model = torch.nn.ModuleDict({"block": block})
@@ -58,10 +60,9 @@ def calls_of_a_step(sleep_level, monkeypatch):
     monkeypatch.setattr(
         run, "summon_layers", lambda model, _, **options: streamed(model, torch.device("cpu"), **options)
     )
-    a.verifier = SimpleNamespace(
-        expect=lambda *_: engine.llm.calls.append("expect") or (None, None),
-        check=lambda *_: engine.llm.calls.append("check") or {},
-    )
+    a.syncs = 0
+    a.verifier = SimpleNamespace(check=lambda everything: engine.llm.calls.append("probe") or {})
+    monkeypatch.setattr(run.sync.Sent, "check", lambda *_: engine.llm.calls.append("read back") or {})
     engine.sleep()
     engine.llm.calls.append("update")
     a.sync(verify=True)
@@ -69,13 +70,39 @@ def calls_of_a_step(sleep_level, monkeypatch):
 
 
 def test_sleep_and_wake_leave_each_other_room(monkeypatch):
-    """What is verified is computed before vLLM wakes: it needs the memory of a training step."""
-    around = ["update", "expect", "empty_cache"], ["reset_prefix_cache"]
-    assert calls_of_a_step(0, monkeypatch) == [*around[0], "load 1", *around[1], "check"]
+    """The probe comes while vLLM sleeps, for its forwards need the memory of a training step."""
+    around = ["update", "probe", "empty_cache"], ["reset_prefix_cache"]
+    assert calls_of_a_step(0, monkeypatch) == [*around[0], "load 1", *around[1], "read back"]
     for level, weights in ((1, 1), (2, 3)):  # after level 2, vLLM has lost what does not change, too
-        assert calls_of_a_step(level, monkeypatch) == [
-            *(f"sleep {level}", *around[0], "wake weights", f"load {weights}", *around[1], "wake kv_cache", "check")
-        ]
+        calls = [f"sleep {level}", *around[0], "wake weights", f"load {weights}", *around[1], "wake kv_cache"]
+        assert calls_of_a_step(level, monkeypatch) == [*calls, "read back"]
+
+
+def test_the_probe_leaves_the_gpu_to_either_side(monkeypatch):
+    """The trainer scores while vLLM sleeps, and in the end vLLM sleeps and the policy is what it was."""
+    calls, model = [], torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)})
+    sync.lora.inject(model, ["up"], 2, 2.0)
+    sync.lora.init_adapters(model, 0)
+    before = [parameter.clone() for parameter in model.parameters()]
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    policy, engine = SimpleNamespace(model=model), SimpleNamespace(sleep=lambda: calls.append("sleep"))
+    verifier = sync.Verifier(policy, engine, lambda everything: calls.append(f"send {everything}"), [], None)
+
+    def score() -> torch.Tensor:
+        calls.append("score")
+        return model["up"](torch.ones(4)) if model["up"].active else model["up"].base(torch.ones(4))
+
+    def ask(everything: bool = False) -> torch.Tensor:
+        verifier.send(everything)
+        engine.sleep()
+        return model["up"](torch.ones(4))
+
+    verifier.score, verifier.ask = score, ask
+    verifier.check(everything=True)
+    verifier.check()
+    assert calls[:3] == ["score", "send True", "sleep"] and calls[-4:] == ["send False", "sleep"] * 2
+    assert set(calls[3:-4]) == {"score"}, "scaled while vLLM sleeps"
+    assert all(map(torch.equal, before, model.parameters()))
 
 
 def test_optimizer_state_is_on_the_gpu_only_for_its_step():

@@ -1,13 +1,20 @@
 """The timeline of a step: its seconds add up, its memory is that of the phase, its trace has what ran."""
 
+import fcntl
 import gzip
 import json
+import math
 import os
+import re
+import struct
+import termios
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import progress_bar
 from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
@@ -101,3 +108,59 @@ def test_an_operators_time_is_without_that_of_those_it_calls():
         ("mm", 1, 4),
         ("mm", 10, 3),
     ]
+
+
+def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
+    """A changed loop may lack every phase and metric; NaN is no number for the console, JSON or wandb."""
+    config = Config(output_dir=str(tmp_path), run_name="run", wandb_mode="disabled", steps=3)
+    log = RunLog(config, write=True)
+    logged = []
+    log.wandb = SimpleNamespace(log=lambda metrics, step: logged.append(metrics), finish=lambda: None)
+    log.step(1, {})
+    log.phase("search")
+    log.step(2, {"my/metric": 2.0, "reward/mean": 0.5, "loss": math.nan, "policy/entropy": math.inf})
+    log.phase("update")
+    log.step(3, {"rollout/tokens": 5, "rollout/groups": 4, "reward/mixed_groups_frac": 0.75, "eval/accuracy": 0.25})
+    log.samples([])
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"step 2/3 \| reward 0.500 \| \d+\.\d s", lines[1])
+    line = (
+        r"step 3/3 \| groups 3/4 \| \d+\.\d s \(update \d+\.\d\) \| [\d,]+ tokens/s \| held-out accuracy 25.0% sampled"
+    )
+    assert re.fullmatch(line, lines[2])
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert rows[0] == {"step": 1, "time/step": 0}
+    assert rows[1]["loss"] is None and rows[1]["policy/entropy"] is None, "measured, and not finite"
+    assert "loss" not in logged[1] and all(math.isfinite(value) for metrics in logged for value in metrics.values())
+
+
+def shown_on_a_terminal(monkeypatch, rank: str) -> str:
+    """What a bar writes to a terminal, while its work takes long and once it is done."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(progress_bar, "SHOWN_AFTER", 0.1)
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with progress_bar.progress_bar("update", 4, "micro-batches") as bar:
+            bar.update()
+            time.sleep(0.5)
+        terminal.write("end")
+        terminal.flush()
+        written = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    return written
+
+
+def test_a_progress_bar_is_for_terminals_and_is_gone_afterwards(monkeypatch, capsys):
+    *shown, cleared, end = shown_on_a_terminal(monkeypatch, rank="0").split("\r")
+    assert end == "end" and cleared.strip() == "" and len(cleared) >= len(shown[-1])
+    assert "update: 1/4 micro-batches |" in shown[-1], "drawn though nothing was counted since"
+    assert shown_on_a_terminal(monkeypatch, rank="1") == "end", "one rank shows it"
+    monkeypatch.undo()
+    monkeypatch.setattr(progress_bar, "SHOWN_AFTER", 0.0)
+    with progress_bar.progress_bar("update", 4, "micro-batches") as bar:
+        bar.update()
+        time.sleep(0.1)
+    assert capsys.readouterr().err == "", "a log file has none"

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
 
 
-def train(ranks: int, config: str, folder: Path, tiny_folder: Path, *options: str) -> tuple[list[dict], Path]:
+def train(ranks: int, config: str, folder: Path, *options: str) -> tuple[list[dict], Path]:
     """Runs a configuration; its metrics and its run folder."""
     name = Path(config).stem
     done = torchrun(
         ranks, "train_grpo.py", "--config", str(ROOT / config), "--output_dir", str(folder), "--run_name", name,
-        "--cache_dir", str(tiny_folder.parent), "--wandb_mode", "disabled", *options,
+        "--wandb_mode", "disabled", *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     metrics = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
@@ -25,10 +25,10 @@ def train(ranks: int, config: str, folder: Path, tiny_folder: Path, *options: st
     return metrics, folder / name
 
 
-def test_arithmetic_learns(tmp_path, tiny_folder):
+def test_arithmetic_learns(tmp_path):
     """Held-out accuracy climbs well above where the teacher left it, and everything promised is on disk."""
     options = ["--steps", "30", "--eval_every", "15", "--save_every", "15"]
-    (before, *metrics), run = train(2, "configs/arithmetic_cpu.py", tmp_path, tiny_folder, *options)
+    (before, *metrics), run = train(2, "configs/arithmetic_cpu.py", tmp_path, *options)
     assert before["eval/accuracy"] < 0.4
     assert metrics[-1]["eval/accuracy"] > before["eval/accuracy"] + 0.2
     assert all(math.isfinite(value) for row in metrics for value in row.values())
@@ -51,14 +51,14 @@ def test_arithmetic_learns(tmp_path, tiny_folder):
     "ranks, tensor_parallel_size",
     [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
-def test_gsm8k_runs(tmp_path, tiny_folder, ranks, tensor_parallel_size):
+def test_gsm8k_runs(tmp_path, ranks, tensor_parallel_size):
     """The real problems through the tiny model, on one process, with TP, and with two engines of two ranks."""
     if not GSM8K.is_dir():
         pytest.skip(f"no GSM8K at {GSM8K}; set GSM8K_DIR")
     for rank in range(2) if tensor_parallel_size == 2 else ():  # what a killed engine leaves must not be in the way
         Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").write_bytes(bytes(64))
     options = ["--steps", "2", "--data_dir", str(GSM8K), "--tensor_parallel_size", str(tensor_parallel_size)]
-    metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, tiny_folder, *options)
+    metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, *options)
     assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

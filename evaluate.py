@@ -1,0 +1,247 @@
+"""Evaluates a model, an adapter or a run's checkpoint on a task's test problems, without training.
+
+    python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --eval_samples 8
+    torchrun --nproc-per-node=8 evaluate.py --adapter runs/x/checkpoints/step_000100/adapter
+    python evaluate.py --run runs/x --checkpoint best
+
+Every setting of training (configs/base.py) is an option here. A checkpoint, also if only its adapter is named, brings
+those of its run; by default all test problems are evaluated, and vLLM takes 90% of a GPU's memory. Written are
+results.json (metrics, settings, versions, hardware) and samples.jsonl (every completion).
+"""
+
+import quiet  # noqa: F401, I001  before torch
+
+import dataclasses
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import checkpoint
+import fsdp_utils
+import lora
+import nf4
+import reward
+from adapter_files import open_adapter
+from command_line import OneLineParser, parse_over, read_config_file
+from configs.base import Config
+from export import merge_all, read_model
+from models import meta_model, read_config
+from prepare import build_engine, check_fit, check_writable, load_prompts, on_disk
+from run import Evaluation, Evaluator, is_right, launch, listen, with_error
+from tracking import environment, hardware
+
+ALL = 1_000_000  # problems
+DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}  # whatever they were in training
+
+# ---- What is evaluated ----------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> tuple[Config, str]:
+    """The settings, of which `model` and `lora_adapter_path` are what is evaluated; and the output folder, if given.
+
+    Raises ValueError or OSError of one line for whatever is wrong.
+    """
+    parser = OneLineParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", default="", help="a file of configs/")
+    parser.add_argument("--adapter", default="", help="an adapter's folder, in peft's format")
+    parser.add_argument("--run", default="", help="a run's folder: one of its checkpoints is evaluated")
+    parser.add_argument("--checkpoint", default="", help="of that run: latest (the default), best, or a step")
+    parser.add_argument("--out", default="", help="the folder to write; default: OUTPUT_DIR/evaluations/TASK_TIME")
+    given, _ = parser.parse_known_args(arguments)
+    if given.run and (given.adapter or given.config):
+        raise ValueError("a run brings its own settings: leave out --run, or --adapter and --config")
+    if given.checkpoint and not given.run:
+        raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run")
+
+    adapter, settings = given.adapter, {}
+    if given.config:
+        settings = dataclasses.asdict(read_config_file(given.config))
+    elif given.run:
+        folder = find_checkpoint(Path(given.run), given.checkpoint or "latest")
+        settings = read_settings(folder)
+        if settings["lora_rank"]:
+            adapter = str(folder / "adapter")
+        else:
+            settings["model"] = str(folder / "model")
+    elif adapter and in_checkpoint(adapter):
+        settings = read_settings(Path(adapter).parent)
+    if adapter:
+        with open_adapter(adapter) as file:
+            named = {"model": file.base_model} if file.base_model else {}
+        settings = named | settings | {"lora_adapter_path": adapter}
+
+    config = parse_over(settings | DEFAULTS, parser, arguments)
+    if not config.lora_adapter_path:
+        return dataclasses.replace(config, sync="merged"), given.out  # with sync adapter, vLLM would wait for one
+    with open_adapter(config.lora_adapter_path) as file:
+        scale = {"lora_rank": file.rank, "lora_alpha": file.alpha, "use_rslora": file.rslora}
+    return dataclasses.replace(config, **scale), given.out
+
+
+def find_checkpoint(run: Path, which: str) -> Path:
+    """The folder of a run's checkpoint: "latest", "best", or that of a step."""
+    if which.isdecimal():
+        folder = run / "checkpoints" / f"step_{int(which):06d}"
+    elif which in ("latest", "best"):
+        if not (run / which).is_file():
+            raise ValueError(f"run {str(run)!r} has no {which} checkpoint")
+        folder = run / (run / which).read_text().strip()
+    else:
+        raise ValueError(f"checkpoint must be latest, best or a step, not {which!r}")
+    wrong = checkpoint.damage(folder)
+    if wrong:
+        raise ValueError(f"checkpoint {str(folder)!r} cannot be used: {wrong}")
+    return folder
+
+
+def in_checkpoint(adapter: str) -> bool:
+    """Whether the run that trained the adapter has left its settings beside it."""
+    return (Path(adapter).parent / "state.json").is_file()
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    try:
+        return dataclasses.asdict(Config(**json.loads((folder / "state.json").read_text())["config"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
+
+
+# ---- In vLLM --------------------------------------------------------------------------------------------------
+
+
+def prepare() -> tuple[Evaluator, Path]:
+    """vLLM with what is evaluated, the problems, and the output folder."""
+    listen(signal.SIG_DFL)
+    config, out = parse(sys.argv[1:])
+    reward.find_task(config.task, config.flexible)
+    world = fsdp_utils.init_world()
+    out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))
+    model = on_disk(config)
+    with fsdp_utils.reading(f"the tokenizer of model {model!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
+    check_fit(config, read_config(model), prompts)
+    with fsdp_utils.in_shared_memory(model) if config.use_shm else nullcontext(model) as fast_folder:
+        engine = build_engine(dataclasses.replace(config, sleep_level=0), fast_folder)
+        if config.sync == "adapter":
+            engine.load_adapter(config.lora_adapter_path)
+        elif config.lora_adapter_path or config.base_dtype == "nf4":
+            engine.load_weights(policy_weights(config, Path(fast_folder)))
+    evaluator = Evaluator(config, world, tokenizer, prompts[: config.eval_problems], engine)
+    if world.rank == 0:
+        problems = reward.load_problems(config.task, "test", config.data_dir, config.cache_dir)
+        introduce(evaluator, too_long=len(problems) - len(prompts))
+    return evaluator, folder
+
+
+def new_folder(folder: Path) -> Path:
+    """The folder, after a check that it can be written and has no results yet."""
+    check_writable(folder)
+    if (folder / "results.json").exists():
+        raise ValueError(f"{str(folder)!r} has the results of another evaluation; choose another --out")
+    return folder
+
+
+def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights that training with these settings gives vLLM: the base, dequantised if it was in four bits, with the
+    adapter merged.
+    """
+    dtype, device = getattr(torch, config.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    model = meta_model(str(folder), dtype)
+    wanted = dict(lora.base_weights(model))  # the file of a model with a tied head may have both
+    quantized = {f"{path}.weight" for path in lora.base_linears(model)} if config.base_dtype == "nf4" else set()
+
+    def base() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in read_model(folder):
+            if name in quantized:
+                tensor = nf4.dequantize(*nf4.quantize(tensor.to(device)), tensor.shape[1], dtype).cpu()
+            if name in wanted:
+                yield name, tensor.to(dtype)
+
+    with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
+        yield from merge_all(base(), adapter) if adapter else base()
+
+
+# ---- Results --------------------------------------------------------------------------------------------------
+
+
+def introduce(evaluator: Evaluator, too_long: int) -> None:
+    """Prints what is evaluated, and what may be wrong with it."""
+    config, adapter = evaluator.config, evaluator.config.lora_adapter_path
+    print(f"model  {config.model}, base weights in {config.dtype if config.base_dtype == 'dtype' else 'NF4'}")
+    if adapter:
+        print(f"       with {adapter}, rank {config.lora_rank}, {'merged' if config.sync == 'merged' else 'by vLLM'}")
+        with open_adapter(adapter) as file:
+            if file.base_model and file.base_model not in (config.model, evaluator.tokenizer.name_or_path):
+                print(f"       which names another base: {file.base_model}")
+        if config.base_dtype == "dtype" and not in_checkpoint(adapter):
+            print("       which does not say how its base was stored; if that was NF4, add --base_dtype nf4")
+    print(f"task   {config.task}, {len(evaluator.test_prompts):,} test problems, {config.eval_samples} samples of each")
+    if too_long:
+        print(f"       {too_long:,} more have prompts longer than max_prompt_length, {config.max_prompt_length} tokens")
+    print(f"world  {evaluator.world.size} x {hardware()}", flush=True)
+
+
+def pass_at_k(right: Tensor, k: int) -> Tensor:
+    """The chance that among k of a problem's n completions, drawn without putting back, at least one is right.
+
+    right (problems, n) of 0 and 1, with n ≥ k -> (problems, 1) float64. Unbiased: 1 - C(n - c, k) / C(n, k) for c right
+    ones (Chen et al. 2021, arXiv 2107.03374, equation 1), as the product of 1 - k / i over i = n - c + 1 ... n: the
+    binomials of a large n are no floating-point numbers.
+    """
+    n = right.shape[1]
+    factors = 1 - k / torch.arange(n, 0, -1, dtype=torch.float64)  # i = n first; 0 at i = k, so signs do not matter
+    none_right = torch.cat([torch.ones(1, dtype=torch.float64), factors.cumprod(0)])  # for c = 0 ... n
+    return 1 - none_right[right.sum(1, keepdim=True).long()]
+
+
+def measure(evaluation: Evaluation) -> dict[str, float]:
+    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n, and what the completions took."""
+    n, metrics = evaluation.sampled.shape[1], evaluation.metrics()
+    for k in sorted({2**power for power in range(n.bit_length())} | {n}):
+        metrics |= with_error(f"pass@{k}", pass_at_k(is_right(evaluation.sampled), k))
+    completions = evaluation.completions
+    tokens = sum(len(completion.token_ids) for completion in completions)
+    return metrics | {
+        "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
+        "length_mean": tokens / len(completions),
+        "tokens_per_second": tokens / evaluation.seconds,
+    }
+
+
+def evaluate(evaluator: Evaluator, folder: Path) -> None:
+    """Samples, scores, prints and writes."""
+    evaluation, prompts = evaluator.test(), evaluator.test_prompts
+    if evaluator.world.rank > 0:
+        return
+    metrics = measure(evaluation)
+    for name, value in metrics.items():
+        if not name.endswith("_stderr"):
+            error = metrics.get(f"{name}_stderr")
+            print(f"{name:<18}{value:10,.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    folder.mkdir(parents=True, exist_ok=True)
+    records = evaluator.records(prompts + prompts, evaluation.completions, evaluation.scores)
+    with open(folder / "samples.jsonl", "w", errors="backslashreplace") as file:
+        for completion, record in zip(evaluation.completions, records):
+            kind = "sampled" if completion.request < len(prompts) else "greedy"
+            record = {"problem": completion.request % len(prompts), "kind": kind} | record
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    results = {"metrics": metrics, "problems": len(prompts), "processes": evaluator.world.size}
+    results |= {"config": dataclasses.asdict(evaluator.config), "environment": environment()}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"wrote  {folder}/results.json, samples.jsonl")
+
+
+if __name__ == "__main__":
+    launch(prepare, lambda prepared: evaluate(*prepared))

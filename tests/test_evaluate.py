@@ -1,0 +1,123 @@
+"""evaluate.py: its estimators by brute force, and the same policy by every way into vLLM."""
+
+import dataclasses
+import json
+import math
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import on_ranks
+from test_lora import saved_adapter
+from test_train import train
+
+import evaluate
+import export
+from configs.base import Config
+from run import Evaluation, with_error
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    for n in range(1, 8):
+        right = torch.tensor([[float(i < c) for i in range(n)] for c in range(n + 1)]).flip(1)
+        for k in range(1, n + 1):
+            subsets = [list(subset) for subset in combinations(range(n), k)]
+            shares = [sum(row[subset].any().item() for subset in subsets) / len(subsets) for row in right]
+            assert evaluate.pass_at_k(right, k)[:, 0].tolist() == pytest.approx(shares, abs=1e-12)
+
+
+def test_pass_at_k_of_large_n():
+    """Against exact integers, which overflow a float64 from n of about 1,030 on."""
+    n, k = 20_000, 1_024
+    right = torch.zeros(4, n)
+    for row, c in enumerate(counts := [1, 3, 500, n - k + 1]):
+        right[row, :c] = 1
+    exact = [1 - math.comb(n - c, k) / math.comb(n, k) for c in counts]
+    assert evaluate.pass_at_k(right, k)[:, 0].tolist() == pytest.approx(exact, rel=1e-9)
+
+
+def test_errors_count_problems_and_scores_below_one_are_wrong():
+    """Four samples of each of two problems are two observations; 0.2 for good form is no fifth of a right answer."""
+    sampled = torch.tensor([[1.0, 1.2, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]], dtype=torch.float64)
+    metrics = Evaluation([], sampled, torch.tensor([[1.0], [0.2]]), 1.0).metrics()
+    assert metrics["accuracy"] == 0.25 and metrics["reward"] == pytest.approx(3.4 / 8)
+    assert metrics["accuracy_stderr"] == pytest.approx(0.25)  # of 0.5 and 0: standard deviation 0.354, over root 2
+    assert metrics["accuracy_greedy"] == 0.5
+    assert with_error("x", torch.ones(1, 3)) == {"x": 1.0}, "one problem has no standard error"
+
+
+# ---- Real vLLM ------------------------------------------------------------------------------------------------
+
+
+def evaluate_a_run(run: Path, cache: Path, out: Path) -> dict[str, list[list[int]]]:
+    """`evaluate.py --run RUN`; then completions of its adapter on the 16-bit base, of their export, and of the base."""
+    sys.argv = ["evaluate.py", *f"--run {run} --cache_dir {cache} --eval_problems 32 --out {out}".split()]
+    evaluator, folder = evaluate.prepare()
+    evaluate.evaluate(evaluator, folder)
+    merged = dataclasses.replace(evaluator.config, base_dtype="dtype")
+    export.export(f"{cache}/tiny", merged.lora_adapter_path, f"{out}/model")
+    streams = {
+        "merged": evaluate.policy_weights(merged, cache / "tiny"),
+        "exported": export.read_model(out / "model"),
+        "base": evaluate.policy_weights(dataclasses.replace(merged, lora_adapter_path=""), cache / "tiny"),
+    }
+    found = {}
+    for name, stream in streams.items():
+        evaluator.engine.load_weights(stream)
+        found[name] = [completion.token_ids for completion in evaluator.test().completions]
+    return found
+
+
+def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path, tiny_folder):
+    """Trained with QLoRA, whose base is not that of the model's files: two evaluations of one policy are equal only if
+    weights, prompts and seeds all are.
+    """
+    options = "--steps 2 --learning_rate 0.02 --base_dtype nf4 --eval_problems 32 --eval_samples 3".split()
+    metrics, run = train(1, "configs/arithmetic_cpu.py", tmp_path, tiny_folder, *options)
+    (found,) = on_ranks(1, evaluate_a_run, run, tiny_folder.parent, tmp_path / "out", folder=tmp_path)
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
+    assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]
+    assert found["merged"] == found["exported"] != found["base"]
+
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]
+    assert results["metrics"]["pass@1"] == pytest.approx(sum(map(sum, rights)) / 96)
+    assert results["metrics"]["pass@3"] == pytest.approx(sum(map(max, rights)) / 32)
+    assert all((eval(s["prompt"].rstrip("=")) == int(s["extracted"] or -1)) == s["reward"] for s in samples)
+
+
+def test_what_is_evaluated(model_folder, tmp_path):
+    """An adapter brings its base and scale; a checkpoint its run's settings, which options override."""
+    saved_adapter(model_folder("llama"), tmp_path / "adapter", rank=4, alpha=12)
+    config, _ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--task", "arithmetic"])
+    assert (config.model, config.lora_rank, config.lora_alpha) == (str(model_folder("llama")), 4, 12)
+    state = {
+        "config": dataclasses.asdict(Config(task="arithmetic", model="elsewhere", temperature=0.7, eval_problems=5))
+    }
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    config, _ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--temperature", "0.5"])
+    assert (config.model, config.task, config.temperature, config.lora_rank) == ("elsewhere", "arithmetic", 0.5, 4)
+    assert config.eval_problems == evaluate.ALL
+    assert evaluate.parse(["--model", "tiny", "--sync", "adapter"])[0].sync == "merged", "there is no adapter"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--adaptor", "x"], ["'--adaptor'", "--adapter"]),
+        (["--run", "runs/nothing"], ["'runs/nothing'", "latest"]),
+        (["--run", "runs/nothing", "--checkpoint", "30"], ["step_000030"]),
+        (["--run", "runs/nothing", "--checkpoint", "first"], ["latest, best or a step", "'first'"]),
+        (["--run", "x", "--adapter", "y"], ["--run", "--adapter"]),
+        (["--checkpoint", "best"], ["'best'", "--run"]),
+        (["--adapter", "nowhere"], ["'nowhere'", "adapter_config.json"]),
+        (["--eval_samples", "0"], ["eval_samples", "at least 1"]),
+    ],
+)
+def test_mistakes_are_one_line(arguments, words):
+    with pytest.raises((ValueError, OSError)) as error:
+        evaluate.parse(arguments)
+    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
