@@ -123,7 +123,7 @@ def prepare() -> tuple[Evaluator, Path]:
     """vLLM with what is evaluated, the problems, and the output folder."""
     listen(signal.SIG_DFL)
     config, out = parse(sys.argv[1:])
-    reward.find_task(config.task)
+    reward.find_task(config.task, config.flexible)
     world = fsdp_utils.init_world()
     out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))

@@ -1,8 +1,7 @@
 """Tasks: problems in, prompt text out, completion text in, score out. Strings only.
 
-A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion; where they
-differ from the usual, how its answer is read and what its problems are followed by. To train on your own data, write
-those functions and add the row.
+A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. To train on
+your own data, write those two functions and add the row.
 
     arithmetic   two-digit sums, generated; what the tiny model of `tiny_model.py` has learned, badly
     times_tables products of two small numbers, which a small pretrained model half knows
@@ -52,10 +51,8 @@ def load_problems(task: str, split: str, data_dir: str = "", cache_dir: str = ".
 def score(task: str, completion: str, answer: str, flexible: bool = False) -> float:
     """The reward of one completion; `flexible` as in `extract_answer`.
 
-    >>> score("gsm8k", "48 / 2 = 24, and 48 + 24 = 72.\\n#### 72", "72")
-    1.0
-    >>> score("gsm8k", "It is 72.", "72"), score("gsm8k", "It is 72.", "72", flexible=True)
-    (0.0, 1.0)
+    >>> score("gsm8k", "#### 72", "72"), score("gsm8k", "It is 72.", "72"), score("gsm8k", "It is 72.", "72", True)
+    (1.0, 0.0, 1.0)
     """
     return find_task(task, flexible).score(completion, answer)
 
@@ -204,20 +201,6 @@ def arithmetic_pairs(split: str) -> list[tuple[int, int]]:
     return pairs[:HELD_OUT] if split == "test" else pairs[HELD_OUT:]
 
 
-def arithmetic_solution(a: int, b: int, carry_slip: bool = False) -> str:
-    """The worked sum: the units, the tens with their carry, the answer. `carry_slip` gets the carry wrong.
-
-    >>> arithmetic_solution(47, 85)
-    '12 13 #### 132'
-    >>> arithmetic_solution(47, 85, carry_slip=True)
-    '12 12 #### 122'
-    """
-    units = a % 10 + b % 10
-    carry = units >= 10
-    tens = a // 10 + b // 10 + (carry != carry_slip)
-    return f"{units} {tens} #### {10 * tens + units % 10}"
-
-
 def arithmetic_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
     """`47+85=`, to be answered by `12 13 #### 132`; only the number after #### is scored.
 
@@ -277,11 +260,11 @@ def math_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
 
 def math_problem(row: Any, where: str) -> Problem:
     """From the texts `problem` or `question`, and `answer` or `solution`, which ends in `\\boxed{...}`."""
-    answer = text_field(row, where, "answer", "solution")
-    truth = last_boxed(answer) or ("" if "answer" not in row else answer.strip())
+    question, answer = text_field(row, where, "problem", "question"), text_field(row, where, "answer", "solution")
+    truth = last_boxed(answer) or (answer.strip() if "answer" in row else "")
     if not truth:
         raise ValueError(f"{where}: the solution must end in '\\boxed{{...}}', found {answer[-80:]!r}")
-    return Problem(text_field(row, where, "problem", "question"), truth)
+    return Problem(question, truth)
 
 
 def math_score(completion: str, answer: str) -> float:
@@ -294,14 +277,13 @@ def math_score(completion: str, answer: str) -> float:
 def download(url: str, path: Path) -> None:
     """Fetches a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
+    unfinished = path.with_suffix(f".{os.getpid()}")
     try:
-        urllib.request.urlretrieve(url, partial)
+        urllib.request.urlretrieve(url, unfinished)
     except OSError as error:
-        raise OSError(
-            f"cannot download {url} ({error}); set data_dir or GSM8K_DIR to a folder with {path.name}"
-        ) from None
-    partial.replace(path)
+        way_out = f"set data_dir or GSM8K_DIR to a folder with {path.name}"
+        raise OSError(f"cannot download {url} ({error}); {way_out}") from None
+    unfinished.replace(path)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:

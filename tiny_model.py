@@ -62,6 +62,20 @@ def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
+def arithmetic_solution(a: int, b: int, carry_slip: bool = False) -> str:
+    """The worked sum: the units, the tens with their carry, the answer. `carry_slip` gets the carry wrong.
+
+    >>> arithmetic_solution(47, 85)
+    '12 13 #### 132'
+    >>> arithmetic_solution(47, 85, carry_slip=True)
+    '12 12 #### 122'
+    """
+    units = a % 10 + b % 10
+    carry = units >= 10
+    tens = a // 10 + b // 10 + (carry != carry_slip)
+    return f"{units} {tens} #### {10 * tens + units % 10}"
+
+
 def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen2ForCausalLM:
     """Supervised learning from the sloppy teacher, on training problems only."""
     rng = random.Random(seed)
@@ -72,7 +86,7 @@ def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
         prompts, solutions = [], []
         for a, b in rng.choices(pairs, k=ROWS):
             prompts.append(f"{a}+{b}=")
-            solutions.append(reward.arithmetic_solution(a, b, carry_slip=rng.random() < CARRY_SLIP))
+            solutions.append(arithmetic_solution(a, b, carry_slip=rng.random() < CARRY_SLIP))
         rows = tokenizer(
             [p + s + tokenizer.eos_token for p, s in zip(prompts, solutions)], padding=True, return_tensors="pt"
         )

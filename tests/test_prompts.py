@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 from transformers import AutoTokenizer
 
 import fsdp_utils
@@ -16,7 +17,7 @@ DROPS = TEMPLATE.replace("%}[", "if m.role != 'system' %}[", 1)
 
 
 @pytest.fixture
-def asked(tiny_folder, tmp_path, monkeypatch):
+def asked(tmp_path, monkeypatch):
     """A function from options and a chat template to the texts of the prompts, of "2+2?" and a longer problem."""
     monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
     for split in ("train", "test"):
@@ -24,7 +25,7 @@ def asked(tiny_folder, tmp_path, monkeypatch):
         Path(tmp_path, f"{split}.jsonl").write_text(rows)
 
     def texts(template: str | None = None, **options: object) -> list[str]:
-        tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+        tokenizer = AutoTokenizer.from_pretrained(TINY)
         tokenizer.chat_template = template
         train, test = prepare.load_prompts(Config(task="gsm8k", data_dir=str(tmp_path), **options), tokenizer)
         assert train == test

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import reward
+from tiny_model import arithmetic_solution
 
 WAYS = ("#### N", "\\(\\boxed{N}\\)", "The answer is **$N**.", "**Answer:** N eggs.\n\nThat is all.")
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
@@ -183,8 +184,8 @@ def test_score_is_exact_match_of_the_extracted_number():
 
 def test_arithmetic_solutions_are_right_and_slips_are_wrong():
     for a, b in reward.arithmetic_pairs("test"):
-        assert reward.extract_answer(reward.arithmetic_solution(a, b)) == str(a + b)
-        assert reward.extract_answer(reward.arithmetic_solution(a, b, carry_slip=True)) != str(a + b)
+        assert reward.extract_answer(arithmetic_solution(a, b)) == str(a + b)
+        assert reward.extract_answer(arithmetic_solution(a, b, carry_slip=True)) != str(a + b)
 
 
 def test_arithmetic_held_out_problems_are_held_out():
