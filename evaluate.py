@@ -229,7 +229,8 @@ def evaluate(evaluator: Evaluator, folder: Path) -> None:
     for name, value in metrics.items():
         if not name.endswith("_stderr"):
             error = metrics.get(f"{name}_stderr")
-            print(f"{name:<18}{value:10,.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+            shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
+            print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
     records = evaluator.records(prompts + prompts, evaluation.completions, evaluation.scores)
     with open(folder / "samples.jsonl", "w", errors="backslashreplace") as file:
