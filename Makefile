@@ -8,7 +8,7 @@ PIP := $(BIN)/pip install -q --no-deps --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 PYTORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: train test test-all soak lint clean
+.PHONY: train test test-all test-everywhere soak lint clean
 
 train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py $(ARGS)
@@ -18,6 +18,15 @@ test: .venv/ready-dev lint
 
 test-all: .venv/ready-dev lint
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+
+# As on other processors: torch's own kernels, oneDNN (bfloat16 products, vLLM's too) and MKL (float32 products) each
+# choose theirs by a variable; vLLM chooses its attention by what the processor has.
+test-everywhere: .venv/ready-dev
+	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --backwards $(ARGS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(ARGS)
+	ATEN_CPU_CAPABILITY=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=2 $(BIN)/python -m pytest --backwards $(ARGS)
 
 soak: .venv/ready
 	$(BIN)/python benchmarks/soak.py $(ARGS)

@@ -1,9 +1,10 @@
 """What tests share: small models, and a way to run a function on several ranks."""
 
+import multiprocessing.connection
 import os
-import pickle
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,32 +20,62 @@ sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():  # as on a fresh machine, no C++ compiler is found, and nothing that was compiled
     os.environ |= {"CXX": "none", "TORCHINDUCTOR_CACHE_DIR": str(ROOT / ".cache" / "inductor")}
 
-WORKER = """
-import pickle, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import importlib, os, torch
-call = sys.argv[1]
-module, name, args = pickle.load(open(call, "rb"))
-result = getattr(importlib.import_module(module), name)(*args)
-torch.save(result, call + "." + os.environ["RANK"])
-if "vllm" not in sys.modules:  # which cleans up as the interpreter ends
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # nobody leaves while another still needs its store
-    os._exit(0)  # threads of gloo that outlive the interpreter would abort it
-"""
+# What ranks import, once for all of them: they are forks of a process that has done so, and of nothing else.
+PRELOADED = ["train_grpo", "torch.distributed.fsdp", "transformers.models.qwen2.modeling_qwen2"]
+PRELOADED += ["vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2"]
+ranks_are = multiprocessing.get_context("forkserver")
+ranks_are.set_forkserver_preload(PRELOADED)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backwards", action="store_true", help="run the tests in reversed order")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("backwards"):
+        items.reverse()
 
 
 def on_ranks(ranks: int, function: Callable, *args: Any, folder: Path, timeout: int = 300) -> list[Any]:
-    """Runs a test module's top-level function under torchrun; the result of each rank.
+    """Runs a test module's top-level function on several ranks, as under torchrun; the result of each.
 
     Only a fresh process can join a process group or hold a vLLM engine, so these tests start some.
     """
-    call, script = folder / "call.pickle", folder / "worker.py"
-    call.write_bytes(pickle.dumps((function.__module__, function.__name__, args)))
-    script.write_text(WORKER.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    done = torchrun(ranks, str(script), str(call), timeout=timeout)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    return [torch.load(f"{call}.{rank}", weights_only=False) for rank in range(ranks)]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
+    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    processes = []
+    for rank in range(ranks):
+        environment = {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(ranks_are.Process(target=be_a_rank, args=(environment, folder, function, args)))
+        processes[-1].start()
+    deadline = time.time() + timeout
+    while any(process.exitcode is None for process in processes):
+        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], deadline - time.time())
+        if time.time() > deadline or any(process.exitcode for process in processes):  # the others would wait for it
+            for process in processes:
+                process.kill()
+    said = "".join(path.read_text()[-8000:] for path in sorted(folder.glob("rank_*.txt")))
+    assert not any(process.exitcode for process in processes), said
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def be_a_rank(environment: dict[str, str], folder: Path, function: Callable, args: tuple) -> None:
+    """Runs in the process of a rank."""
+    os.environ |= environment
+    if environment["WORLD_SIZE"] != "1" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun has it
+    name = f"rank_{environment['RANK']}"
+    with open(folder / f"{name}.txt", "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.save(function(*args), folder / f"{name}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another is still connected
+    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):  # vLLM's, which it removes in an orderly exit alone
+        left.unlink(missing_ok=True)
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo that outlive the interpreter would abort it
 
 
 def torchrun(ranks: int, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
