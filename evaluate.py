@@ -140,8 +140,7 @@ def prepare() -> tuple[Evaluator, Path]:
             engine.load_weights(policy_weights(config, Path(fast_folder)))
     evaluator = Evaluator(config, world, tokenizer, prompts[: config.eval_problems], engine)
     if world.rank == 0:
-        problems = reward.load_problems(config.task, "test", config.data_dir, config.cache_dir)
-        introduce(evaluator, too_long=len(problems) - len(prompts))
+        introduce(evaluator)
     return evaluator, folder
 
 
@@ -176,20 +175,18 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
 # ---- Results --------------------------------------------------------------------------------------------------
 
 
-def introduce(evaluator: Evaluator, too_long: int) -> None:
+def introduce(evaluator: Evaluator) -> None:
     """Prints what is evaluated, and what may be wrong with it."""
     config, adapter = evaluator.config, evaluator.config.lora_adapter_path
     print(f"model  {config.model}, base weights in {config.dtype if config.base_dtype == 'dtype' else 'NF4'}")
     if adapter:
-        print(f"       with {adapter}, rank {config.lora_rank}, {'merged' if config.sync == 'merged' else 'by vLLM'}")
+        print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
         with open_adapter(adapter) as file:
             if file.base_model and file.base_model not in (config.model, evaluator.tokenizer.name_or_path):
                 print(f"       which names another base: {file.base_model}")
         if config.base_dtype == "dtype" and not in_checkpoint(adapter):
             print("       which does not say how its base was stored; if that was NF4, add --base_dtype nf4")
     print(f"task   {config.task}, {len(evaluator.test_prompts):,} test problems, {config.eval_samples} samples of each")
-    if too_long:
-        print(f"       {too_long:,} more have prompts longer than max_prompt_length, {config.max_prompt_length} tokens")
     print(f"world  {evaluator.world.size} x {hardware()}", flush=True)
 
 

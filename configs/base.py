@@ -97,8 +97,7 @@ class Config:
     enforce_eager: bool = option(False, "vLLM without CUDA graphs: starts sooner, generates slower")
     sync: Literal["merged", "adapter"] | None = option(
         None,
-        "how vLLM gets the policy. adapter: as vLLM's own LoRA, which loses nothing. merged: base plus adapter as "
-        "weights, which generates faster, but bfloat16 rounds small updates away. Mostly adapter, see `sends_adapter`",
+        "adapter: vLLM's own LoRA, loses nothing; merged: new weights, faster, lossy in bfloat16; mostly adapter",
     )
     sync_prefetch: bool = option(
         False, "gather the next weight while vLLM loads one: faster, for one weight more memory"
