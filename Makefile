@@ -1,4 +1,4 @@
-# Two commands on a fresh CPU machine: `make train` and `make test`. Both set up .venv first.
+# On a fresh CPU machine: `make train`, `make real` and `make test`. Each sets up .venv first.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,10 +8,15 @@ PIP := $(BIN)/pip install -q --no-deps --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 PYTORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: train test test-all test-everywhere soak lint clean
+.PHONY: train real test test-all test-everywhere soak lint clean
 
 train: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py $(ARGS)
+
+# A real pretrained model on a task that it half knows. MODEL: a folder or a name on the hub; without the hub, PyPI's.
+real: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 train_grpo.py --config configs/smollm2_times_tables.py \
+	--model $${MODEL:-$$($(BIN)/python real_model.py)} $(ARGS)
 
 test: .venv/ready-dev lint
 	$(BIN)/python -m pytest $(ARGS)

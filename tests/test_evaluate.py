@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_ranks
+from conftest import TINY, on_ranks
 from test_lora import saved_adapter
 from test_train import train
 
@@ -51,17 +51,17 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 # ---- Real vLLM ------------------------------------------------------------------------------------------------
 
 
-def evaluate_a_run(run: Path, cache: Path, out: Path) -> dict[str, list[list[int]]]:
+def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     """`evaluate.py --run RUN`; then completions of its adapter on the 16-bit base, of their export, and of the base."""
-    sys.argv = ["evaluate.py", *f"--run {run} --cache_dir {cache} --eval_problems 32 --out {out}".split()]
+    sys.argv = ["evaluate.py", *f"--run {run} --eval_problems 32 --out {out}".split()]
     evaluator, folder = evaluate.prepare()
     evaluate.evaluate(evaluator, folder)
     merged = dataclasses.replace(evaluator.config, base_dtype="dtype")
-    export.export(f"{cache}/tiny", merged.lora_adapter_path, f"{out}/model")
+    export.export(str(TINY), merged.lora_adapter_path, f"{out}/model")
     streams = {
-        "merged": evaluate.policy_weights(merged, cache / "tiny"),
+        "merged": evaluate.policy_weights(merged, TINY),
         "exported": export.read_model(out / "model"),
-        "base": evaluate.policy_weights(dataclasses.replace(merged, lora_adapter_path=""), cache / "tiny"),
+        "base": evaluate.policy_weights(dataclasses.replace(merged, lora_adapter_path=""), TINY),
     }
     found = {}
     for name, stream in streams.items():
@@ -70,13 +70,13 @@ def evaluate_a_run(run: Path, cache: Path, out: Path) -> dict[str, list[list[int
     return found
 
 
-def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path, tiny_folder):
+def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path):
     """Trained with QLoRA, whose base is not that of the model's files: two evaluations of one policy are equal only if
     weights, prompts and seeds all are.
     """
     options = "--steps 2 --learning_rate 0.02 --base_dtype nf4 --eval_problems 32 --eval_samples 3".split()
-    metrics, run = train(1, "configs/arithmetic_cpu.py", tmp_path, tiny_folder, *options)
-    (found,) = on_ranks(1, evaluate_a_run, run, tiny_folder.parent, tmp_path / "out", folder=tmp_path)
+    metrics, run = train(1, "configs/arithmetic_cpu.py", tmp_path, *options)
+    (found,) = on_ranks(1, evaluate_a_run, run, tmp_path / "out", folder=tmp_path)
     results = json.loads((tmp_path / "out/results.json").read_text())
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
     assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]

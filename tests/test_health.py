@@ -100,7 +100,7 @@ def test_a_run_says_it_once_in_full_counts_and_stops_saved():
         run.conclude(6, dict(NOTHING))
 
 
-def test_a_real_run_stops(tmp_path, tiny_folder):
+def test_a_real_run_stops(tmp_path):
     """Two tokens hold no answer, so all rewards are 0."""
     options = "--steps 9 --max_useless 2 --max_completion_length 2 --prompts_per_step 4 --group_size 2 --save_every 0"
     options += f" --wandb_mode disabled --eval_problems 4 --eval_samples 1 --output_dir {tmp_path} --run_name silent"
