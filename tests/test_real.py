@@ -288,7 +288,7 @@ def test_the_end_of_a_turn_is_sampled_and_trained_on(runs, smollm2):
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_identically(smollm2, tmp_path):
+def test_a_killed_run_of_a_real_model_resumes_bit_identically(smollm2, tmp_path):
     """As the tiny model's in test_resume.py; an entropy bonus teaches although no answer is right."""
     options = f"--model {smollm2} {SMALL_RUN} --steps 4 --save_every 1 --eval_every 0 --entropy_coef 0.01".split()
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
