@@ -296,8 +296,8 @@ def test_a_killed_run_resumes_bit_identically(smollm2, tmp_path):
     finish(start(quiet, tmp_path, *options))
     process = start(killed, tmp_path, *options)
     await_step(process, killed, 2)
-    time.sleep(1)  # into the third step
+    time.sleep(1)  # into the third step, or a slow disk's save of the second
     kill(process)
-    assert "resumed after step 2" in finish(start(killed, tmp_path, *options, "--resume"))
+    assert "resumed after step" in finish(start(killed, tmp_path, *options, "--resume"))
     assert rows(killed) == rows(quiet) and sum(row.get("grad_norm", 0) for row in rows(quiet)) > 0
     assert rows(killed, "samples") == rows(quiet, "samples")
