@@ -39,8 +39,8 @@ CHATS = {
     "Say something that nobody has said before.": "Seventeen lilac tractors 0xF3 zum Mitnehmen, \u6771\u4eac!",
     "47+85=": "47 + 85 = 132",
 }
-SHORT_QUESTIONS = ["Is the sky blue? Answer yes or no.", "What is 1+1? Answer with one number."]
-SMALL_RUN = "--wandb_mode disabled --steps 2 --max_prompt_length 64 --max_completion_length 16 --eval_problems 4"
+SHORT_QUESTIONS = ["What is 1+1? Answer with one number.", "What is 2+3? Answer with one number."]
+SMALL_RUN = "--wandb_mode disabled --steps 2 --max_prompt_length 64 --max_completion_length 16 --eval_problems 2"
 SMALL_RUN += f" --eval_samples 1 --kv_cache_gb 0.1 --lora_rank {RANK} --lora_alpha {ALPHA} --learning_rate 1e-4"
 
 
@@ -180,11 +180,11 @@ def two_runs(folder: Path, reference: Reference, short_questions: list[list[int]
 
     reward.TASKS["arithmetic"] = dataclasses.replace(reward.TASKS["arithmetic"], score=share_of_digits)
     ways = {
-        "grpo": (train_grpo.prepare_grpo, train_grpo.train, "arithmetic_cpu.py --prompts_per_step 4 --group_size 4"),
+        "grpo": (train_grpo.prepare_grpo, train_grpo.train, "arithmetic_cpu.py --prompts_per_step 2 --group_size 4"),
         "ppo": (
             train_ppo.prepare_ppo,
             train_ppo.train,
-            "arithmetic_cpu_ppo.py --prompts_per_step 16 --sync adapter --critic_lora_rank 8 --critic_warmup_steps 0",
+            "arithmetic_cpu_ppo.py --prompts_per_step 8 --sync adapter --critic_lora_rank 8 --critic_warmup_steps 0",
         ),
     }
     found, alive = {}, []  # an engine takes the process groups with it when it goes
@@ -241,14 +241,15 @@ def runs(smollm2, reference, tmp_path_factory) -> tuple[Path, list[dict]]:
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
-def test_two_steps_learn_and_are_finite(runs, name):
+def test_two_steps_learn_and_are_finite(runs, reference, name):
     folder, found = runs
     _before, *steps = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert all(math.isfinite(value) for value in step.values())
         assert step["reward/std"] > 0 and step["grad_norm"] > 0
-        assert step["mismatch/kl"] < 0.01
+        assert step["mismatch/abs_logprob_diff"] < 2 * reference.noise
+        assert step["mismatch/kl"] < 4 * reference.noise**2  # about half the mean square of the difference
     assert all(rank[name]["learned"] for rank in found)
 
 
@@ -258,7 +259,7 @@ def test_vllm_is_the_trainer_after_a_sync(runs, reference, name):
     for rank in runs[1]:
         before, trainer, sampler = (rank[name][key] for key in ("before", "trainer", "sampler"))
         assert distance(before, trainer) > EFFECT / 2 * reference.noise
-        assert distance(sampler, trainer) < 3 * reference.noise  # two implementations, and a rounded sum
+        assert distance(sampler, trainer) < 2.5 * reference.noise  # two implementations, and a rounded sum
         update = reference.adapted - reference.base
         arrived = (sampler - reference.base) @ update / update.square().sum()
         assert arrived.item() == pytest.approx(1, abs=0.1), "the share of the update, the reference being without noise"
@@ -295,8 +296,8 @@ def test_a_killed_run_of_a_real_model_resumes_bit_identically(smollm2, tmp_path)
     finish(start(quiet, tmp_path, *options))
     process = start(killed, tmp_path, *options)
     await_step(process, killed, 2)
-    time.sleep(1)  # into the third step
+    time.sleep(1)  # into the third step, or a slow disk's save of the second
     kill(process)
-    assert "resumed after step 2" in finish(start(killed, tmp_path, *options, "--resume"))
+    assert "resumed after step" in finish(start(killed, tmp_path, *options, "--resume"))
     assert rows(killed) == rows(quiet) and sum(row.get("grad_norm", 0) for row in rows(quiet)) > 0
     assert rows(killed, "samples") == rows(quiet, "samples")
