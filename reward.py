@@ -217,7 +217,7 @@ def times_tables_problems(split: str, data_dir: str, cache_dir: str) -> list[Pro
     """Products of 2 to 20 with 2 to 12, a third of them held out; 7 times 8 is on the side of 8 times 7.
 
     >>> times_tables_problems("test", "", "")[0]
-    Problem(prompt='What is 2 times 2?', answer='4')
+    Problem(prompt='What is 2 times 3?', answer='6')
     """
     pairs = [(a, b) for a in range(2, 21) for b in range(2, 13)]
     sets = sorted({tuple(sorted(pair)) for pair in pairs})

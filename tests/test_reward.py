@@ -242,7 +242,7 @@ def test_no_problems_or_no_file_is_said(tmp_path):
     (tmp_path / "train.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no train problems"):
         reward.load_problems("gsm8k", "train", str(tmp_path))
-    with pytest.raises(ValueError, match="unknown task 'gsm'; there are: arithmetic, gsm8k, math"):
+    with pytest.raises(ValueError, match="unknown task 'gsm'; there are: arithmetic, times_tables, gsm8k, math"):
         reward.load_problems("gsm", "train")
 
 

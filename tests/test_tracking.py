@@ -148,7 +148,9 @@ def shown_on_a_terminal(monkeypatch, rank: str) -> str:
             time.sleep(0.5)
         terminal.write("end")
         terminal.flush()
-        written = os.read(ours, 1 << 16).decode()
+        written = ""
+        while not written.endswith("end"):  # a read gives what has come so far
+            written += os.read(ours, 1 << 16).decode()
     os.close(ours)
     return written
 
