@@ -29,8 +29,9 @@ def test_arithmetic_learns(tmp_path):
     """Held-out accuracy climbs well above where the teacher left it, and everything promised is on disk."""
     options = ["--steps", "30", "--eval_every", "15", "--save_every", "15"]
     (before, *metrics), run = train(2, "configs/arithmetic_cpu.py", tmp_path, *options)
-    assert before["eval/accuracy"] < 0.4
-    assert metrics[-1]["eval/accuracy"] > before["eval/accuracy"] + 0.2
+    error = 0.5 / math.sqrt(256 * 4)  # one standard error of an accuracy, of so many samples, at most
+    assert before["eval/accuracy"] == pytest.approx(0.35, abs=4 * error), "the teacher's, in the weights"
+    assert metrics[-1]["eval/accuracy"] > before["eval/accuracy"] + 10 * error
     assert all(math.isfinite(value) for row in metrics for value in row.values())
     assert all(row["mismatch/kl"] < 0.01 for row in metrics), "trainer and sampler run the same weights"
     assert all(row["sync/update_survival"] > 0.9 for row in metrics)
