@@ -1,30 +1,19 @@
 """The policy arrives in real vLLM: merged or as an adapter, whatever the ranks; and what does not arrive is noticed."""
 
-import json
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import on_ranks
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import fsdp_utils
 import lora
+from benchmarks.arrival import adapter_faults, merged_faults, random_adapter, verdicts_on
 
 TEXTS = [[7 * i % 150 + 5 for i in range(n)] for n in (40, 31, 31)]
 RANK, ALPHA = 4, 8.0
-
-
-def random_adapter(model, seed, fill, scale=0.1, name=lora.POLICY):
-    """The same values for the same seed, wherever the model's tensors live."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
-            adapter = layer.adapters[name]
-            for parameter in (adapter.lora_A, adapter.lora_B):
-                fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
+SCALE = 0.1  # of the random adapters
+LAYER = "model.layers.1"  # where faults are planted
 
 
 def plain_logprobs(folder, seed, targets=("all-linear",)):
@@ -32,7 +21,7 @@ def plain_logprobs(folder, seed, targets=("all-linear",)):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if seed is not None:
         lora.inject(model, list(targets), RANK, ALPHA)
-        random_adapter(model, seed, torch.Tensor.copy_)
+        random_adapter(model, seed, SCALE)
         for _, layer in lora.lora_layers(model):
             adapter = layer.adapters[lora.POLICY]
             layer.weight.data += ALPHA / RANK * adapter.lora_B.data @ adapter.lora_A.data
@@ -63,101 +52,6 @@ def a_run(folder, tensor_parallel_size, **overrides):
     return bare_run(config, str(folder), TEXTS)
 
 
-def verdicts_on(a, faults):
-    """What a verified sync says to each fault, while it is there; and without any, in the end."""
-    verdicts = {}
-    for name, (owner, attribute, broken) in faults.items():
-        random_adapter(a.policy.model, len(name), fsdp_utils.fill)
-        intact = getattr(owner, attribute)
-        setattr(owner, attribute, partial(broken, intact))
-        try:
-            verdicts[name] = a.sync(verify=True)
-        except RuntimeError as error:
-            verdicts[name] = str(error)
-        setattr(owner, attribute, intact)
-    verdicts["none"] = a.sync(verify=True)
-    return verdicts
-
-
-def merged_faults(a):
-    """Ways for merged weights to go wrong: where they are sent, and where vLLM takes them."""
-    base = {name: parameter for name, parameter in lora.base_weights(a.policy.model)}
-    base = {name: fsdp_utils.gather(parameter).clone() for name, parameter in base.items()}
-    old = {name: tensor.clone() for name, tensor in a.weights()}
-    swapped = {"model.layers.0.mlp.gate_proj.weight": "model.layers.0.mlp.up_proj.weight"}
-    swapped |= {value: key for key, value in swapped.items()}
-
-    def unmerged(part, weights, *arguments):
-        return ((name, base[name] if part in name else tensor) for name, tensor in weights(*arguments))
-
-    def doubled(weights, *arguments):
-        return ((name, 2 * tensor - base[name]) for name, tensor in weights(*arguments))
-
-    def nothing(load, stream):
-        list(stream)
-
-    def old_part(part, load, stream):
-        load((name, old[name] if part in name else tensor) for name, tensor in stream)
-
-    def late(load, stream):
-        kept = [(name, tensor.clone()) for name, tensor in stream]
-        load([(name, old[name]) for name, _ in kept])
-        old.update(kept)
-
-    def shuffled(load, stream):
-        load((swapped.get(name, name), tensor) for name, tensor in stream)
-
-    loading = a.engine, "load_weights"
-    return {
-        "adapters ignored": (a, "weights", partial(unmerged, "")),
-        "a layer ignored": (a, "weights", partial(unmerged, "layers.1.")),
-        "wrong scale": (a, "weights", doubled),
-        "not loaded": (*loading, nothing),
-        "a step late": (*loading, late),
-        "a part of qkv stale": (*loading, partial(old_part, "layers.0.self_attn.k_proj")),
-        "two exchanged": (*loading, shuffled),
-    }
-
-
-def adapter_faults(a):
-    """Ways for an adapter to go wrong: its requests do not name it, or another folder than the one sent is loaded."""
-    old = {}
-
-    def changed(change, load, folder):
-        path = Path(folder)
-        tensors, config = (
-            load_file(path / "adapter_model.safetensors"),
-            json.loads((path / "adapter_config.json").read_text()),
-        )
-        if a.world.rank == 0:
-            change(tensors, config)
-            save_file(tensors, path / "adapter_model.safetensors")
-            (path / "adapter_config.json").write_text(json.dumps(config))
-        torch.distributed.barrier()
-        load(folder)
-
-    def keep_old(part, tensors, config):
-        previous = old.get("tensors", {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
-        old["tensors"] = dict(tensors)
-        tensors.update({name: tensor for name, tensor in previous.items() if part in name})
-
-    def drop_layer(tensors, config):
-        for name in [name for name in tensors if "layers.1." in name]:
-            del tensors[name]
-
-    def double(tensors, config):
-        config["lora_alpha"] *= 2
-
-    loading = a.engine, "load_adapter"
-    return {
-        "adapters ignored": (a.engine, "adapter", lambda adapter, name: None),
-        "a layer ignored": (*loading, partial(changed, drop_layer)),
-        "wrong scale": (*loading, partial(changed, double)),
-        "a step late": (*loading, partial(changed, partial(keep_old, ""))),
-        "a part of qkv stale": (*loading, partial(changed, partial(keep_old, "layers.0.self_attn.k_proj"))),
-    }
-
-
 # Where a fault is noticed: by reading vLLM's weights back, or only by what the probe does.
 RUNS, HOLDS = "does not run the trained weights", "does not hold the weights that were sent"
 
@@ -168,10 +62,10 @@ def merged_syncs(folder, tensor_parallel_size, faults, overrides):
     a.sync(verify=True)
     found.append([a.engine.logprobs(text) for text in TEXTS])
     for seed in (1, 2):
-        random_adapter(a.policy.model, seed, fsdp_utils.fill)
+        random_adapter(a.policy.model, seed, SCALE)
         metrics = a.sync(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
-    verdicts = verdicts_on(a, merged_faults(a)) if faults else {}
+    verdicts = verdicts_on(a, merged_faults(a, LAYER), SCALE) if faults else {}
     after = [p.to_local() for _, p in sorted(a.policy.named_parameters()) if not p.requires_grad]
     return found, metrics, verdicts, all(torch.equal(a, b) for a, b in zip(before, after))
 
@@ -211,7 +105,7 @@ def adapter_syncs(folder, tensor_parallel_size):
     a.sync(verify=True)
     found.append([a.engine.logprobs(text) for text in TEXTS])
     for seed in (1, 2):
-        random_adapter(a.policy.model, seed, fsdp_utils.fill)
+        random_adapter(a.policy.model, seed, SCALE)
         metrics = a.sync(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
     tokens = [completion.token_ids for completion in a.engine.generate([Request(TEXTS[0], 2, 1.0, seed=5)])]
@@ -219,7 +113,7 @@ def adapter_syncs(folder, tensor_parallel_size):
         a.engine.generate([Request(TEXTS[0], 1, 1.0, seed=5, adapter="critic")])
     except ValueError as error:
         unknown = str(error)
-    verdicts = verdicts_on(a, adapter_faults(a))
+    verdicts = verdicts_on(a, adapter_faults(a, LAYER), SCALE)
     torch.distributed.barrier()  # the rank that cleans up has done so
     return found, metrics, verdicts, tokens, unknown, set(Path("/dev/shm").glob("lorl-*")) - before
 
