@@ -11,6 +11,8 @@ from typing import Any
 from configs.base import Config
 from tracking import shorten
 
+SYNCS_LOST = 10  # in a row, after which a run ends
+
 Metrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
 
@@ -88,6 +90,16 @@ def reason_to_stop(steps: int, metrics: Metrics, samples: Sequence[Sample], conf
     return (
         f"nothing to learn from in {steps} steps in a row (max_useless): {what_was_seen(metrics)}. "
         f"Likely causes: {causes}. See samples.jsonl"
+    )
+
+
+def reason_of_losses(syncs: int, metrics: Metrics, config: Config) -> str | None:
+    """What ends a run after so many syncs in a row that lost most of the update; None as long as they are few enough."""
+    if syncs < SYNCS_LOST:
+        return None
+    return (
+        f"for {syncs} syncs in a row the sampler got less of the update than min_survival {config.min_survival:g}: "
+        f"{explain_survival(metrics['sync/update_survival'])}. With min_survival 0 a run goes on regardless"
     )
 
 

@@ -34,7 +34,7 @@ import lora
 import reward
 import sync
 from configs.base import Config
-from health import explain, explain_survival, reason_to_stop, rewards_differ
+from health import explain, explain_survival, reason_of_losses, reason_to_stop, rewards_differ
 from policy import Policy
 from rollout import Completion, Engine, Request
 from stream import SyncStats, summon_layers, to_send
@@ -45,7 +45,6 @@ SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per eval
 EXPLAINED_EVERY = 10  # steps within which a useless one is explained once, at full length
 SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
 FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
-PATIENCE = 10  # syncs that may lose most of the update before the run ends
 LAST_WORDS = 20.0  # seconds that a failing process may take to end
 
 
@@ -311,13 +310,16 @@ class Run(Evaluator):
         self.log.step(step, metrics)
         self.check_health(metrics)
         self.count_useless(step, metrics)
-        useless = reason_to_stop(self.progress.steps_useless, metrics, self.samples, config)
+        if config.lora_forward == "factored":  # merged: what merging loses, the trainer does not have either
+            self.count_losses(metrics.get("sync/update_survival", 1.0))
+        reason = reason_to_stop(self.progress.steps_useless, metrics, self.samples, config)
+        reason = reason or reason_of_losses(self.progress.syncs_lost, metrics, config)
         self.finish_step(step)
         self.log.phase("save")  # counted in the next step
-        if last or useless or due(config.save_every, step):
+        if last or reason or due(config.save_every, step):
             self.save(metrics.get("eval/accuracy"))
-        if useless:
-            raise RuntimeError(f"{useless}; the last step that was saved is {self.saved_step}")
+        if reason:
+            raise RuntimeError(f"{reason}; the last step that was saved is {self.saved_step}")
         if not last:
             self.check_stop()
 
@@ -350,20 +352,13 @@ class Run(Evaluator):
             raise RuntimeError(
                 f"sampler and trainer differ by {mismatch:.3g} nats per token, above max_mismatch {limit}"
             )
-        self.check_survival(metrics.get("sync/update_survival", 1.0))
 
-    def check_survival(self, survival: float) -> None:
-        """Says once that merging loses a part of the update; raises RuntimeError if it goes on losing most of it."""
+    def count_losses(self, survival: float) -> None:
+        """Counts the syncs in a row whose merged weights kept too little of the update, and says so once."""
         if survival < LOW_SURVIVAL and not self.survival_said:
             self.survival_said = True
             self.log.print(f"  {explain_survival(survival)}")
-        limit, progress = self.config.min_survival, self.progress
-        progress.syncs_lost = progress.syncs_lost + 1 if survival < limit else 0
-        if progress.syncs_lost >= PATIENCE:
-            raise RuntimeError(
-                f"for {PATIENCE} syncs the sampler got less of the update than min_survival {limit} asks for. "
-                f"{explain_survival(survival)}; min_survival 0 goes on regardless"
-            )
+        self.progress.syncs_lost = self.progress.syncs_lost + 1 if survival < self.config.min_survival else 0
 
     def end(self) -> None:
         """Closes the log, and says where everything is."""

@@ -7,6 +7,7 @@ config = Config(
     task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-7B-Instruct",
     base_dtype="nf4",  # QLoRA: 15 GB of linears become 4; vLLM runs what the four bits stand for, in bf16
+    lora_forward="merged",  # an NF4 base needs sync merged, which rounds: train the very weights that vLLM gets
     lora_rank=16,
     lora_alpha=16.0,
     learning_rate=3e-5,

@@ -11,7 +11,7 @@ from conftest import ROOT, torchrun
 
 import train_grpo
 from configs.base import Config
-from health import likely_causes, reason_to_stop, rewards_differ, what_was_seen
+from health import explain_survival, likely_causes, reason_to_stop, rewards_differ, what_was_seen
 from rollout import Completion
 from run import Progress, Run
 
@@ -71,6 +71,7 @@ def unfinished_run(said: list[str], progress: Progress, config: Config) -> Run:
     """A run without a model, whose log is a list."""
     run = Run.__new__(Run)
     run.config, run.progress, run.samples, run.explained, run.saved_step = config, progress, [SAMPLE], -torch.inf, None
+    run.survival_said = False
     run.log = SimpleNamespace(print=said.append, step=lambda *_: None, phase=lambda _: None)
     run.finish_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
     run.save = lambda accuracy: setattr(run, "saved_step", run.progress.step)
@@ -98,6 +99,22 @@ def test_a_run_says_it_once_in_full_counts_and_stops_saved():
     assert "A sample: " in said[-1], "who resumes has not read it"
     with pytest.raises(RuntimeError, match="in 4 steps in a row .*; the last step that was saved is 6"):
         run.conclude(6, dict(NOTHING))
+
+
+def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved():
+    """Ten syncs in a row may lose most of the update; what the trainer itself runs merged is not lost."""
+    said, lost = [], NOTHING | {"reward/mixed_groups_frac": 0.5, "reward/max": 1.0, "sync/update_survival": 0.1}
+    config = Config(steps=100, eval_every=0, save_every=0, sync="merged")
+    run = unfinished_run(said, Progress(syncs_lost=5), config)
+    run.conclude(1, lost | {"sync/update_survival": 0.6})
+    for step in range(2, 11):
+        run.conclude(step, dict(lost))
+    assert said == [f"  {explain_survival(0.6)}"] and run.saved_step is None
+    with pytest.raises(RuntimeError, match="for 10 syncs in a row .* min_survival 0.5: .*; the last .* saved is 11"):
+        run.conclude(11, dict(lost))
+    for config in (dataclasses.replace(config, min_survival=0.0), dataclasses.replace(config, lora_forward="merged")):
+        run = unfinished_run(said, Progress(syncs_lost=9), config)
+        run.conclude(1, dict(lost))
 
 
 def test_a_real_run_stops(tmp_path):
