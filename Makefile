@@ -25,7 +25,7 @@ test-all: .venv/ready-dev lint
 	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
 
 # As on other processors: torch's own kernels, oneDNN (bfloat16 products, vLLM's too) and MKL (float32 products) each
-# choose theirs by a variable; vLLM chooses its attention by what the processor has.
+# choose theirs by a variable; for its own kernels vLLM asks the processor alone.
 test-everywhere: .venv/ready-dev
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --backwards $(ARGS)
