@@ -94,7 +94,7 @@ def reason_to_stop(steps: int, metrics: Metrics, samples: Sequence[Sample], conf
 
 
 def reason_of_losses(syncs: int, metrics: Metrics, config: Config) -> str | None:
-    """What ends a run after so many syncs in a row that lost most of the update; None as long as they are few enough."""
+    """What ends a run after so many syncs in a row that lost most of the update; None while they are few enough."""
     if syncs < SYNCS_LOST:
         return None
     return (

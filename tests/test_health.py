@@ -112,8 +112,8 @@ def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved():
     assert said == [f"  {explain_survival(0.6)}"] and run.saved_step is None
     with pytest.raises(RuntimeError, match="for 10 syncs in a row .* min_survival 0.5: .*; the last .* saved is 11"):
         run.conclude(11, dict(lost))
-    for config in (dataclasses.replace(config, min_survival=0.0), dataclasses.replace(config, lora_forward="merged")):
-        run = unfinished_run(said, Progress(syncs_lost=9), config)
+    for setting in ({"min_survival": 0.0}, {"lora_forward": "merged"}):
+        run = unfinished_run(said, Progress(syncs_lost=9), dataclasses.replace(config, **setting))
         run.conclude(1, dict(lost))
 
 
