@@ -37,7 +37,7 @@ def table(path: Path, column: str) -> list[dict[str, str]]:
 
 
 def test_links_lead_somewhere():
-    for page in DOCS.glob("*.md"):
+    for page in (ROOT / "README.md", *DOCS.glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), (page.name, target)
 
@@ -74,10 +74,10 @@ def test_functions_and_tests_that_the_page_names_exist():
     assert len(functions) == 8
 
 
-def test_the_readme_names_tests_that_exist_and_stars_the_slow_ones():
+def test_promises_name_tests_that_exist_and_star_the_slow_ones():
     files = list((ROOT / "tests").glob("test_*.py"))
     source = "".join(path.read_text() for path in files)
-    named = re.findall(r"`(test_\w+)(\.py)?`(\\\*)?", (ROOT / "README.md").read_text())
+    named = re.findall(r"`(test_\w+)(\.py)?`(\\\*)?", (DOCS / "reliability.md").read_text())
     assert len(named) > 10
     for name, is_file, star in named:
         if is_file:
