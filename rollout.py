@@ -295,8 +295,10 @@ class HeldLinear:
         """Column j is W e_j, with a unit vector e_j: bit for bit, however vLLM has packed W (on CPUs it has)."""
         places, own = self.owned(columns)
         weight = next(self.linear.parameters())  # packed ones keep their dtype and device
-        units = F.one_hot(torch.tensor(own, dtype=torch.int64), len(self.inputs)).to(weight)
-        values = self.linear.quant_method.apply(self.linear, units, None) if own else units.new_empty(0, 0)
+        if not own:
+            return Held(self.rows, [], weight.new_empty(self.rows.stop - self.rows.start, 0))
+        units = F.one_hot(torch.tensor(own), len(self.inputs)).to(weight)
+        values = self.linear.quant_method.apply(self.linear, units, None)
         return Held(self.rows, places, values.T[self.rows_of_layer])
 
     def bias(self) -> Held:

@@ -1,9 +1,12 @@
 """The engine generates the same tokens for the same requests, whatever else is in the batch."""
 
+from types import SimpleNamespace
+
+import torch
 from conftest import on_ranks
 
 import fsdp_utils
-from rollout import Engine, Request
+from rollout import Engine, HeldLinear, Request, add_lora_linear
 
 
 def generations(folder, requests):
@@ -25,3 +28,49 @@ def test_requests_that_exceed_one_pass_are_answered_as_if_alone(model_folder, tm
     ((together, alone),) = on_ranks(1, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path)
     assert [completion.request for completion in together] == [i for i in range(40) for _ in range(2)]
     assert [c.token_ids for c in together] == [c.token_ids for answers in alone for c in answers]
+
+
+def test_adapters_on_a_cpu_are_what_a_loop_over_tokens_makes_of_them():
+    """Two adapters and none in one batch, for a linear of two fused ones; against float64."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(7, 6, generator=generator), torch.randn(7, 9, generator=generator)
+    stacks = [
+        [torch.randn(3, 1, *shape, generator=generator) for shape in shapes]
+        for shapes in (((2, 6), (2, 6)), ((4, 2), (5, 2)))
+    ]
+    for slots in ([2, 0, -1, 2, 2, 0, -1], [1] * 7, [-1] * 7):
+        expected = y.double()
+        for token, slot in enumerate(slots):
+            parts = [B[slot, 0].double() @ (A[slot, 0].double() @ x[token].double()) for A, B in zip(*stacks)]
+            expected[token] += 0.5 * torch.cat(parts) * (slot >= 0)
+        found = y.clone()
+        add_lora_linear(SimpleNamespace(token_lora_indices=torch.tensor(slots)), found, x, *stacks, 0.5, (4, 5))
+        assert torch.allclose(found.double(), expected, rtol=0, atol=100 * torch.finfo(torch.float32).eps)
+
+
+def vllm_linear(weight, rows, sizes, columns, rank, **more):
+    """A rank's share of a linear as vLLM keeps it: of fused linears, some rows of each; or some columns."""
+    linear = torch.nn.Module()
+    linear.weight = torch.nn.Parameter(weight[rows][:, columns])
+    linear.output_partition_sizes, linear.output_size = sizes, more.pop("output_size", len(weight))
+    linear.input_size, linear.input_size_per_partition = weight.shape[1], len(columns)
+    linear.tp_rank = rank
+    linear.quant_method = SimpleNamespace(apply=lambda layer, x, bias: x @ layer.weight.T)
+    vars(linear).update(more)
+    return linear
+
+
+def test_a_ranks_share_of_a_weight_is_read_in_its_place():
+    """Of 4 ranks: queries by heads, keys by heads that two ranks share, and a linear that is split by columns."""
+    q, k, everything = torch.randn(8, 6), torch.randn(4, 6), range(6)
+    for rank in range(4):
+        rows = [*range(2 * rank, 2 * rank + 2), *range(8 + rank // 2 * 2, 10 + rank // 2 * 2)]
+        fused = vllm_linear(torch.cat([q, k]), rows, [2, 2], everything, rank, output_size=16, num_kv_head_replicas=2)
+        for index, whole in enumerate((q, k)):
+            held = HeldLinear(fused, index).weight([5, 0, 3])
+            assert held.places == [0, 1, 2] and torch.equal(held.values, whole[held.rows][:, [5, 0, 3]])
+    for rank in range(3):
+        split = vllm_linear(q, range(8), [8], range(2 * rank, 2 * rank + 2), rank)
+        held = HeldLinear(split, 0).weight([3, 5, 2])
+        assert held.places == [[], [0, 2], [1]][rank]
+        assert torch.equal(held.values, q[:, [[3, 5, 2][place] for place in held.places]])
