@@ -71,11 +71,11 @@ def verdicts_on(a, faults):
         intact = getattr(owner, attribute)
         setattr(owner, attribute, partial(broken, intact))
         try:
-            verdicts[name] = a.sync(verify=True)
+            verdicts[name] = a.weight_sync.update_weights(verify=True)
         except RuntimeError as error:
             verdicts[name] = str(error)
         setattr(owner, attribute, intact)
-    verdicts["none"] = a.sync(verify=True)
+    verdicts["none"] = a.weight_sync.update_weights(verify=True)
     return verdicts
 
 
@@ -83,7 +83,7 @@ def merged_faults(a):
     """Ways for merged weights to go wrong: where they are sent, and where vLLM takes them."""
     base = {name: parameter for name, parameter in lora.base_weights(a.policy.model)}
     base = {name: fsdp_utils.gather(parameter).clone() for name, parameter in base.items()}
-    old = {name: tensor.clone() for name, tensor in a.weights()}
+    old = {name: tensor.clone() for name, tensor in a.weight_sync.weights()}
     swapped = {"model.layers.0.mlp.gate_proj.weight": "model.layers.0.mlp.up_proj.weight"}
     swapped |= {value: key for key, value in swapped.items()}
 
@@ -109,9 +109,9 @@ def merged_faults(a):
 
     loading = a.engine, "load_weights"
     return {
-        "adapters ignored": (a, "weights", partial(unmerged, "")),
-        "a layer ignored": (a, "weights", partial(unmerged, "layers.1.")),
-        "wrong scale": (a, "weights", doubled),
+        "adapters ignored": (a.weight_sync, "weights", partial(unmerged, "")),
+        "a layer ignored": (a.weight_sync, "weights", partial(unmerged, "layers.1.")),
+        "wrong scale": (a.weight_sync, "weights", doubled),
         "not loaded": (*loading, nothing),
         "a step late": (*loading, late),
         "a part of qkv stale": (*loading, partial(old_part, "layers.0.self_attn.k_proj")),
@@ -165,11 +165,11 @@ RUNS, HOLDS = "does not run the trained weights", "does not hold the weights tha
 def merged_syncs(folder, tensor_parallel_size, faults, overrides):
     a = a_run(folder, tensor_parallel_size, **overrides)
     before, found = [p.to_local().clone() for _, p in sorted(a.policy.named_parameters()) if not p.requires_grad], []
-    a.sync(verify=True)
+    a.weight_sync.update_weights(verify=True)
     found.append([a.engine.logprobs(text) for text in TEXTS])
     for seed in (1, 2):
         random_adapter(a.policy.model, seed, fsdp_utils.fill)
-        metrics = a.sync(verify=True)
+        metrics = a.weight_sync.update_weights(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
     verdicts = verdicts_on(a, merged_faults(a)) if faults else {}
     after = [p.to_local() for _, p in sorted(a.policy.named_parameters()) if not p.requires_grad]
@@ -208,11 +208,11 @@ def adapter_syncs(folder, tensor_parallel_size):
 
     a = a_run(folder, tensor_parallel_size, sync="adapter", sleep_level=1)
     found, before = [], set(Path("/dev/shm").glob("lorl-*"))
-    a.sync(verify=True)
+    a.weight_sync.update_weights(verify=True)
     found.append([a.engine.logprobs(text) for text in TEXTS])
     for seed in (1, 2):
         random_adapter(a.policy.model, seed, fsdp_utils.fill)
-        metrics = a.sync(verify=True)
+        metrics = a.weight_sync.update_weights(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
     tokens = [completion.token_ids for completion in a.engine.generate([Request(TEXTS[0], 2, 1.0, seed=5)])]
     try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.base import Config
-from tracking import shorten
+from runtime.tracking import shorten
 
 Metrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
