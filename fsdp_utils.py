@@ -1,42 +1,34 @@
-"""Where tensors live: processes, sharding, loading into shards, offloading.
+"""Where tensors live: processes, sharding, loading into shards, and whole tensors gathered out of them.
 
 One process and many take the same path: with one, every shard is whole. Every function here that moves tensors is
 collective: all ranks call it, in the same order.
 """
 
-import fcntl
-import json
 import os
-import secrets
-import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 import lora
 import nf4
-from progress_bar import progress_bar
+from runtime.files import FLOATS, open_safetensors, weight_files
+from runtime.progress_bar import progress_bar
 
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=6)  # while one rank downloads a model; one that dies ends all by torchrun
-SHARED_MEMORY = Path("/dev/shm")
-# What weights may be stored as, in safetensors' words; quantised ones are not understood.
-FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------
@@ -65,13 +57,6 @@ def init_world() -> World:
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return World(dist.get_rank(), dist.get_world_size(), device)
-
-
-def first_to_fail() -> bool:
-    """True on one rank only, the first to ask: it tells why the run ends."""
-    if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    return dist.distributed_c10d._get_default_store().add("first_to_fail", 1) == 1
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
@@ -103,31 +88,6 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
 
 # ---- Loading into shards --------------------------------------------------------------------------------------
-
-
-def find_model(model: str) -> str:
-    """The local folder of a model: a folder as it is, a name of the hub downloaded once."""
-    if Path(model, "config.json").is_file():
-        return model
-    if Path(model).exists():
-        raise ValueError(f"model {model!r} is no model folder: it has no config.json")
-    try:
-        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {model!r} is not a folder, and the hub does not give it: {reason}") from None
-
-
-@contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Whatever a library raises over a file of the user's becomes a ValueError that names it, of one line."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
-        if "trust_remote_code" in str(error):
-            reason = "it needs code of its own, which is never run; use a model whose architecture transformers knows"
-        raise ValueError(f"{what} cannot be used: {' '.join(reason.split())[:300]}") from error
 
 
 def shard(
@@ -193,37 +153,12 @@ def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
     wanted = dict(lora.base_weights(model))
     with progress_bar("loading weights", len(wanted), "tensors") as bar:
         for path in weight_files(Path(folder)):
-            with open_weights(path) as file:
+            with open_safetensors(path) as file:
                 for name in [name for name in file.keys() if name in wanted]:
                     read_rows(file.get_slice(name), wanted.pop(name), name)
                     bar.update()
     if wanted:  # tied parameters have one name here, and in the file
         raise ValueError(f"the checkpoint in {folder!r} lacks {sorted(wanted)[0]!r} ({len(wanted)} such tensors)")
-
-
-@contextmanager
-def open_weights(path: Path) -> Iterator["safe_open"]:
-    """Opens a safetensors file; what is found wrong with it, here or within, is a ValueError that names it."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} does not fit the model: {error}") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model's index names; without an index, all there are."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
-    with reading(str(index)):
-        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{index} names {name!r}, which is no file of its folder")
-    return [folder / name for name in names]
 
 
 def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
@@ -253,85 +188,6 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
             fresh = type(module)(module.config).to(device)
             for name in buffers:
                 setattr(module, name, getattr(fresh, name))
-
-
-def first_on_host() -> bool:
-    """True on one rank of each host."""
-    return os.environ["LOCAL_RANK"] == "0"
-
-
-@contextmanager
-def shared_folder() -> Iterator[Path]:
-    """A new folder in each host's memory, of one name everywhere, made by one rank of the host.
-
-    All are done with it when the block ends, and it goes.
-    """
-    folder = SHARED_MEMORY / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
-    lock = on_every_rank(lambda: make_locked(folder) if first_on_host() else None)
-    try:
-        yield folder
-        dist.barrier()
-    finally:
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def make_locked(folder: Path) -> int:
-    """Makes the folder and locks it for as long as this process lives; returns the lock.
-
-    Folders without a lock have been left by processes that were killed. They are removed.
-    """
-    with alone_in(folder.parent):  # or somebody else would find it when it is made and not yet locked
-        for path in folder.parent.glob("lorl-*"):
-            with suppress(OSError):  # it is in use, or another user's
-                lock = os.open(path, os.O_RDONLY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
-                finally:
-                    os.close(lock)
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return lock
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Within it, this is the only process that is, for that folder; others wait."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def in_shared_memory(folder: str) -> Iterator[str]:
-    """A copy of a model's folder in the host's memory, which goes when the block ends.
-
-    Every rank and vLLM then read the files from memory instead of asking a slow disk many times.
-    """
-    with shared_folder() as copy:
-
-        def copy_files() -> None:
-            """Raises ValueError if there is no room."""
-            files = [path for path in Path(folder).iterdir() if path.is_file()]
-            needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(SHARED_MEMORY).free
-            if needed > free:
-                raise ValueError(
-                    f"use_shm needs {needed / 2**30:.1f} GiB in {SHARED_MEMORY}, which has {free / 2**30:.1f} GiB free"
-                )
-            with progress_bar("copying the model", needed, "bytes", unit_scale=True) as bar:
-                for path in files:
-                    shutil.copy(path, copy)
-                    bar.update(path.stat().st_size)
-
-        on_every_rank(copy_files if first_on_host() else lambda: None)
-        yield str(copy)
 
 
 # ---- Whole tensors --------------------------------------------------------------------------------------------
@@ -367,3 +223,153 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
         parameter.to_local().copy_(sharded.to_local())
     else:
         parameter.copy_(whole)
+
+
+# ---- The stream: from shards to the sampler ------------------------------------------------------------------------
+
+
+# FSDP shards W and B alike, by rows, so each rank forms its rows of W + s·B A from the whole A, and only the sum is
+# gathered. W is never written: nothing has to be restored, and nothing can drift. Beyond the shards, memory holds the
+# tensor that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
+# vLLM fuses these linears into one module, which on a CPU it loads only when all of its parts have come.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# Of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each; on a GPU larger ones, or starting
+# kernels would take longer than they do.
+MERGED_AT_ONCE = 1 << (22 if torch.cuda.is_available() else 20)
+
+
+@dataclass
+class SyncStats:
+    """What one pass of the stream moved and held, and how much of the update survived rounding to W's dtype."""
+
+    bytes: int = 0  # of the tensors streamed
+    peak_bytes: int = 0  # of those that were alive at one time, here or with whom they were given to
+    moments: Tensor = field(default_factory=lambda: torch.zeros(3))  # see `compare`, over this rank's shards
+    held: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # buffer -> bytes, while anyone has it
+
+    def hold(self, buffer: Tensor) -> None:
+        """Counts a buffer for as long as anyone keeps it or a view of it."""
+        self.held[buffer] = buffer.nbytes
+        self.peak_bytes = max(self.peak_bytes, sum(self.held.values()))
+
+    def release(self, buffer: Tensor) -> None:
+        """Frees a buffer's memory, whoever keeps it."""
+        buffer.untyped_storage().resize_(0)
+        self.held.pop(buffer)
+
+    def compare(self, weight: Tensor, exact: Tensor, rounded: Tensor) -> None:
+        """Adds up <realised, intended>, |realised|² and |intended|² of an update, before and after rounding."""
+        realised, intended = (rounded - weight).to(exact.dtype).flatten(), (exact - weight).flatten()
+        pairs = ((realised, intended), (realised, realised), (intended, intended))
+        moments = torch.stack([torch.dot(one, other) for one, other in pairs])
+        self.moments = self.moments.to(moments.device) + moments
+
+    def metrics(self) -> dict[str, float]:
+        """`sync/update_survival` is the cosine between the two: 1 if nothing was lost. Collective."""
+        metrics: dict[str, float] = {"sync/bytes": self.bytes, "sync/peak_bytes": self.peak_bytes}
+        moments = self.moments.float().cpu()
+        dist.all_reduce(moments)  # also of a rank without any rows of the adapted weights
+        dot, realised, intended = moments.tolist()
+        if intended:
+            metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
+        return metrics
+
+
+def to_send(model: nn.Module, everything: bool = False) -> set[str] | None:
+    """The modules whose weights a sync streams: those with adapters, and what vLLM fuses with them; None: all."""
+    modules = {path for path, _ in lora.lora_layers(model)}
+    for path in list(modules):
+        parent, _, name = path.rpartition(".")
+        modules |= {f"{parent}.{part}" for group in FUSED if name in group for part in group}
+    return modules if modules and not everything else None
+
+
+def summon_layers(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    modules: set[str] | None = None,
+    stats: SyncStats | None = None,
+    dtype: torch.dtype | None = None,
+    prefetch: bool = False,
+    release: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights as the sampler needs them: (Hugging Face name, whole tensor on `device`), in the model's order.
+
+    `modules` limits the stream to the parameters of those modules; None streams all. `dtype`: of the stream; None: of
+    the model. `prefetch`: the next tensor is gathered while this one is used. `release` frees a tensor when the next
+    one is asked for, for takers that have copied it by then: others may keep it as long as they like. Collective: all
+    ranks take the stream to its end.
+    """
+    stats = stats or SyncStats()
+    layers = dict(lora.lora_layers(model))
+
+    def gatherings() -> Iterator[tuple[str, Gathering]]:
+        for path, weight in lora.base_weights(model):
+            module, _, kind = path.rpartition(".")
+            if modules is None or module in modules:
+                adapter = layers[module].adapters[lora.POLICY] if kind == "weight" and module in layers else None
+                yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats)
+
+    upcoming = gatherings()
+    following = next(upcoming, None)
+    while following:
+        path, gathering = following
+        whole = gathering.wait()
+        following = next(upcoming, None) if prefetch else None  # not sooner: one collective at a time, or gloo fails
+        yield path, whole
+        if release:
+            stats.release(gathering.buffer)
+        del whole, gathering  # or they would live on while the next one is made
+        following = following or next(upcoming, None)
+
+
+class Gathering:
+    """A whole tensor on its way: this rank's rows are in their place, those of the others are coming."""
+
+    @torch.no_grad()  # here, for around a generator it would keep what was yielded last
+    def __init__(
+        self,
+        weight: Tensor | nf4.NF4Weight,
+        adapter: lora.Adapter | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        stats: SyncStats,
+    ):
+        sharded = weight.packed if isinstance(weight, nf4.NF4Weight) else weight
+        ranks, mine, group = 1, 0, None
+        if isinstance(sharded, DTensor):
+            mesh = sharded.device_mesh["shard"]
+            ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+        self.length, share = weight.shape[0], -(-weight.shape[0] // ranks)  # as torch.chunk: the last may have fewer
+        self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
+        # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
+        self.own = self.buffer[mine * share : (mine + 1) * share]
+        write_rows(weight, adapter, self.own[: len(local(sharded))], stats)
+        self.work = all_gather(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
+        stats.bytes += self.length * self.buffer[0].nbytes
+        stats.hold(self.buffer)
+
+    def wait(self) -> Tensor:
+        """The whole tensor."""
+        if self.work:
+            self.work.wait()
+        return self.buffer[: self.length]
+
+
+def write_rows(weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats) -> None:
+    """This rank's rows of W, or of W + s·B A, into `target`; a part at a time, for float32 takes twice W's room."""
+    parameters = list(weight.parameters()) if isinstance(weight, nf4.NF4Weight) else [weight]
+    if adapter:
+        A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)
+    for rows in nf4.slices(target, MERGED_AT_ONCE):
+        parts = [local(parameter)[rows].to(target.device) for parameter in parameters]
+        W = nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, nf4.NF4Weight) else parts[0]
+        if adapter:
+            exact = lora.updated(W, A, B[rows].to(target.device), adapter.scale)
+            target[rows] = exact
+            stats.compare(W, exact, target[rows])
+        else:
+            target[rows] = W

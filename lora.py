@@ -4,12 +4,9 @@
 
 `inject` replaces the linears of a Hugging Face model; a layer can hold several named adapters on its one W, and
 `using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL.
-W may be stored in four bits (`quantize_base`, see nf4.py). Adapter folders (adapter_files.py) are peft's, both ways:
-
-    python lora.py export --base MODEL --adapter DIR --out DIR      a merged Hugging Face model
-    python lora.py inspect DIR [--base MODEL]                       what an adapter holds, and what merging it loses
-
-Nothing here knows of shards: where a tensor may be spread over ranks, the caller passes in how to gather or fill it.
+W may be stored in four bits (`quantize_base`, see nf4.py). Adapter folders are read and written by
+runtime/adapter_files.py, in peft's format. Nothing here knows of shards: where a tensor may be sharded, the caller
+passes in `fill`, which puts a whole tensor into it.
 
 Shapes: T tokens, r rank; x (..., in) and y (..., out) may have any leading dimensions.
 """
@@ -17,13 +14,11 @@ Shapes: T tokens, r rank; x (..., in) and y (..., out) may have any leading dime
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adapter_files import grow, open_adapter, scaling, shrink, write_adapter
 from nf4 import NF4Linear, NF4Weight, slices
 
 POLICY = "policy"  # the name of the adapter that is trained
@@ -59,6 +54,11 @@ class Adapter(nn.Module):
     @property
     def scale(self) -> float:
         return scaling(self.rank, self.alpha, self.rslora)
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """The s of s·B A: alpha / r, or alpha / √r (rank-stabilised, arXiv 2312.03732)."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 class LoRALinear(nn.Module):
@@ -298,88 +298,3 @@ def disabled(model: nn.Module):
 def reference(model: nn.Module):
     """Within it, the model is what the policy is kept close to: the frozen adapter of that name, else the base."""
     return using(model, REFERENCE)
-
-
-# ---- To and from adapter folders ------------------------------------------------------------------------------
-
-
-def save_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    base_model: str = "",
-    name: str = POLICY,
-    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    write: bool = True,
-) -> None:
-    """Writes the adapter `name` as peft would. `gather` makes a parameter whole; it may be a collective, so every
-    rank calls this, and one has `write`.
-    """
-    matrices, layers = {}, dict(lora_layers(model, name))
-    for path, layer in layers.items():
-        adapter = layer.adapters[name]
-        whole = [gather(matrix).detach() for matrix in (adapter.lora_A, adapter.lora_B)]
-        if write:
-            matrices[path] = tuple(matrix.cpu() for matrix in whole)
-    if not write:
-        return
-    endings = {path.rpartition(".")[2] for path in layers}
-    first = next(iter(layers.values())).adapters[name]  # in rank and scale all are alike
-    so_named = {path for path in base_linears(model) if path.rpartition(".")[2] in endings}
-    write_adapter(
-        folder,
-        matrices,
-        target_modules=sorted(endings if so_named == set(layers) else layers),
-        rank=first.rank,
-        alpha=first.alpha,
-        rslora=first.rslora,
-        dropout=first.dropout,
-        base_model=base_model,
-    )
-
-
-@torch.no_grad()
-def load_adapter(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    name: str = POLICY,
-    seed: int = 0,
-    fill: Callable[[Tensor, Tensor], None] = Tensor.copy_,
-) -> float:
-    """Fills the adapter `name` from a folder, whose rank and scale may be others.
-
-    Returns what a smaller rank lost of the update, ‖lost‖ / ‖update‖ over all layers; 0 if the rank is not smaller.
-    `seed` starts the directions that a larger rank adds. Raises ValueError unless the folder has exactly the
-    adapter's modules, in their shapes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    layers = dict(lora_layers(model, name))
-    lost = total = 0.0
-    with open_adapter(folder) as file:
-        for kind, paths in (("lacks", layers.keys() - file.paths), ("also has", set(file.paths) - layers.keys())):
-            if paths:
-                there = ", ".join(file.target_modules)
-                raise ValueError(f"it {kind} {min(paths)!r} ({len(paths)} such modules); its targets are {there}")
-        for path, layer in layers.items():
-            A, B = file.matrices(path)
-            if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
-                raise ValueError(
-                    f"{path} maps {A.shape[1]} to {len(B)} features there, {layer.in_features} to "
-                    f"{layer.out_features} in the model: another base model?"
-                )
-            adapter = layer.adapters[name]
-            if adapter.rank > file.rank:
-                A, B = grow(A, B, fresh_A(adapter.rank - file.rank, layer.in_features, generator))
-            elif adapter.rank < file.rank:
-                A, B, values = shrink(A, B, adapter.rank)
-                lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
-            fill(adapter.lora_A, A)
-            fill(adapter.lora_B, B * (file.scale / adapter.scale))
-    return math.sqrt(lost / total) if lost else 0.0
-
-
-if __name__ == "__main__":
-    from export import main
-
-    main()

@@ -3,7 +3,7 @@
 A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. To train on
 your own data, write those two functions and add the row.
 
-    arithmetic   two-digit sums, generated; what the tiny model of `tiny_model.py` has learned, badly
+    arithmetic   two-digit sums, generated; what the tiny model of `tools/tiny_model.py` has learned, badly
     times_tables products of two small numbers, which a small pretrained model half knows
     gsm8k        grade-school mathematics (Cobbe et al. 2021, arXiv 2110.14168), downloaded once
     math         problems with any expression for an answer, from files of yours, compared by math-verify

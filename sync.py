@@ -1,46 +1,108 @@
-"""Handing the policy to the sampler as an adapter, and proving that what the sampler runs is what was trained.
+"""The policy's way to the sampler, and the proof that what vLLM runs is what was trained.
 
-Two checks, each blind where the other sees (docs/fidelity.md has what they were tried against):
+`WeightSync.update_weights` sends the policy: W + s·B A, merged on the way (fsdp_utils.py, `summon_layers`), or the
+adapter alone, as a folder in memory. Two checks prove that it arrived, and each finds what the other cannot
+(tests/test_sync.py has the faults that they were tried against):
 
     read back   After every sync, a few columns of every tensor that was sent are read out of vLLM's own linears. They
-                must be equal bit for bit, however small the update was. Finds whatever was lost, late or misplaced
-                on the way; does not know whether what was sent was right, or whether vLLM uses what it holds.
+                must be equal bit for bit, however small the update was. This finds tensors that were lost, late or
+                misplaced. It does not find a wrong tensor that was sent correctly, or weights that vLLM ignores.
     probe       At the start and every `verify_every` syncs, a random adapter takes the policy's place for one sync,
-                and both sides score fixed texts with it. It is scaled until its effect is `EFFECT` times the noise
-                between the two implementations, which is measured first. Finds a wrong scale, an adapter or a layer
-                that is ignored; does not see a single stale tensor among hundreds.
+                and both sides score fixed texts with it. Its effect is `EFFECT` times the noise between the two
+                implementations, which is measured first. This finds a wrong scale, and an adapter or a layer that
+                vLLM ignores. It does not find one stale tensor among hundreds.
 
-The probe's effect is the same at every check, since it stands on the frozen base and not on the policy: a run whose
-first check passed is not stopped by a later one because its policy has become sharp, or has hardly changed.
+The probe stands on the frozen base, not on the policy, so its effect is the same at every check: a run that passed its
+first check does not fail a later one because its policy has become sharp or has hardly changed.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, cycle, islice
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import fsdp_utils
 import lora
 import nf4
+from configs.base import Config
 from policy import Policy, pack
 from rollout import Engine
+from runtime.adapter_files import save_adapter
+from runtime.shared_memory import first_on_host, shared_folder
 
-COLUMNS = 8  # of each tensor, read back after a sync; every sync takes others
+COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
 DENORMAL = 1e-30  # below this, bfloat16 instructions of some CPUs take a value for zero
 PROBE_TOKENS = 512  # scored by both sides
-MOST_NOISE = 0.06  # of the mean logprob: how far two bfloat16 implementations of one model may be apart
-EFFECT = 30.0  # of the probe, in multiples of that noise;
-LEAST_EFFECT = 0.1  # and in nats per token at least, where there is hardly any noise (float32)
-MOST_ERROR = 3.0  # of what vLLM shows of the probe, in multiples of the noise;
-LEAST_ERROR = 0.1  # and of the effect, below which nothing is called an error
+MAX_NOISE = 0.06  # of the mean logprob: how far two bfloat16 implementations of one model may differ
+EFFECT = 30.0  # of the probe, in multiples of the noise
+MIN_EFFECT = 0.1  # of the probe, in nats per token: the floor where there is hardly any noise (float32)
+MAX_ERROR = 3.0  # of the probe in vLLM, in multiples of the noise
+MIN_ERROR = 0.1  # of the probe in vLLM, as a share of its effect: smaller differences are never an error
 
 
-def send_adapter(policy: Policy, engine: Engine, sent: "Sent") -> dict[str, float]:
-    """Hands vLLM an adapter by a folder in memory, written by one rank of each host; W stays as it is."""
+class WeightSync:
+    """Sends the policy to vLLM, and verifies that it arrived."""
+
+    def __init__(self, policy: Policy, engine: Engine, config: Config, prompts: list[list[int]], device: torch.device):
+        """prompts: token ids, of which the texts that both sides score are made."""
+        self.policy, self.engine, self.config, self.device = policy, engine, config, device
+        self.held, self.count = HeldWeights(engine), 0
+        self.probe = Probe(policy, engine, self.send, probe_texts(prompts, config.max_model_len - 1), device)
+
+    def update_weights(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
+        """Wakes vLLM with the policy's weights; with `verify`, the probe is checked first. Collective.
+
+        Sends what training changes (adapters, merged or alone), or with `everything` all weights. Returns `sync/*`
+        metrics. Raises RuntimeError, on all ranks, if vLLM does not hold or does not run what was sent.
+        """
+        verified = self.probe.check(everything) if verify else {}
+        return self.send(everything) | verified
+
+    def send(self, everything: bool = False) -> dict[str, float]:
+        """One transfer of the policy's weights into vLLM, which is awake afterwards."""
+        start = time.perf_counter()
+        fsdp_utils.reshard(self.policy)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # memory that torch keeps cached is not free for vLLM
+        self.engine.wake("weights")
+        self.count += 1
+        read_back = ReadBack(self.count)
+        if self.config.sends_adapter:
+            metrics = send_adapter(self.policy, self.engine, read_back)
+        else:
+            everything = everything or self.engine.sleep_level == 2
+            modules, stats = fsdp_utils.to_send(self.policy.model, everything), fsdp_utils.SyncStats()
+            self.engine.load_weights(read_back.recording(self.weights(modules, stats)))
+            metrics = stats.metrics()
+        self.engine.wake("kv_cache")
+        metrics |= read_back.check(self.held)
+        return metrics | {"sync/seconds": time.perf_counter() - start}
+
+    def weights(
+        self, modules: set[str] | None = None, stats: fsdp_utils.SyncStats | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The policy's merged weights, as vLLM runs them; see `summon_layers`."""
+        return fsdp_utils.summon_layers(
+            self.policy.model,
+            self.device,
+            modules=modules,
+            stats=stats,
+            dtype=getattr(torch, self.config.dtype),
+            prefetch=self.config.sync_prefetch,
+            release=self.engine.copies_at_once,
+        )
+
+
+def send_adapter(policy: Policy, engine: Engine, read_back: "ReadBack") -> dict[str, float]:
+    """Sends the adapter alone: one rank of each host writes it to a folder in memory, and vLLM loads it."""
     names: dict[Tensor, str] = {}
     for path, layer in lora.lora_layers(policy.model):
         adapter = layer.adapters[lora.POLICY]
@@ -49,12 +111,12 @@ def send_adapter(policy: Policy, engine: Engine, sent: "Sent") -> dict[str, floa
     def gather(parameter: Tensor) -> Tensor:
         whole, name = fsdp_utils.gather(parameter), names[parameter]
         rounded = whole.detach().to(engine.dtype)
-        sent.note(name, rounded * adapter.scale if name.endswith("lora_B") else rounded)  # as vLLM stores them
+        # vLLM stores B times the scale
+        read_back.record(name, rounded * adapter.scale if name.endswith("lora_B") else rounded)
         return whole
 
-    with fsdp_utils.shared_folder() as folder:
-        write = fsdp_utils.first_on_host()
-        lora.save_adapter(policy.model, folder, gather=gather, write=write)
+    with shared_folder() as folder:
+        save_adapter(policy.model, folder, gather=gather, write=first_on_host())
         dist.barrier()  # written
         engine.load_adapter(str(folder))
     return {"sync/bytes": sum(parameter.nbytes for parameter in names)}
@@ -63,54 +125,142 @@ def send_adapter(policy: Policy, engine: Engine, sent: "Sent") -> dict[str, floa
 # ---- Read back ------------------------------------------------------------------------------------------------
 
 
-class Sent:
-    """A few columns of every tensor that one sync sends, to be found in vLLM afterwards."""
+class ReadBack:
+    """A few columns of every tensor that one sync sends, to be compared with what vLLM then holds."""
 
-    def __init__(self, number: int):
-        """Syncs of another number look at other columns."""
-        self.generator = torch.Generator().manual_seed(number)
+    def __init__(self, sync: int):
+        """sync: its number, which decides the columns."""
+        self.generator = torch.Generator().manual_seed(sync)
         self.samples: dict[str, tuple[list[int], Tensor]] = {}
 
-    def note(self, name: str, tensor: Tensor) -> None:
-        """Remembers columns of a tensor (rows, columns); all of a vector."""
+    def record(self, name: str, tensor: Tensor) -> None:
+        """Keeps columns of a tensor (rows, columns); all of a vector."""
         matrix = tensor if tensor.ndim > 1 else tensor[:, None]
         columns = torch.randint(matrix.shape[1], (min(COLUMNS, matrix.shape[1]),), generator=self.generator).tolist()
         self.samples[name] = columns, matrix[:, columns].detach()
 
-    def noting(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The same stream."""
+    def recording(self, stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same stream; every tensor that passes is recorded."""
         for name, tensor in stream:
-            self.note(name, tensor)
+            self.record(name, tensor)
             yield name, tensor
-            del tensor  # or it would live on while the next one is gathered
+            del tensor  # this generator must not keep it while the next one is gathered
 
-    def check(self, engine: Engine) -> dict[str, float]:
-        """Raises RuntimeError, on all ranks, if vLLM holds anything else. Collective."""
-        read, complaint = 0, None
+    def check(self, held: "HeldWeights") -> dict[str, float]:
+        """Raises RuntimeError, on all ranks, if vLLM holds other values. Collective."""
+        read, difference = 0, None
         for name, (columns, values) in self.samples.items():
-            held = engine.read(name, columns)
-            if held is None:
+            part = held.read(name, columns)
+            if part is None:
                 continue
             read += 1
-            expected = values[held.rows][:, held.places]
-            found = held.values[: len(expected)].to(expected.device)  # without the zeros that pad a rank
-            wrong = ~((expected - found).abs() <= DENORMAL)  # NaN is wrong, too
-            if wrong.any() and not complaint:
-                complaint = f"{wrong.sum()} of {wrong.numel()} values of {name}"
-        complaints: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(complaints, complaint)
-        if any(complaints):
-            raise RuntimeError(
-                f"vLLM does not hold the weights that were sent: {next(filter(None, complaints))} differ"
-            )
+            expected = values[part.rows][:, part.places]
+            found = part.values[: len(expected)].to(expected.device)  # without the zeros that pad a rank
+            wrong = ~((expected - found).abs() <= DENORMAL)  # True for NaN, too
+            if wrong.any() and not difference:
+                difference = f"{wrong.sum()} of {wrong.numel()} values of {name}"
+        differences: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(differences, difference)
+        if any(differences):
+            first = next(filter(None, differences))
+            raise RuntimeError(f"vLLM does not hold the weights that were sent: {first} differ")
         return {"sync/read_back_frac": read / max(1, len(self.samples))}
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """The part of a matrix that this rank's vLLM holds: some of its rows, at some of the requested columns."""
+
+    rows: slice
+    places: list[int]  # indices into the list of requested columns
+    values: Tensor  # (rows, places)
+
+
+class HeldWeights:
+    """vLLM's weights under the checkpoint's names."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    @torch.inference_mode()
+    def read(self, name: str, columns: list[int]) -> HeldPart | None:
+        """Columns of a weight, a bias or an adapter's matrix (`....lora_A`); `name` is the one it was sent under.
+
+        None for tensors that do not belong to a linear (norms, embeddings): only linears are read.
+        """
+        path, _, kind = name.rpartition(".")
+        linear = self.linears.get(path)
+        if linear is None:
+            return None
+        if kind == "weight":
+            return linear.weight(columns)
+        if kind == "bias":
+            return linear.bias()
+        return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
+
+    @cached_property
+    def linears(self) -> "dict[str, HeldLinear]":
+        """The checkpoint's linears, by name."""
+        (model,) = self.engine.llm.apply_model(lambda model: model)
+        fused, found = getattr(model, "packed_modules_mapping", {}), {}
+        for path, layer in model.named_modules():
+            if hasattr(getattr(layer, "base_layer", layer), "output_partition_sizes"):
+                parent, _, name = path.rpartition(".")
+                for index, part in enumerate(fused.get(name, [name])):
+                    found[f"{parent}.{part}"] = HeldLinear(layer, index)
+        return found
+
+
+class HeldLinear:
+    """A linear of the checkpoint inside vLLM: alone or fused with others by rows, whole or one rank's share."""
+
+    def __init__(self, layer: nn.Module, index: int):
+        """layer: vLLM's linear, or its LoRA wrapper around one. index: the place among the linears that are fused."""
+        self.layer, self.linear, self.index = layer, getattr(layer, "base_layer", layer), index
+        sizes = self.linear.output_partition_sizes
+        self.rows_of_layer = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
+        rank = self.linear.tp_rank if sum(sizes) < self.linear.output_size else 0
+        if index:  # keys and values: several ranks may share a head
+            rank //= getattr(self.linear, "num_kv_head_replicas", 1)
+        self.rows = slice(rank * sizes[index], (rank + 1) * sizes[index])
+        inputs = getattr(self.linear, "input_size_per_partition", self.linear.input_size)
+        first = self.linear.tp_rank * inputs if inputs < self.linear.input_size else 0
+        self.inputs = range(first, first + inputs)
+
+    def weight(self, columns: list[int]) -> HeldPart:
+        """Column j is W e_j for a unit vector e_j: exact, however vLLM has packed W (on CPUs it has)."""
+        places, own = self.owned(columns)
+        weight = next(self.linear.parameters())  # packed ones keep their dtype and device
+        if not own:
+            return HeldPart(self.rows, [], weight.new_empty(self.rows.stop - self.rows.start, 0))
+        units = F.one_hot(torch.tensor(own), len(self.inputs)).to(weight)
+        values = self.linear.quant_method.apply(self.linear, units, None)
+        return HeldPart(self.rows, places, values.T[self.rows_of_layer])
+
+    def bias(self) -> HeldPart:
+        return HeldPart(self.rows, [0], self.linear.bias[self.rows_of_layer, None])
+
+    def adapter_matrix(self, kind: str, slot: int, columns: list[int]) -> HeldPart:
+        """lora_A (r, in) or lora_B (out, r) of vLLM's slot; the rank may be padded with zeros."""
+        if kind == "lora_B":
+            return HeldPart(
+                self.rows, list(range(len(columns))), self.layer.lora_b_stacked[self.index][slot, 0][:, columns]
+            )
+        places, own = self.owned(columns)
+        values = self.layer.lora_a_stacked[self.index][slot, 0][:, own]
+        return HeldPart(slice(0, len(values)), places, values)
+
+    def owned(self, columns: list[int]) -> tuple[list[int], list[int]]:
+        """The indices of the columns that this rank holds, and their numbers within its share."""
+        places = [place for place, column in enumerate(columns) if column in self.inputs]
+        return places, [columns[place] - self.inputs.start for place in places]
 
 
 # ---- The probe ------------------------------------------------------------------------------------------------
 
 
-class Verifier:
-    """Sends the probe and compares; vLLM has to be asleep (if it sleeps at all) before and is so afterwards."""
+class Probe:
+    """A random adapter that both sides score. vLLM must be asleep before a check, if it sleeps, and is asleep after."""
 
     def __init__(
         self,
@@ -127,20 +277,20 @@ class Verifier:
 
     @torch.no_grad()
     def check(self, everything: bool = False) -> dict[str, float]:
-        """Raises RuntimeError, on all ranks, if the probe's effect in vLLM is not the trainer's. Collective.
+        """Raises RuntimeError, on all ranks, if the probe's effect in vLLM differs from the trainer's. Collective.
 
-        The policy is then bit for bit as before, and vLLM still holds the probe. Without adapters there is no probe:
-        the first check compares the two implementations, and later ones do nothing.
+        The policy is bit for bit unchanged afterwards; vLLM still holds the probe. Without adapters there is no probe:
+        the first check compares the two implementations, and later checks do nothing.
         """
-        with kept([layer.adapters[lora.POLICY] for _, layer in self.layers]):
+        with restored([layer.adapters[lora.POLICY] for _, layer in self.layers]):
             if self.noise is None:
                 self.calibrate(everything)
             if not self.layers:
                 return {"sync/noise": self.noise}
-            self.plant(self.strength)
+            self.set_adapters(self.strength)
             effect = distance(self.expected, self.base)
-            error, limit = distance(self.ask(), self.expected) / effect, MOST_ERROR * self.noise / effect
-        if not error < max(limit, LEAST_ERROR):
+            error, limit = distance(self.sampler_logprobs(), self.expected) / effect, MAX_ERROR * self.noise / effect
+        if not error < max(limit, MIN_ERROR):
             raise RuntimeError(
                 f"vLLM does not run the trained weights: {error:.0%} of the effect of a test adapter is wrong or "
                 f"missing there, of which noise explains {limit:.0%}"
@@ -148,26 +298,26 @@ class Verifier:
         return {"sync/noise": self.noise, "sync/probe_error": error}
 
     def calibrate(self, everything: bool) -> None:
-        """Measures the noise on the base, and scales the probe until its effect is large against it."""
+        """Measures the noise on the base, then scales the probe until its effect is large against the noise."""
         with lora.disabled(self.policy.model):
-            self.base = self.score()
-        self.plant(0.0)
-        self.noise, size = distance(self.ask(everything), self.base), self.base.abs().mean().item()
-        if not self.noise < MOST_NOISE * size:
+            self.base = self.trainer_logprobs()
+        self.set_adapters(0.0)
+        self.noise, size = distance(self.sampler_logprobs(everything), self.base), self.base.abs().mean().item()
+        if not self.noise < MAX_NOISE * size:
             raise RuntimeError(
                 f"vLLM and the trainer do not compute the same model: with the same weights they differ by "
                 f"{self.noise:.3f} nats per token, {self.noise / size:.0%} of the mean logprob, expected less than "
-                f"{MOST_NOISE:.0%}"
+                f"{MAX_NOISE:.0%}"
             )
         if self.layers:
-            self.scale_probe(max(EFFECT * self.noise, LEAST_EFFECT))
+            self.find_strength(max(EFFECT * self.noise, MIN_EFFECT))
 
-    def scale_probe(self, target: float) -> None:
-        """Finds a strength whose effect is `target` to twice that, in nats per token, or as near as can be."""
+    def find_strength(self, target: float) -> None:
+        """Finds a strength whose effect is 1 to 2 times `target`, in nats per token, or the nearest of 8 trials."""
         strength, nearest = 0.1, math.inf
         for _ in range(8):
-            self.plant(strength)
-            expected = self.score()
+            self.set_adapters(strength)
+            expected = self.trainer_logprobs()
             ratio = max(distance(expected, self.base), 1e-9) / (1.4 * target)
             if abs(math.log(ratio)) < nearest:
                 nearest, self.strength, self.expected = abs(math.log(ratio)), strength, expected
@@ -175,8 +325,8 @@ class Verifier:
                 break
             strength /= min(max(ratio, 0.3), 3.0)
 
-    def plant(self, strength: float) -> None:
-        """Gives the policy's adapters the probe's values: a random update, `strength` times as large as each W."""
+    def set_adapters(self, strength: float) -> None:
+        """Overwrites the policy's adapters with a random update, `strength` times as large as each W."""
         generator = torch.Generator().manual_seed(0)
         for _, layer in self.layers:
             adapter = layer.adapters[lora.POLICY]
@@ -186,13 +336,13 @@ class Verifier:
             fsdp_utils.fill(adapter.lora_A, A)
             fsdp_utils.fill(adapter.lora_B, B * size)
 
-    def score(self) -> Tensor:
-        """The texts' logprobs in the trainer; needs as much memory as training."""
+    def trainer_logprobs(self) -> Tensor:
+        """Of the texts, by the trainer; needs as much memory as training."""
         packed = pack([text[:1] for text in self.texts], [text[1:] for text in self.texts], self.device)
         return self.policy(packed).logprobs
 
-    def ask(self, everything: bool = False) -> Tensor:
-        """The texts' logprobs in vLLM, with the policy's present weights."""
+    def sampler_logprobs(self, everything: bool = False) -> Tensor:
+        """Of the texts, by vLLM, after sending it the policy's current weights."""
         self.send(everything)
         found = [logprob for text in self.texts for logprob in self.engine.logprobs(text)]
         self.engine.sleep()
@@ -200,14 +350,14 @@ class Verifier:
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Mean absolute difference; the largest of all ranks, as each engine is checked by its own. Collective."""
+    """Mean absolute difference: the largest of all ranks, since each engine has its own. Collective."""
     mean = (found - expected).abs().mean()
     dist.all_reduce(mean, dist.ReduceOp.MAX)
     return mean.item()
 
 
 def weight_rms(layer: lora.LoRALinear) -> float:
-    """Root of the mean square of W, over the shards of all ranks. Collective."""
+    """Root mean square of W, over the shards of all ranks. Collective."""
     weight = layer.weight
     if isinstance(weight, nf4.NF4Weight):
         rows = nf4.dequantize(*map(fsdp_utils.local, weight.parameters()), weight.shape[1], weight.dtype)
@@ -219,7 +369,7 @@ def weight_rms(layer: lora.LoRALinear) -> float:
 
 
 @contextmanager
-def kept(adapters: list[lora.Adapter]) -> Iterator[None]:
+def restored(adapters: list[lora.Adapter]) -> Iterator[None]:
     """Restores the adapters' values at the end, bit for bit."""
     shards = [fsdp_utils.local(parameter) for adapter in adapters for parameter in adapter.parameters()]
     values = [shard.detach().clone() for shard in shards]
@@ -232,9 +382,9 @@ def kept(adapters: list[lora.Adapter]) -> Iterator[None]:
 
 
 def probe_texts(prompts: list[list[int]], length: int, total: int = PROBE_TOKENS) -> list[list[int]]:
-    """Fixed texts of `length` tokens: prompts one after the other, from the start again if they are too few.
+    """Texts of `length` tokens: prompts one after the other, repeated if they are too few.
 
-    At least two, or nobody would notice a model that mixes sequences of one row.
+    There are at least two texts, so that a model that mixes sequences of one row is noticed.
     """
     tokens = cycle(chain.from_iterable(prompts))
     return [list(islice(tokens, length)) for _ in range(max(2, -(-total // length)))]

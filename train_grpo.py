@@ -13,7 +13,7 @@ is deliberately not a framework: to change the algorithm, change this file.
 Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R completion tokens.
 """
 
-import quiet  # noqa: F401, I001  before torch
+import runtime.quiet  # noqa: F401, I001  before torch
 
 import dataclasses
 import sys
@@ -26,14 +26,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lora
-from batching import MicroBatch, batch_metrics, make_updates
+from runtime.batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
-from command_line import parse_config
-from optimize import Metrics, optimize, update_metrics
-from prepare import prepare
-from progress_bar import progress_bar
+from runtime.command_line import parse_config
+from runtime.optimize import Metrics, optimize, update_metrics
+from runtime.setup import prepare
+from runtime.progress_bar import progress_bar
 from rollout import Completion
-from run import Run, due, launch, set_learning_rate
+from runtime.launch import launch
+from runtime.run import Run, due, set_learning_rate
+
+sys.modules.setdefault("train_grpo", sys.modules[__name__])  # a config file that imports it gets this very module
 
 # ===============================================================================================================
 # ALGORITHMS: to try your own, write one function and add one row.
@@ -259,7 +262,7 @@ def importance_weight(mismatch: Tensor, batch: MicroBatch, config: Config) -> Te
 
 
 def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_stop: bool = False) -> dict[str, float]:
-    """One optimizer update of the policy, see optimize.py; `loss_of` is an `Algorithm.loss`."""
+    """One optimizer update of the policy, see runtime/optimize.py; `loss_of` is an `Algorithm.loss`."""
     policy, config = run.policy, run.config
 
     def share_of_loss(batch: MicroBatch) -> tuple[Tensor, Metrics]:
@@ -325,7 +328,7 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        metrics |= run.sync(verify=due(config.verify_every, step))
+        metrics |= run.weight_sync.update_weights(verify=due(config.verify_every, step))
 
         # 7. log, evaluate, save
         log.phase("eval")
@@ -472,13 +475,19 @@ def find_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
-def prepare_grpo() -> Run:
-    """The command line's run, with what only this trainer can check."""
-    config = parse_config(sys.argv[1:], description=__doc__)
+def configure(arguments: list[str], description: str = __doc__) -> tuple[Config, Algorithm]:
+    """The settings of a command line, complete and checked, and the algorithm that they name."""
+    config = parse_config(arguments, description)
     if config.algorithm == "ppo":
         raise ValueError("ppo needs a critic: run train_ppo.py")
     algorithm = find_algorithm(config.algorithm)
-    return prepare(settle(config, algorithm), learns_log_z=algorithm.flow)
+    return settle(config, algorithm), algorithm
+
+
+def prepare_grpo() -> Run:
+    """The command line's run."""
+    config, algorithm = configure(sys.argv[1:])
+    return prepare(config, learns_log_z=algorithm.flow)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ advantages are the critic's errors alone. It counts towards `max_useless`.
 Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its completions.
 """
 
-import quiet  # noqa: F401, I001  before torch
+import runtime.quiet  # noqa: F401, I001  before torch
 
 import sys
 from itertools import chain
@@ -27,14 +27,15 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fsdp_utils
-from batching import MicroBatch, batch_metrics, make_updates
+from runtime.batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
-from command_line import parse_config
-from models import build_critic
-from optimize import Metrics, optimize, update_metrics
-from prepare import make_optimizer, on_disk, prepare
-from progress_bar import progress_bar
-from run import Run, due, launch, set_learning_rate
+from runtime.command_line import parse_config
+from runtime.setup import build_critic
+from runtime.optimize import Metrics, optimize, update_metrics
+from runtime.setup import make_optimizer, on_disk, prepare
+from runtime.progress_bar import progress_bar
+from runtime.launch import launch
+from runtime.run import Run, due, set_learning_rate
 from train_grpo import (
     Algorithm,
     add_logprobs,
@@ -172,7 +173,7 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        sync_metrics = run.sync(verify=due(config.verify_every, step))
+        sync_metrics = run.weight_sync.update_weights(verify=due(config.verify_every, step))
 
         # 7. log, evaluate, save
         log.phase("eval")
@@ -184,9 +185,9 @@ def train(run: Run) -> None:
     run.end()
 
 
-def prepare_ppo() -> Run:
-    """The command line's run and its critic."""
-    config = parse_config(sys.argv[1:], description=__doc__)
+def configure(arguments: list[str], description: str = __doc__) -> tuple[Config, Algorithm]:
+    """The settings of a command line, complete and checked, and PPO's row."""
+    config = parse_config(arguments, description)
     if config.algorithm != "ppo":
         raise ValueError(f"train_ppo.py has one algorithm, ppo, not {config.algorithm!r}: run train_grpo.py")
     config = settle(config, PPO)
@@ -197,6 +198,12 @@ def prepare_ppo() -> Run:
             f"critic_warmup_steps {config.critic_warmup_steps} and warmup_steps {config.warmup_steps} must be fewer "
             f"than the {config.steps} steps, or the policy never learns"
         )
+    return config, PPO
+
+
+def prepare_ppo() -> Run:
+    """The command line's run, with its critic."""
+    config, _ = configure(sys.argv[1:])
     run = prepare(config)
     critic = build_critic(config, on_disk(config), run.world)
     optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, run.saved)

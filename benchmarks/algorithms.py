@@ -21,10 +21,9 @@ import train_ppo
 from benchmarks import curves
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
-from models import build_critic, build_policy
-from prepare import make_optimizer, on_disk, prepare
-from run import Run
-from tracking import RunLog
+from runtime.run import Run
+from runtime.setup import build_critic, build_policy, make_optimizer, on_disk, prepare
+from runtime.tracking import RunLog
 
 
 def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Config:
@@ -55,7 +54,7 @@ def train_once(run: Run, config: Config) -> list[float]:
     policy = build_policy(config, folder, run.world, learns_log_z=algorithm.flow)
     optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved=None)
     run = dataclasses.replace(run, config=config, policy=policy, optimizer=optimizer, log=log)
-    run.sync()
+    run.weight_sync.update_weights()
     if config.algorithm == "ppo":
         critic = build_critic(config, folder, run.world)
         optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, saved=None)

@@ -16,13 +16,14 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import quiet  # noqa: F401, E402, I001  before torch
+from runtime import quiet  # noqa: F401, E402, I001  before torch
 
 import torch
 from safetensors.torch import load_file, save_file
 
 import fsdp_utils
 import lora
+from runtime import files
 
 NEAR, FAR = 1e-4, 0.02  # standard deviation of a random policy's A and B
 
@@ -44,18 +45,18 @@ def verdicts_on(run, faults, scale):
         intact = getattr(owner, attribute)
         setattr(owner, attribute, partial(broken, intact))
         try:
-            verdicts[name] = run.sync(verify=True)
+            verdicts[name] = run.weight_sync.update_weights(verify=True)
         except RuntimeError as error:
             verdicts[name] = str(error)
         setattr(owner, attribute, intact)
-    verdicts["none"] = run.sync(verify=True)
+    verdicts["none"] = run.weight_sync.update_weights(verify=True)
     return verdicts
 
 
 def merged_faults(run, layer):
     """Ways for merged weights to go wrong: before they are sent, and where vLLM takes them."""
     base = {name: fsdp_utils.gather(parameter).clone() for name, parameter in lora.base_weights(run.policy.model)}
-    old = {name: tensor.clone() for name, tensor in run.weights()}
+    old = {name: tensor.clone() for name, tensor in run.weight_sync.weights()}
     swapped = {f"{layer}.mlp.gate_proj.weight": f"{layer}.mlp.up_proj.weight"}
     swapped |= {value: key for key, value in swapped.items()}
 
@@ -81,9 +82,9 @@ def merged_faults(run, layer):
 
     loading = run.engine, "load_weights"
     return {
-        "adapters ignored": (run, "weights", partial(unmerged, "")),
-        "a layer ignored": (run, "weights", partial(unmerged, f"{layer}.")),
-        "wrong scale": (run, "weights", doubled),
+        "adapters ignored": (run.weight_sync, "weights", partial(unmerged, "")),
+        "a layer ignored": (run.weight_sync, "weights", partial(unmerged, f"{layer}.")),
+        "wrong scale": (run.weight_sync, "weights", doubled),
         "not loaded": (*loading, nothing),
         "a step late": (*loading, late),
         "a part of qkv stale": (*loading, partial(old_part, f"{layer}.self_attn.k_proj")),
@@ -137,14 +138,16 @@ def main():
     parser.add_argument("--checks", type=int, default=100, help="of right weights")
     arguments = parser.parse_args()
 
+    from transformers import AutoTokenizer
+
     from benchmarks.gpu_shared import bare_run
     from configs.base import Config
-    from prepare import AutoTokenizer, load_prompts
+    from runtime.setup import load_prompts
 
     settings = {name: getattr(arguments, name) for name in ("model", "sync", "lora_forward", "dtype")}
     config = Config(task="times_tables", lora_rank=16, max_prompt_length=100, max_completion_length=28, **settings)
     fsdp_utils.init_world()
-    folder = fsdp_utils.find_model(arguments.model)
+    folder = files.find_model(arguments.model)
     _, prompts = load_prompts(config, AutoTokenizer.from_pretrained(folder))
     run = bare_run(config, folder, [prompt.token_ids for prompt in prompts])
     lora.init_adapters(run.policy.model, 0, fill=fsdp_utils.fill)
@@ -152,7 +155,7 @@ def main():
     for check in range(arguments.checks):
         random_adapter(run.policy.model, check, (NEAR, FAR)[check % 2])
         start = time.perf_counter()
-        found = run.sync(verify=True)  # ends this process if it finds fault with right weights
+        found = run.weight_sync.update_weights(verify=True)  # ends this process if it finds fault with right weights
         errors.append(found["sync/probe_error"])
         seconds.append(time.perf_counter() - start - found["sync/seconds"])
     layers = run.policy.model.config.num_hidden_layers

@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from batching import MicroBatch
 from configs.base import Config
+from runtime.batching import MicroBatch
 from train_grpo import ALGORITHMS, policy_loss, settle
 
 ANSWERS, RIGHT, GROUP = 8, 4, 16

@@ -6,7 +6,7 @@ Builds Qwen2.5 architectures with random weights on the local disk and measures,
 
 kernels, sampler, adapter            is it right? against float64 and transformers' own model, gpu_right.py
 layers, head, update, sync, step     is it fast? against peers, and roofs that the same process measures, gpu_fast.py
-plan                                 was it foreseen? plan.py beside what update and sync measured
+plan                                 was it foreseen? tools/plan.py beside what update and sync measured
 trl                                  the same step by TRL with peft and colocated vLLM
 
 The size is `3b` where there is a GPU and `toy` elsewhere: there, times mean nothing, but everything runs. Wrong results
@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import quiet  # noqa: E402, F401, I001  before torch
+import runtime.quiet  # noqa: E402, F401, I001  before torch
 
 import torch  # noqa: E402
 
@@ -161,7 +161,7 @@ def table(rows: list[Row]) -> Iterator[str]:
 
 def report(rows: list[Row], size: str, seconds: float, out: Path) -> bool:
     """Prints the table and writes the JSON; whether nothing failed."""
-    from tracking import environment
+    from runtime.tracking import environment
 
     rows.sort(key=lambda row: list(SECTIONS).index(row.section))  # stable: within a section as they came
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"

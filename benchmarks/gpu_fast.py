@@ -125,8 +125,8 @@ def report_update(rows: Rows, name: str, whole: Callable[..., None], size: Size,
 
 def update_run(size: Size, work: Path):
     """A run with an optimizer and no engine, and the micro-batches of an update of random tokens."""
-    from batching import make_updates
     from rollout import Completion
+    from runtime.batching import make_updates
     from train_grpo import ALGORITHMS, settle
 
     scale = vs_trl.SCALES[size.scale]
@@ -165,25 +165,25 @@ def flops(size: Size, recompute: bool) -> float:
 def sync(rows: Rows, size: Size, work: Path) -> None:
     """A sync into real vLLM: bytes of merged weights per second, and what it needs beside them."""
     from benchmarks.weight_sync import random_adapter
-    from stream import SyncStats, to_send
+    from fsdp_utils import SyncStats, to_send
 
     scale, roof = vs_trl.SCALES[size.scale], copy_roof(size)
     config = check_config(size, gpu_memory_utilization=VLLM_SHARE, enforce_eager=True, sync="merged")
     run = bare_run(config, model_folder(work, scale), [list(range(3, 3 + size.prompt))])
-    run.sync(verify=True)
+    run.weight_sync.update_weights(verify=True)
     random_adapter(run.policy.model, 0, 0.02)
-    verified = run.sync(verify=True)
+    verified = run.weight_sync.update_weights(verify=True)
     rows.right("share of a test adapter's effect that is missing in vLLM", verified["sync/probe_error"], 0.1)
     sent = to_send(run.policy.model)
-    largest = max(tensor.nbytes for _, tensor in run.weights(sent))
-    moved, seconds = verified["sync/bytes"], median_seconds(run.sync, size.rounds)
-    merging = median_seconds(lambda: [None for _ in run.weights(sent, SyncStats())], size.rounds)
+    largest = max(tensor.nbytes for _, tensor in run.weight_sync.weights(sent))
+    moved, seconds = verified["sync/bytes"], median_seconds(run.weight_sync.update_weights, size.rounds)
+    merging = median_seconds(lambda: [None for _ in run.weight_sync.weights(sent, SyncStats())], size.rounds)
     note = f"{moved / MB:,.0f} MB in {seconds:.4f} s; the roof is {roof / 1e9:,.1f}"
     rows.add("speed", moved / seconds / 1e9, "GB/s", note)
     rows.aim("of the copy roof", moved / seconds / roof, "", ">=", 0.5, "which merging and loading each need once")
     rows.add("speed without vLLM", moved / merging / 1e9, "GB/s", "merged, and nobody takes it")
     with PeakBytes() as extra:
-        streamed = run.sync()["sync/peak_bytes"]
+        streamed = run.weight_sync.update_weights()["sync/peak_bytes"]
     rows.aim("streamed at a time", streamed / largest, "x largest", "<=", 1.0, f"which has {largest / MB:,.1f} MB")
     rows.add("peak of all tensors", extra.peak / largest, "x largest", "with what merging and vLLM need meanwhile")
     if ON_GPU:
@@ -227,10 +227,10 @@ def report_step(rows: Rows, side: Callable[..., dict], size: Size, work: Path, s
 
 
 def plan(rows: Rows, size: Size, work: Path) -> None:
-    """What plan.py foresees of update and sync, beside what was measured there."""
+    """What tools/plan.py foresees of update and sync, beside what was measured there."""
     from transformers import AutoConfig
 
-    import plan as planner
+    from tools import plan as planner
 
     config = check_config(size, gradient_checkpointing=True, gpu_memory_utilization=VLLM_SHARE)
     shape = AutoConfig.from_pretrained(model_folder(work, vs_trl.SCALES[size.scale]))

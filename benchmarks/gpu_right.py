@@ -181,7 +181,7 @@ def sampler(rows: Rows, size: Size, work: Path) -> None:
     else:
         rows.unable("CUDA graphs", "need a GPU")
         rows.unable("sleep levels 1 and 2", "vLLM on a CPU does not sleep")
-    verified = run.sync(verify=True)
+    verified = run.weight_sync.update_weights(verify=True)
     rows.add("noise", verified["sync/noise"], "nats", "trainer and vLLM, both on the base")
     for number, level in enumerate((0, 1, 2, 1, 0) if ON_GPU else (0, 0), start=1):
         random_adapter(run.policy.model, number, 0.05)
@@ -193,12 +193,16 @@ def sampler(rows: Rows, size: Size, work: Path) -> None:
         if level:
             freed = torch.cuda.mem_get_info()[0] - free
             rows.holds(f"freed, sync {number}, sleep level {level}", freed / 2**30, "GiB")
-        run.sync()
+        run.weight_sync.update_weights()
         compare_logprobs(rows, f"sync {number}, sleep level {level}", run, folder, prompts)
     reused = run.engine.llm.generate([{"prompt_token_ids": prompts[0]}], use_tqdm=False)[0].num_cached_tokens
     rows.holds("prefix caching", reused, "tokens", f"of {len(prompts[0])} come from the cache")
     run.engine.sleep()
-    rows.right("probe: share of its effect that is missing", run.sync(verify=True)["sync/probe_error"], 0.1)
+    rows.right(
+        "probe: share of its effect that is missing",
+        run.weight_sync.update_weights(verify=True)["sync/probe_error"],
+        0.1,
+    )
 
 
 def adapter(rows: Rows, size: Size, work: Path) -> None:
@@ -210,5 +214,5 @@ def adapter(rows: Rows, size: Size, work: Path) -> None:
     for number in (1, 2):
         random_adapter(run.policy.model, number, 0.05)
         run.engine.sleep()
-        run.sync()
+        run.weight_sync.update_weights()
         compare_logprobs(rows, f"sync {number}, sleep level {level}", run, folder, prompts)

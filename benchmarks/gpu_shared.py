@@ -135,12 +135,11 @@ def check_config(size: Size, **settings):
 def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True):
     """A run without a task, an optimizer and a log; and without an engine unless it is to `sample`."""
     import fsdp_utils
-    import models
-    import prepare
-    from run import Prompt, Run
+    from runtime import setup
+    from runtime.run import Prompt, Run
 
     world = fsdp_utils.init_world()
-    policy = models.build_policy(config, folder, world)
-    engine = prepare.build_engine(config, folder) if sample else None
+    policy = setup.build_policy(config, folder, world)
+    engine = setup.build_engine(config, folder) if sample else None
     asked = [Prompt(None, token_ids) for token_ids in prompts]
     return Run(config, world, None, asked, engine, asked, policy, None, None)

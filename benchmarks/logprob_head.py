@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import DEVICE, clock  # noqa: E402
 from policy import FrozenHead  # noqa: E402
-from tracking import peak_memory, reset_peak_memory  # noqa: E402
+from runtime.tracking import peak_memory, reset_peak_memory  # noqa: E402
 
 TEMPERATURE = 0.9
 

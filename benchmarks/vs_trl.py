@@ -88,8 +88,8 @@ def make_model(folder: Path, scale: Scale, spread: float = 0.0) -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    import tiny_model
     from benchmarks.measuring import DEVICE
+    from tools import tiny_model
 
     tokenizer = tiny_model.make_tokenizer()
     first_word = len(tokenizer)
@@ -186,7 +186,7 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
 
     import reward
     from configs.base import Config
-    from prepare import prepare
+    from runtime.setup import prepare
     from train_grpo import ALGORITHMS, settle, train
 
     problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
@@ -288,8 +288,8 @@ def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     from trl import GRPOTrainer
     from trl.generation import vllm_generation
 
-    from run import endless
-    from tracking import peak_memory, reset_peak_memory
+    from runtime.run import endless
+    from runtime.tracking import peak_memory, reset_peak_memory
 
     engine, on_gpu = vllm_generation.LLM, torch.cuda.is_available()
     vllm_generation.LLM = lambda **options: engine(**options, enforce_eager=not on_gpu, disable_log_stats=True)
@@ -395,7 +395,7 @@ def main() -> None:
     if arguments.side:
         work = Path(arguments.work)
         if arguments.clock == "cpu":
-            time.perf_counter = time.process_time  # the one that tracking.py reads, too
+            time.perf_counter = time.process_time  # the one that runtime/tracking.py reads, too
         result = {"lorl": run_lorl, "trl": run_trl}[arguments.side](work / "model", arguments.steps, work, scale)
         (work / f"{arguments.side}.json").write_text(json.dumps(result))
         return

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fsdp_utils  # noqa: E402
 import lora  # noqa: E402
-import models  # noqa: E402
+from fsdp_utils import SyncStats, summon_layers  # noqa: E402
 from policy import Policy  # noqa: E402
-from stream import SyncStats, summon_layers  # noqa: E402
+from runtime import setup  # noqa: E402
 
 DRIFT_SYNCS = 100
 
@@ -135,7 +135,7 @@ def main() -> None:
     if world.rank == 0:
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     dist.barrier()
-    model = models.meta_model(folder, torch.bfloat16)
+    model = setup.meta_model(folder, torch.bfloat16)
     lora.inject(model, ["all-linear"], rank=32, alpha=32.0)
     policy = Policy(model)
     fsdp_utils.shard(policy, model.base_model.layers, world.device)

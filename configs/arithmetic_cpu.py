@@ -5,7 +5,7 @@ from configs.base import Config
 config = Config(
     run_name="arithmetic",
     task="arithmetic",
-    model="tiny",  # comes with the code: configs/tiny, made by tiny_model.py
+    model="tiny",  # comes with the code: configs/tiny, made by tools/tiny_model.py
     steps=200,
     prompts_per_step=32,
     group_size=16,

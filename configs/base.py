@@ -45,7 +45,7 @@ class Config:
     max_useless: int = option(
         20, "stop after so many steps in a row whose rewards do not differ, which teach nothing; 0: never", least=0
     )
-    profile: int = option(0, "write a torch profiler trace of this step, see tracking.py; 0: none", least=0)
+    profile: int = option(0, "write a torch profiler trace of this step, see runtime/tracking.py; 0: none", least=0)
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto", "auto: $WANDB_MODE, or online if logged in, else offline"
     )

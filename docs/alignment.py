@@ -9,11 +9,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import quiet  # noqa: E402, F401, I001  before torch
+import runtime.quiet  # noqa: E402, F401, I001  before torch
 import torch  # noqa: E402
 
-from batching import make_updates  # noqa: E402
-from run import Run  # noqa: E402
+from runtime.batching import make_updates  # noqa: E402
+from runtime.run import Run  # noqa: E402
 from train_grpo import ALGORITHMS, prepare_grpo  # noqa: E402
 
 COLUMNS = ("position", "token", "id", "predicts", "target id", "row", "sampler", "trainer", "advantage", "weight")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import quiet  # noqa: E402, F401, I001  before torch
+import runtime.quiet  # noqa: E402, F401, I001  before torch
 import torch  # noqa: E402
 
 import lora  # noqa: E402
-from batching import MicroBatch  # noqa: E402
+from runtime.batching import MicroBatch  # noqa: E402
 from configs.base import Config  # noqa: E402
 from train_grpo import ALGORITHMS, policy_loss, settle  # noqa: E402
 

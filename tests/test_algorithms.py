@@ -11,14 +11,14 @@ from conftest import EPSILON, ROOT, torchrun
 
 import train_grpo
 import train_ppo
-from batching import MicroBatch, make_updates
-from command_line import read_config_file
 from configs.base import Config
 from fsdp_utils import World
-from optimize import update_metrics
 from policy import FrozenHead
 from rollout import Completion
-from run import schedule
+from runtime.batching import MicroBatch, make_updates
+from runtime.command_line import read_config_file
+from runtime.optimize import update_metrics
+from runtime.run import schedule
 from train_grpo import (
     ALGORITHMS,
     add_logprobs,

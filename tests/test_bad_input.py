@@ -13,12 +13,11 @@ import torch
 from conftest import ROOT, TINY, complaints, on_ranks
 from safetensors.torch import load_file, save_file
 
-import adapter_files
-import checkpoint
 import reward
-from command_line import parse_config
 from configs.base import Config
 from configs.checks import LIMITS
+from runtime import adapter_files, checkpoint
+from runtime.command_line import parse_config
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-import models
-from batching import assign, batch_metrics, make_updates
 from configs.base import Config
 from policy import Policy
 from rollout import Completion
+from runtime import setup
+from runtime.batching import assign, batch_metrics, make_updates
 
 TEMPERATURE = 0.7
 
@@ -104,7 +104,7 @@ def token_weights(lengths: torch.Tensor, config: Config) -> torch.Tensor:
 
 def load_policy(folder: Path, size: int, world: fsdp_utils.World) -> Policy:
     """In float64, with adapters whose B is not zero; copies of the base are shared by `size` ranks."""
-    model = models.meta_model(str(folder), torch.float64)
+    model = setup.meta_model(str(folder), torch.float64)
     lora.inject(model, ["all-linear"], 4, 8.0)
     policy = Policy(model)
     fsdp_utils.shard(policy, model.base_model.layers, world.device, size)

@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, complaints, on_ranks
 
-from command_line import parse_config
 from configs.base import Config
+from runtime.command_line import parse_config
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 

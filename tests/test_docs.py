@@ -217,7 +217,7 @@ def test_plot_draws_what_was_measured(tmp_path, monkeypatch, capsys):
     """Of runs that lack metrics, have null or NaN for some, and phases of their own."""
     from matplotlib import pyplot
 
-    import plot
+    from tools import plot
 
     rows = [{"step": 0, "eval/accuracy": 0.1}, {"step": 1, "reward/mean": 0.5, "loss": None, "grad_norm": None}]
     rows += [{"step": 2, "policy/entropy": math.nan, "time/step": 2.0, "time/search": 2.0, "mismatch/kl": 0.1}]

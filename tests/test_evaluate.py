@@ -13,10 +13,10 @@ from conftest import TINY, on_ranks
 from test_lora import saved_adapter
 from test_train import train
 
-import evaluate
-import export
 from configs.base import Config
-from run import Evaluation, with_error
+from runtime import files
+from runtime.run import Evaluation, with_error
+from tools import adapter, evaluate
 
 
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
@@ -57,10 +57,10 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     evaluator, folder = evaluate.prepare()
     evaluate.evaluate(evaluator, folder)
     merged = dataclasses.replace(evaluator.config, base_dtype="dtype")
-    export.export(str(TINY), merged.lora_adapter_path, f"{out}/model")
+    adapter.export(str(TINY), merged.lora_adapter_path, f"{out}/model")
     streams = {
         "merged": evaluate.policy_weights(merged, TINY),
-        "exported": export.read_model(out / "model"),
+        "exported": files.read_model(out / "model"),
         "base": evaluate.policy_weights(dataclasses.replace(merged, lora_adapter_path=""), TINY),
     }
     found = {}

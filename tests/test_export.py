@@ -1,4 +1,4 @@
-"""`python lora.py export` and `inspect`, against peft's merge and plain algebra."""
+"""`python tools/adapter.py export` and `inspect`, against peft's merge and plain algebra."""
 
 import json
 import shutil
@@ -12,9 +12,10 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 from test_lora import IDS, load, saved_adapter
 
-import export
 import lora
-from adapter_files import open_adapter
+from runtime import files
+from runtime.adapter_files import open_adapter
+from tools import adapter as export
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral"])
@@ -22,15 +23,15 @@ from adapter_files import open_adapter
 def test_exported_model_is_pefts_merge_rounded_once(architecture, model_folder, tmp_path, monkeypatch):
     base = model_folder(architecture)
     saved_adapter(base, tmp_path / "adapter", rank=4, alpha=8)
-    monkeypatch.setattr(export, "FILE_BYTES", 60_000)  # several files
+    monkeypatch.setattr(files, "FILE_BYTES", 60_000)  # several files
     monkeypatch.setattr(
         sys,
         "argv",
-        ["lora.py", *f"export --base {base} --adapter {tmp_path / 'adapter'} --out {tmp_path / 'o'}".split()],
+        ["adapter.py", *f"export --base {base} --adapter {tmp_path / 'adapter'} --out {tmp_path / 'o'}".split()],
     )
     export.main()
-    files = sorted((tmp_path / "o").glob("*.safetensors"))
-    assert len(files) > 2 and all(file.stat().st_size < 80_000 for file in files)
+    written = sorted((tmp_path / "o").glob("*.safetensors"))
+    assert len(written) > 2 and all(file.stat().st_size < 80_000 for file in written)
     merged = peft.PeftModel.from_pretrained(load(base), tmp_path / "adapter").merge_and_unload()
     expected = {name: tensor.bfloat16() for name, tensor in merged.state_dict().items()}
     found = load(tmp_path / "o", torch.bfloat16).state_dict()
@@ -51,12 +52,12 @@ def test_only_files_of_the_index_are_exported(model_folder, tmp_path):
     weights = dict.fromkeys(load_file(tmp_path / "base" / "model.safetensors"), "model.safetensors")
     (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
     save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "base" / "consolidated.safetensors")
-    assert {name for name, _ in export.read_model(tmp_path / "base")} == weights.keys()
+    assert {name for name, _ in files.read_model(tmp_path / "base")} == weights.keys()
 
 
 def test_inspect_prints_what_each_module_gets_and_keeps(model_folder, tmp_path):
     model = saved_adapter(model_folder("qwen2"), tmp_path, rank=4, alpha=8, std=0.002)
-    command = [sys.executable, "lora.py", "inspect", str(tmp_path)]
+    command = [sys.executable, "tools/adapter.py", "inspect", str(tmp_path)]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "rank     4, alpha 8: the update is scaled by alpha / rank = 2" in printed
     assert "targets  down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: 14 modules" in printed
@@ -82,7 +83,7 @@ def test_mistakes_are_one_line_and_exit_code_2(model_folder, tmp_path, monkeypat
         "has no adapter_config.json": ["inspect", base],
         "exists and is not empty": ["export", "--base", base, "--adapter", adapter, "--out", full],
     }.items():
-        monkeypatch.setattr(sys, "argv", ["lora.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["adapter.py", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             export.main()

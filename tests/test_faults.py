@@ -16,11 +16,11 @@ from conftest import ROOT, TINY, on_ranks, torchrun
 
 import fsdp_utils
 import reward
-import run
 import train_grpo
-from batching import make_updates
 from configs.base import Config
 from rollout import Completion
+from runtime import run, signals
+from runtime.batching import make_updates
 
 WITHIN = 60  # seconds in which one rank's failure must end all
 
@@ -28,7 +28,8 @@ FAULTY = """
 import os, resource, signal, sys
 sys.path[:0] = [{root!r}]
 import torch
-import checkpoint, fsdp_utils, reward, run, train_grpo
+import fsdp_utils, reward, train_grpo
+from runtime.launch import launch
 
 fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
 steps = 0
@@ -81,7 +82,7 @@ def train(run):
     train_grpo.train(run)
 
 
-run.launch(train_grpo.prepare_grpo, train)
+launch(train_grpo.prepare_grpo, train)
 """
 
 
@@ -180,7 +181,7 @@ def asked_to_stop(_number, _frame):
 
 def run_in_a_sandbox() -> int:
     """What a sandbox does that a reward forks, and then stops for being late: its exit code."""
-    run.listen(asked_to_stop)
+    signals.listen(asked_to_stop)
     sandbox = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     sandbox.start()
     time.sleep(0.2)
@@ -216,7 +217,7 @@ def test_a_mismatch_stops_a_run():
 
 def empty_updates(tiny: str) -> dict[str, list[float]]:
     """Of every algorithm, gradient norms of updates in which some completions, or all, have no token."""
-    from models import build_policy
+    from runtime.setup import build_policy
 
     world, norms = fsdp_utils.init_world(), {}
     for name, algorithm in train_grpo.ALGORITHMS.items():

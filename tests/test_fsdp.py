@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-import models
 from policy import Policy, pack
+from runtime import setup, shared_memory
 
 SHAPES = dict(intermediate_size=90, vocab_size=161)  # rows that 4 ranks cannot share evenly
 
@@ -46,7 +46,7 @@ def read_counted(source, parameter, name, real=fsdp_utils.read_rows):
 
 
 def sharded(folder, world, dtype=torch.bfloat16, fsdp_size=0, checkpointing=False, load=True, **options):
-    model = models.meta_model(str(folder), dtype)
+    model = setup.meta_model(str(folder), dtype)
     lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -167,19 +167,19 @@ def test_broken_checkpoints_are_an_error_on_every_rank(model_folder, tmp_path):
 def use_shared_memory(folder):
     """The files that this rank sees, whether any are left when the block has ended, and the error of no room."""
     fsdp_utils.init_world()
-    with fsdp_utils.in_shared_memory(folder) as copy:
+    with shared_memory.in_shared_memory(folder) as copy:
         files = {path.name: path.stat().st_size for path in Path(copy).iterdir()}
     torch.distributed.barrier()
     left = [Path(copy).exists()]
     try:
-        with fsdp_utils.in_shared_memory(folder) as copy:
+        with shared_memory.in_shared_memory(folder) as copy:
             raise KeyError
     except KeyError:
         torch.distributed.barrier()
         left.append(Path(copy).exists())
-    fsdp_utils.shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=1000)
+    shared_memory.shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=1000)
     try:
-        with fsdp_utils.in_shared_memory(folder):
+        with shared_memory.in_shared_memory(folder):
             return files, copy, left, "no error"
     except ValueError as error:
         return files, copy, left, str(error)

@@ -11,9 +11,9 @@ from conftest import ROOT, torchrun
 
 import train_grpo
 from configs.base import Config
-from health import explain_survival, likely_causes, reason_to_stop, rewards_differ, what_was_seen
 from rollout import Completion
-from run import Progress, Run
+from runtime.health import explain_survival, likely_causes, reason_to_stop, rewards_differ, what_was_seen
+from runtime.run import Progress, Run
 
 NOTHING = {"reward/mixed_groups_frac": 0.0, "reward/min": 0.0, "reward/max": 0.0, "completion/truncated_frac": 0.25}
 SAMPLE = {"completion": "It is\n72.", "extracted": None, "answer": "72"}
@@ -75,7 +75,7 @@ def unfinished_run(said: list[str], progress: Progress, config: Config) -> Run:
     run.log = SimpleNamespace(print=said.append, step=lambda *_: None, phase=lambda _: None)
     run.finish_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
     run.save = lambda accuracy: setattr(run, "saved_step", run.progress.step)
-    run.check_stop = lambda: None
+    run.stop = SimpleNamespace(check=lambda: None)
     return run
 
 

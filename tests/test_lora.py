@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 import lora
-from adapter_files import shrink
+from runtime import adapter_files
+from runtime.adapter_files import shrink
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral"]
 IDS = torch.randint(2, 160, (2, 11), generator=torch.Generator().manual_seed(1))
@@ -143,7 +144,7 @@ def test_peft_reads_ours_and_we_read_peft(architecture, targets, rank, options, 
     ours = load(folder)
     target_list = [targets] if isinstance(targets, str) else targets
     lora.inject(ours, target_list, rank, 16, rslora=options.get("use_rslora", False))
-    assert lora.load_adapter(ours, tmp_path / "theirs") == 0.0
+    assert adapter_files.load_adapter(ours, tmp_path / "theirs") == 0.0
     logits = theirs(IDS).logits
     base = load(folder)(IDS).logits
     rounding = 100 * EPSILON * logits.abs().max().item()
@@ -152,7 +153,7 @@ def test_peft_reads_ours_and_we_read_peft(architecture, targets, rank, options, 
     with lora.disabled(ours):
         assert torch.equal(ours(IDS).logits, base)
 
-    lora.save_adapter(ours, tmp_path / "ours", base_model=str(folder))
+    adapter_files.save_adapter(ours, tmp_path / "ours", base_model=str(folder))
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "ours").eval()
     torch.testing.assert_close(again(IDS).logits, logits, rtol=0, atol=rounding)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
@@ -164,7 +165,7 @@ def test_adapters_of_some_layers_are_saved_so_that_peft_finds_no_more(model_fold
     ours = load(model_folder("llama"))
     lora.inject(ours, ["model.layers.1.self_attn.q_proj"], 4, 8)
     lora.init_adapters(ours, seed=0)
-    lora.save_adapter(ours, tmp_path)
+    adapter_files.save_adapter(ours, tmp_path)
     theirs = peft.PeftModel.from_pretrained(load(model_folder("llama")), tmp_path)
     assert len([name for name, _ in theirs.named_parameters() if "lora_A" in name]) == 1
 
@@ -174,7 +175,7 @@ def test_gradients_are_pefts(model_folder, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = load(model_folder("qwen2"))
     lora.inject(ours, ["all-linear"], 4, 16)
-    lora.load_adapter(ours, tmp_path)
+    adapter_files.load_adapter(ours, tmp_path)
     for model in (theirs, ours):
         model(IDS).logits.log_softmax(-1)[..., 5].sum().backward()
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
@@ -197,7 +198,7 @@ def saved_adapter(folder, out, rank=16, alpha=16.0, std=0.05, seed=3):
     torch.manual_seed(seed)
     for _, layer in lora.lora_layers(model):
         nn.init.normal_(layer.adapters[lora.POLICY].lora_B, std=std)
-    lora.save_adapter(model, out, base_model=str(folder))
+    adapter_files.save_adapter(model, out, base_model=str(folder))
     return model
 
 
@@ -230,18 +231,18 @@ def test_a_broken_adapter_is_refused_in_one_line(message, model_folder, tmp_path
     save_file(tensors, files[0])
     files[1].write_text(json.dumps(config))
     with pytest.raises(ValueError) as error:
-        lora.load_adapter(model, tmp_path)
+        adapter_files.load_adapter(model, tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_absent_and_cut_off_files_are_refused(model_folder, tmp_path):
     model = saved_adapter(model_folder("mistral"), tmp_path)
     with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
-        lora.load_adapter(model, tmp_path / "nowhere")
+        adapter_files.load_adapter(model, tmp_path / "nowhere")
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"adapter '{tmp_path}'"):
-        lora.load_adapter(model, tmp_path)
+        adapter_files.load_adapter(model, tmp_path)
     with pytest.raises(ValueError, match="there are: down_proj, gate_proj, k_proj"):
         lora.inject(load(model_folder("llama")), ["query"], 4, 8)
 
@@ -251,7 +252,7 @@ def test_a_larger_rank_goes_on_exactly_where_the_smaller_was(model_folder, tmp_p
     before = saved_adapter(model_folder("qwen3"), tmp_path, rank=16, alpha=16)
     after = load(model_folder("qwen3"))
     lora.inject(after, ["all-linear"], 32, 16)
-    assert lora.load_adapter(after, tmp_path, seed=1) == 0.0
+    assert adapter_files.load_adapter(after, tmp_path, seed=1) == 0.0
     for (_, old), (_, new) in zip(lora.lora_layers(before), lora.lora_layers(after)):
         old, new = old.adapters[lora.POLICY], new.adapters[lora.POLICY]
         assert torch.equal(new.lora_A[:16], old.lora_A) and torch.equal(new.scale * new.lora_B[:, :16], old.lora_B)
@@ -266,7 +267,7 @@ def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_lost(model_folder,
     before = saved_adapter(model_folder("llama"), tmp_path, rank=16, alpha=16)
     after = load(model_folder("llama"))
     lora.inject(after, ["all-linear"], 6, 16)
-    reported = lora.load_adapter(after, tmp_path)
+    reported = adapter_files.load_adapter(after, tmp_path)
     lost = total = 0.0
     for (_, old), (_, new) in zip(lora.lora_layers(before), lora.lora_layers(after)):
         old, new = ((a.scale * a.lora_B @ a.lora_A).double() for a in (old.adapters["policy"], new.adapters["policy"]))
@@ -294,8 +295,8 @@ def test_named_adapters_share_one_base_and_switch(model_folder, tmp_path):
     both = load(folder)
     lora.inject(both, ["all-linear"], 4, 16, name=lora.REFERENCE, trainable=False)
     lora.inject(both, ["all-linear"], 16, 16)
-    lora.load_adapter(both, tmp_path / "sft", name=lora.REFERENCE)
-    lora.load_adapter(both, tmp_path / "policy")
+    adapter_files.load_adapter(both, tmp_path / "sft", name=lora.REFERENCE)
+    adapter_files.load_adapter(both, tmp_path / "policy")
     assert torch.equal(both(IDS).logits, policy(IDS).logits)
     with lora.reference(both):
         assert torch.equal(both(IDS).logits, sft(IDS).logits)

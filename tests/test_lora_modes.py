@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-import models
 import policy
 from configs.base import Config
-from stream import summon_layers
+from fsdp_utils import summon_layers
+from runtime import adapter_files, setup
 
 PROMPTS, COMPLETIONS = [[5, 9, 3], [7, 2]], [[4, 8, 6, 1], [3, 3, 1]]
 SETTINGS = {  # mode -> (architecture, merged, nf4, recomputed activations)
@@ -71,7 +71,7 @@ def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, 
         expected = plain_logprobs(plain)
         expected.square().sum().backward()
 
-        model = prepared(models.meta_model(folders[architecture], torch.float32), merged, nf4)
+        model = prepared(setup.meta_model(folders[architecture], torch.float32), merged, nf4)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         sharded = policy.Policy(model).train()
@@ -150,35 +150,34 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     """Of each mode: how far vLLM's logprobs are from the policy's before training, after it, and after the stream;
     and the mean logprob under the reference.
     """
-    import prepare
-    import run
     from configs.arithmetic_cpu import config as base
+    from runtime import run, setup
 
     base = dataclasses.replace(base, lora_rank=8)
-    world, engine, results = fsdp_utils.init_world(), prepare.build_engine(base, model), {}
+    world, engine, results = fsdp_utils.init_world(), setup.build_engine(base, model), {}
     batch = policy.pack([TOKENS[:1]], [TOKENS[1:]], world.device)
     for mode, changes in MODES.items():
         changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
         config = dataclasses.replace(base, **changes)
-        trained = models.build_policy(config, model, world)
+        trained = setup.build_policy(config, model, world)
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )
-        tokenizer = prepare.AutoTokenizer.from_pretrained(model)
+        tokenizer = setup.AutoTokenizer.from_pretrained(model)
         session = run.Run(config, world, tokenizer, [], engine, [], trained, optimizer, None)
 
         @torch.no_grad()
         def difference(trained=trained) -> float:
             return (trained(batch)[0] - torch.tensor(engine.logprobs(TOKENS))).abs().mean().item()
 
-        session.sync(everything=True)
+        session.weight_sync.update_weights(everything=True)
         distances = [difference()]
         for _ in range(3):
             (-trained(batch)[0].mean() * 10).backward()
             optimizer.step()
             optimizer.zero_grad()
         distances.append(difference())
-        session.sync()
+        session.weight_sync.update_weights()
         distances.append(difference())
         with torch.no_grad(), lora.reference(trained):
             results[mode] = (*distances, trained(batch)[0].mean().item())
@@ -218,7 +217,7 @@ def adapter_in(folder, rank: int = 16, seed: int = 1) -> Expected:
             start(model, seed=seed, std=std)
         adapted, std = all_logprobs(exact), 1.5 * std
         effect, noise = mean_difference(adapted, base), max(noise, mean_difference(all_logprobs(rounded), adapted))
-    lora.save_adapter(exact, folder)
+    adapter_files.save_adapter(exact, folder)
     return Expected(adapted, base, noise)
 
 

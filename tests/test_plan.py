@@ -9,9 +9,9 @@ from conftest import ROOT, on_ranks
 from transformers import AutoConfig
 
 import fsdp_utils
-import plan
 from benchmarks.measuring import PeakBytes
 from configs.base import Config
+from tools import plan
 
 WAYS = {  # layers, and settings
     "plain": (3, dict(gradient_checkpointing=False)),
@@ -33,16 +33,16 @@ def settings(way: str, **others) -> Config:
 
 def really(folders):
     """For each way, of this rank's models as the trainer builds them: shards, peaks, and what a sync moves."""
-    import models
-    from stream import SyncStats, summon_layers, to_send
+    from fsdp_utils import SyncStats, summon_layers, to_send
+    from runtime import setup
 
     world, found = fsdp_utils.init_world(), {}
     for way, folder in folders.items():
         config = settings(way)
-        policy = models.build_policy(config, str(folder), world, learns_log_z=config.algorithm == "flowrl")
+        policy = setup.build_policy(config, str(folder), world, learns_log_z=config.algorithm == "flowrl")
         found[way] = {"policy": learner(config, policy)}
         if config.algorithm == "ppo":
-            found[way]["critic"] = learner(config, models.build_critic(config, str(folder), world))
+            found[way]["critic"] = learner(config, setup.build_critic(config, str(folder), world))
         fsdp_utils.reshard(policy)
         modules, stats = to_send(policy.model, everything=config.sleep_level == 2), SyncStats()
         dtype = getattr(torch, config.dtype)
@@ -55,7 +55,7 @@ def really(folders):
 
 def learner(config, module):
     """What a policy or a critic holds, and the peaks of its forward and of its update."""
-    from prepare import make_optimizer
+    from runtime.setup import make_optimizer
 
     optimizer = make_optimizer(config, "learner", module, 1e-5, saved=None)
     batch = plan.full_batch(config)
@@ -100,7 +100,8 @@ def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
     folders = {way: model_folder("qwen2", num_hidden_layers=WAYS[way][0], **sizes) for way in ways}
     results = on_ranks(ranks, really, folders, folder=tmp_path)
     for way, folder in folders.items():
-        planned = plan.plan_trainer(settings(way), AutoConfig.from_pretrained(folder), ranks)
+        shape, learns_log_z = AutoConfig.from_pretrained(folder), way == "log Z"
+        planned = plan.plan_trainer(settings(way), shape, ranks, learns_log_z)
         ours, *_ = found = [result[way] for result in results]  # the plan is of the first rank; others may lack a row
         assert (planned.streamed, planned.streamed_peak) == (ours["streamed"], ours["streamed_peak"]), way
         learners = {"policy": planned.policy} | ({"critic": planned.critic} if planned.critic else {})

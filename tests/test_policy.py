@@ -7,9 +7,9 @@ from conftest import EPSILON, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fsdp_utils
-import models
 import policy
 from policy import FrozenHead, Policy, make_log_z, pack, packed_attention
+from runtime import setup
 
 CPU = torch.device("cpu")
 
@@ -100,7 +100,7 @@ def say_the_same_twice(folders):
     """Whether the policies in training mode do."""
     world, same = fsdp_utils.init_world(), []
     for folder in folders:
-        model = models.meta_model(str(folder), torch.float32)
+        model = setup.meta_model(str(folder), torch.float32)
         fsdp_utils.load_weights(model, str(folder), world.device)
         policy, packed = Policy(model).train(), pack([[5]], [[6, 7, 8, 9]], world.device)
         same.append(torch.equal(policy(packed).logprobs, policy(packed).logprobs))
@@ -128,7 +128,7 @@ def test_a_base_has_no_dropout(model_folder, tmp_path):
 def test_models_that_cannot_be_trained_are_refused(architecture, sizes, words, tmp_path):
     AutoConfig.for_model(architecture, **sizes).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words) as error:
-        models.meta_model(str(tmp_path), torch.bfloat16)
+        setup.meta_model(str(tmp_path), torch.bfloat16)
     assert "\n" not in str(error.value) and repr(str(tmp_path)) in str(error.value)
 
 

@@ -7,9 +7,9 @@ from conftest import TINY
 from transformers import AutoTokenizer
 
 import fsdp_utils
-import prepare
 import reward
 from configs.base import Config
+from runtime import setup
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}|{{ m.content | trim }}]{% endfor %}"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
@@ -27,7 +27,7 @@ def asked(tmp_path, monkeypatch):
     def texts(template: str | None = None, **options: object) -> list[str]:
         tokenizer = AutoTokenizer.from_pretrained(TINY)
         tokenizer.chat_template = template
-        train, test = prepare.load_prompts(Config(task="gsm8k", data_dir=str(tmp_path), **options), tokenizer)
+        train, test = setup.load_prompts(Config(task="gsm8k", data_dir=str(tmp_path), **options), tokenizer)
         assert train == test
         return [tokenizer.decode(prompt.token_ids) for prompt in train]
 

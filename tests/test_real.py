@@ -1,8 +1,8 @@
 """A real pretrained model, SmolLM2-135M-Instruct, against transformers and peft: bf16 over thirty layers, a vocabulary
 of words and a chat template, none of which the other tests' models have.
 
-$SMOLLM2_DIR names its folder; without it, real_model.py makes one in the cache. bfloat16 alone moves a logprob of this
-model by 0.05 nats, so nothing here is compared with a fixed number: `Reference.noise` is measured first.
+$SMOLLM2_DIR names its folder; without it, tools/real_model.py makes one in the cache. bfloat16 alone moves a logprob of
+this model by 0.05 nats, so nothing here is compared with a fixed number: `Reference.noise` is measured first.
 """
 
 import dataclasses
@@ -23,10 +23,11 @@ from conftest import ROOT, on_ranks
 from test_resume import await_step, finish, kill, rows, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import export
 import fsdp_utils
 import lora
 from policy import Policy, pack
+from runtime import adapter_files
+from tools import adapter as export
 
 CPU = torch.device("cpu")
 RANK, ALPHA = 8, 16.0
@@ -49,7 +50,7 @@ def smollm2() -> Path:
     """The model's folder."""
     folder = Path(os.environ.get("SMOLLM2_DIR") or ROOT / ".cache" / "smollm2")
     if not (folder / "config.json").exists():
-        made = subprocess.run([sys.executable, "real_model.py", folder], cwd=ROOT, capture_output=True, text=True)
+        made = subprocess.run([sys.executable, "tools/real_model.py", folder], cwd=ROOT, capture_output=True, text=True)
         if made.returncode == 2:
             pytest.skip(made.stderr.splitlines()[-1])
         assert made.returncode == 0, made.stderr
@@ -133,7 +134,7 @@ def test_the_trainers_logprobs_are_those_of_transformers(smollm2, reference):
 
     policy = Policy(load(smollm2, torch.bfloat16))
     lora.inject(policy.model, ["all-linear"], RANK, ALPHA)
-    lora.load_adapter(policy.model, reference.adapter)
+    adapter_files.load_adapter(policy.model, reference.adapter)
     assert distance(policy(packed).logprobs, reference.adapted) < 2 * reference.noise
     with lora.disabled(policy.model):
         assert distance(policy(packed).logprobs, reference.base) < 2 * reference.noise
@@ -144,15 +145,15 @@ def test_exports_are_what_peft_makes_of_the_adapter(smollm2, reference, tmp_path
     """The adapter that is written here, loaded by peft; and base plus adapter, loaded by transformers."""
     model = load(smollm2)
     lora.inject(model, ["all-linear"], RANK, ALPHA)
-    lora.load_adapter(model, reference.adapter)
-    lora.save_adapter(model, tmp_path / "adapter", base_model=str(smollm2))
+    adapter_files.load_adapter(model, reference.adapter)
+    adapter_files.save_adapter(model, tmp_path / "adapter", base_model=str(smollm2))
     again = peft.PeftModel.from_pretrained(load(smollm2), tmp_path / "adapter")
     texts = reference.prompts, reference.completions
     torch.testing.assert_close(plain_logprobs(again, *texts), reference.adapted, rtol=1e-5, atol=1e-4)
 
     merged = again.merge_and_unload().bfloat16().float()  # rounded once, computed in float32
     arguments = f"export --base {smollm2} --adapter {tmp_path / 'adapter'} --out {tmp_path / 'model'}"
-    monkeypatch.setattr(sys, "argv", ["lora.py", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", ["adapter.py", *arguments.split()])
     export.main()
     exported, tokenizer = load(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "model")
@@ -209,17 +210,17 @@ def hand_over(run, reference: Reference) -> dict[str, torch.Tensor]:
         return torch.tensor([n for p, c in texts for n in run.engine.logprobs(p + c)[len(p) - 1 :]])
 
     before = sampler()
-    lora.load_adapter(run.policy.model, reference.adapter, fill=fsdp_utils.fill)
+    adapter_files.load_adapter(run.policy.model, reference.adapter, fill=fsdp_utils.fill)
     with torch.no_grad():
         trainer = run.policy(pack(reference.prompts, reference.completions, run.world.device)).logprobs
-    run.sync(verify=True)
+    run.weight_sync.update_weights(verify=True)
     return {"before": before, "trainer": trainer, "sampler": sampler()}
 
 
 def turns(run, questions: list[list[int]]) -> list[tuple]:
     """Completions, and what the update would train on: (completion, its targets, their weights)."""
-    from batching import make_updates
     from rollout import Request
+    from runtime.batching import make_updates
     from train_grpo import ALGORITHMS
 
     completions = run.engine.generate([Request(ids, 8, 1.0, seed=9 * i) for i, ids in enumerate(questions)])

@@ -18,12 +18,12 @@ import torch
 from conftest import ROOT, on_ranks
 from torch import nn
 
-import checkpoint
 import fsdp_utils
 from configs.base import Config
-from prepare import read_saved
-from run import Progress, Run
-from tracking import COLUMNS, RunLog
+from runtime import checkpoint
+from runtime.run import Progress, Run
+from runtime.setup import read_saved
+from runtime.tracking import COLUMNS, RunLog
 
 NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may differ between two equal runs
 GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import reward
-from tiny_model import arithmetic_solution
+from tools.tiny_model import arithmetic_solution
 
 WAYS = ("#### N", "\\(\\boxed{N}\\)", "The answer is **$N**.", "**Answer:** N eggs.\n\nThat is all.")
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))

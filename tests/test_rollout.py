@@ -6,7 +6,8 @@ import torch
 from conftest import on_ranks
 
 import fsdp_utils
-from rollout import Engine, HeldLinear, Request, add_lora_linear
+from rollout import Engine, Request, add_lora_linear
+from sync import HeldLinear
 
 
 def generations(folder, requests):

@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-import models
-import stream
 from policy import Policy
+from runtime import setup
 
 UNEVEN = dict(intermediate_size=90, vocab_size=161, tie_word_embeddings=False)  # rows that 4 ranks cannot share evenly
 
@@ -37,7 +36,7 @@ class Memory(TorchDispatchMode):
 
 
 def sharded_model(folder, world, fsdp_size, param_offload, nf4=False):
-    model = models.meta_model(str(folder), torch.bfloat16)
+    model = setup.meta_model(str(folder), torch.bfloat16)
     if nf4:
         lora.quantize_base(model)
     lora.inject(model, ["all-linear"], rank=5, alpha=10.0)
@@ -67,7 +66,7 @@ def streams(folder, ways):
         frozen = [fsdp_utils.local(p).clone() for p in model.parameters() if not p.requires_grad]
         for options in [dict(), dict(release=True)] + [dict(prefetch=True)] * 5:
             names = []
-            for name, tensor in stream.summon_layers(model, world.device, **options):
+            for name, tensor in fsdp_utils.summon_layers(model, world.device, **options):
                 names.append(name)
                 if not torch.equal(tensor, expected[name]):
                     wrong.append((fsdp_size, param_offload, options, name))
@@ -95,7 +94,7 @@ def many_syncs(folder, count):
             with torch.no_grad():
                 for shard in trained:
                     shard.mul_(1.001)
-            for _ in stream.summon_layers(model, world.device, prefetch=True):
+            for _ in fsdp_utils.summon_layers(model, world.device, prefetch=True):
                 pass
         same.append(all(torch.equal(*pair) for pair in zip(frozen, before, strict=True)))
     return same
@@ -111,16 +110,16 @@ def peaks(folder):
     """Per way: the most bytes of any operation's tensors, what the stream itself reports, and its largest tensor."""
     world, found = fsdp_utils.init_world(), []
     model = sharded_model(folder, world, 0, False)
-    stream.ELEMENTS_AT_ONCE = 1 << 14
+    fsdp_utils.MERGED_AT_ONCE = 1 << 14
 
     def sizes(**options):
-        for _, tensor in stream.summon_layers(model, world.device, **options):
+        for _, tensor in fsdp_utils.summon_layers(model, world.device, **options):
             yield tensor.nbytes
             time.sleep(0.02)  # gloo's thread lets go of it a little late
             del tensor
 
     for prefetch in (False, True):
-        stats = stream.SyncStats()
+        stats = fsdp_utils.SyncStats()
         with Memory() as memory:
             largest = max(sizes(prefetch=prefetch, stats=stats))
         found.append((memory.peak, stats.peak_bytes, largest))
@@ -141,8 +140,8 @@ def peaks_of_a_hoarder(folder):
     world, found = fsdp_utils.init_world(), []
     model = sharded_model(folder, world, 0, False)
     for release in (False, True):
-        stats = stream.SyncStats()
-        kept = [w for _, w in stream.summon_layers(model, world.device, stats=stats, release=release)]
+        stats = fsdp_utils.SyncStats()
+        kept = [w for _, w in fsdp_utils.summon_layers(model, world.device, stats=stats, release=release)]
         there = sum(tensor.nbytes for tensor in kept if tensor.untyped_storage().nbytes())
         found.append((stats.peak_bytes, stats.bytes, there, max(tensor.nbytes for tensor in kept)))
     return found
@@ -158,11 +157,11 @@ def test_what_is_kept_is_counted_and_what_is_released_is_gone(model_folder, tmp_
 
 def survivals(folder):
     """Of all updates together, as the stream says and from whole tensors in float64; updates that rounding hurts."""
-    world, stats, pairs = fsdp_utils.init_world(), stream.SyncStats(), []
+    world, stats, pairs = fsdp_utils.init_world(), fsdp_utils.SyncStats(), []
     model = sharded_model(folder, world, 0, False)
     for _, layer in lora.lora_layers(model):
         fsdp_utils.local(layer.adapters[lora.POLICY].lora_B).data.mul_(0.002)
-    for _ in stream.summon_layers(model, world.device, stats=stats):
+    for _ in fsdp_utils.summon_layers(model, world.device, stats=stats):
         pass
     for _, layer in lora.lora_layers(model):
         W, A, B = (
@@ -182,12 +181,12 @@ def test_what_survives_rounding_is_the_cosine_of_the_whole_update(model_folder, 
 
 def survival_of_one_row():
     """Of a weight that one rank has whole."""
-    world, stats = fsdp_utils.init_world(), stream.SyncStats()
+    world, stats = fsdp_utils.init_world(), fsdp_utils.SyncStats()
     model = torch.nn.Sequential(torch.nn.Linear(8, 1, bias=False))
     lora.inject(model, ["0"], rank=2, alpha=2.0)
     fsdp_utils.shard(model, [], world.device)
     fill_adapters(model, fsdp_utils.fill)
-    for _ in stream.summon_layers(model, world.device, stats=stats):
+    for _ in fsdp_utils.summon_layers(model, world.device, stats=stats):
         pass
     return stats.metrics()["sync/update_survival"]
 

@@ -59,11 +59,11 @@ RUNS, HOLDS = "does not run the trained weights", "does not hold the weights tha
 def merged_syncs(folder, tensor_parallel_size, faults, overrides):
     a = a_run(folder, tensor_parallel_size, **overrides)
     before, found = [p.to_local().clone() for _, p in sorted(a.policy.named_parameters()) if not p.requires_grad], []
-    a.sync(verify=True)
+    a.weight_sync.update_weights(verify=True)
     found.append([a.engine.logprobs(text) for text in TEXTS])
     for seed in (1, 2):
         random_adapter(a.policy.model, seed, SCALE)
-        metrics = a.sync(verify=True)
+        metrics = a.weight_sync.update_weights(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
     verdicts = verdicts_on(a, merged_faults(a, LAYER), SCALE) if faults else {}
     after = [p.to_local() for _, p in sorted(a.policy.named_parameters()) if not p.requires_grad]
@@ -102,11 +102,11 @@ def adapter_syncs(folder, tensor_parallel_size):
 
     a = a_run(folder, tensor_parallel_size, sync="adapter", sleep_level=1)
     found, before = [], set(Path("/dev/shm").glob("lorl-*"))
-    a.sync(verify=True)
+    a.weight_sync.update_weights(verify=True)
     found.append([a.engine.logprobs(text) for text in TEXTS])
     for seed in (1, 2):
         random_adapter(a.policy.model, seed, SCALE)
-        metrics = a.sync(verify=True)
+        metrics = a.weight_sync.update_weights(verify=True)
         found.append([a.engine.logprobs(text) for text in TEXTS])
     tokens = [completion.token_ids for completion in a.engine.generate([Request(TEXTS[0], 2, 1.0, seed=5)])]
     try:

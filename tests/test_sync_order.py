@@ -1,6 +1,5 @@
 """What happens around the stream, in which order; and settings that cannot work."""
 
-import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,12 +7,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import checkpoint
 import fsdp_utils
+import lora
 import sync
 from configs.base import Config
-from prepare import make_optimizer
-from run import Progress, Saved
+from runtime import checkpoint
+from runtime.run import Progress, Saved
+from runtime.setup import make_optimizer
 
 
 class RecordingLLM:
@@ -38,34 +38,31 @@ class RecordingLLM:
 
 def calls_of_a_step(sleep_level, monkeypatch):
     """Of a run whose model is two linears, the second with an adapter, after one rollout, update and sync."""
-    import run
     from rollout import Engine
 
     engine = Engine.__new__(Engine)
     engine.llm, engine.sleep_level, engine.adapters, engine.copies_at_once = RecordingLLM(), sleep_level, {}, False
     engine.asleep = set()
     engine.with_tied_head = iter
-    a = run.Run.__new__(run.Run)
-    a.config, a.engine = dataclasses.replace(Config(), sync="merged", sleep_level=sleep_level), engine
-    a.world = fsdp_utils.World(0, 1, torch.device("cuda"))
     block = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4), "down": torch.nn.Linear(4, 4, bias=False)})
     model = torch.nn.ModuleDict({"block": block})
-    run.lora.inject(model, ["down"], 2, 2.0)
-    run.lora.init_adapters(model, 0)
-    a.policy = torch.nn.Module()
-    a.policy.model = model
-    streamed = run.summon_layers
+    lora.inject(model, ["down"], 2, 2.0)
+    lora.init_adapters(model, 0)
+    policy = torch.nn.Module()
+    policy.model = model
+    config = Config(sync="merged", sleep_level=sleep_level)
+    weight_sync = sync.WeightSync(policy, engine, config, [[1]], torch.device("cuda"))
+    streamed = fsdp_utils.summon_layers
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: engine.llm.calls.append("empty_cache"))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     monkeypatch.setattr(
-        run, "summon_layers", lambda model, _, **options: streamed(model, torch.device("cpu"), **options)
+        fsdp_utils, "summon_layers", lambda model, _, **options: streamed(model, torch.device("cpu"), **options)
     )
-    a.syncs = 0
-    a.verifier = SimpleNamespace(check=lambda everything: engine.llm.calls.append("probe") or {})
-    monkeypatch.setattr(run.sync.Sent, "check", lambda *_: engine.llm.calls.append("read back") or {})
+    weight_sync.probe = SimpleNamespace(check=lambda everything: engine.llm.calls.append("probe") or {})
+    monkeypatch.setattr(sync.ReadBack, "check", lambda *_: engine.llm.calls.append("read back") or {})
     engine.sleep()
     engine.llm.calls.append("update")
-    a.sync(verify=True)
+    weight_sync.update_weights(verify=True)
     return engine.llm.calls
 
 
@@ -81,25 +78,25 @@ def test_sleep_and_wake_leave_each_other_room(monkeypatch):
 def test_the_probe_leaves_the_gpu_to_either_side(monkeypatch):
     """The trainer scores while vLLM sleeps, and in the end vLLM sleeps and the policy is what it was."""
     calls, model = [], torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)})
-    sync.lora.inject(model, ["up"], 2, 2.0)
-    sync.lora.init_adapters(model, 0)
+    lora.inject(model, ["up"], 2, 2.0)
+    lora.init_adapters(model, 0)
     before = [parameter.clone() for parameter in model.parameters()]
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
     policy, engine = SimpleNamespace(model=model), SimpleNamespace(sleep=lambda: calls.append("sleep"))
-    verifier = sync.Verifier(policy, engine, lambda everything: calls.append(f"send {everything}"), [], None)
+    probe = sync.Probe(policy, engine, lambda everything: calls.append(f"send {everything}"), [], None)
 
     def score() -> torch.Tensor:
         calls.append("score")
         return model["up"](torch.ones(4)) if model["up"].active else model["up"].base(torch.ones(4))
 
     def ask(everything: bool = False) -> torch.Tensor:
-        verifier.send(everything)
+        probe.send(everything)
         engine.sleep()
         return model["up"](torch.ones(4))
 
-    verifier.score, verifier.ask = score, ask
-    verifier.check(everything=True)
-    verifier.check()
+    probe.trainer_logprobs, probe.sampler_logprobs = score, ask
+    probe.check(everything=True)
+    probe.check()
     assert calls[:3] == ["score", "send True", "sleep"] and calls[-4:] == ["send False", "sleep"] * 2
     assert set(calls[3:-4]) == {"score"}, "scaled while vLLM sleeps"
     assert all(map(torch.equal, before, model.parameters()))

@@ -5,7 +5,7 @@ import json
 from conftest import TINY
 from safetensors.torch import load_file
 
-import tiny_model
+from tools import tiny_model
 
 
 def test_the_recipe_makes_this_tokenizer_and_this_architecture(tmp_path):

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import progress_bar
 from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
-from prepare import check_writable, open_log
-from run import give_memory_back
-from tracking import RunLog, wandb_mode
+from runtime import progress_bar
+from runtime.run import give_memory_back
+from runtime.setup import check_writable, open_log
+from runtime.tracking import RunLog, wandb_mode
 
 
 def test_timeline(tmp_path):

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 import fsdp_utils
-from batching import MicroBatch
-from progress_bar import progress_bar
-from run import Run
+from runtime.batching import MicroBatch
+from runtime.progress_bar import progress_bar
+from runtime.run import Run
 
 Metrics = dict[str, Tensor]  # name -> (R,) a value per completion token of a micro-batch
 
@@ -31,7 +31,7 @@ def optimize(
     with progress_bar("update", len(batches), "micro-batches") as bar:
         for batch in batches:
             if may_stop:
-                run.check_stop()
+                run.stop.check()
             loss, info = share_of_loss(batch)
             # FSDP averages over ranks; the weights already make the sum right. It does so after each micro-batch, for
             # until then every rank has whole gradients, and they would be the largest thing there if all weights learn.

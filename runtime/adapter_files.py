@@ -9,7 +9,7 @@ Shapes: A (r, in), B (out, r).
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+import lora
 
 # What of peft's LoRA changes the forward or the base in ways that are not done here: key -> the value that is fine.
 UNSUPPORTED = {
@@ -34,11 +36,6 @@ UNSUPPORTED = {
     "trainable_token_indices": None,
 }
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights`
-
-
-def scaling(rank: int, alpha: float, rslora: bool) -> float:
-    """The s of s·B A: alpha / r, or alpha / √r (rank-stabilised, arXiv 2312.03732)."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def peft_key(path: str, matrix: str) -> str:
@@ -59,7 +56,7 @@ class AdapterFile:
 
     @property
     def scale(self) -> float:
-        return scaling(self.rank, self.alpha, self.rslora)
+        return lora.scaling(self.rank, self.alpha, self.rslora)
 
     @property
     def target_modules(self) -> list[str]:
@@ -85,7 +82,7 @@ def open_adapter(folder: str | Path) -> Iterator[AdapterFile]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"adapter folder {str(folder)!r} has no {file}")
     try:
-        config = read_config(folder)
+        config = read_adapter_config(folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
             found = set(tensors.keys())
             names = (re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key) for key in found)
@@ -103,7 +100,7 @@ def open_adapter(folder: str | Path) -> Iterator[AdapterFile]:
         raise ValueError(f"adapter {str(folder)!r}: {error}") from None
 
 
-def read_config(folder: Path) -> dict:
+def read_adapter_config(folder: Path) -> dict:
     """peft's configuration of an adapter that is a plain LoRA."""
     config = json.loads((folder / "adapter_config.json").read_text())
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -158,6 +155,85 @@ def write_adapter(
         "use_rslora": rslora,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# ---- From and into a model ----------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_model: str = "",
+    name: str = lora.POLICY,
+    gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    write: bool = True,
+) -> None:
+    """Writes the adapter `name` as peft would. `gather` makes a parameter whole; it may be a collective, so every
+    rank calls this, and one has `write`.
+    """
+    matrices, layers = {}, dict(lora.lora_layers(model, name))
+    for path, layer in layers.items():
+        adapter = layer.adapters[name]
+        whole = [gather(matrix).detach() for matrix in (adapter.lora_A, adapter.lora_B)]
+        if write:
+            matrices[path] = tuple(matrix.cpu() for matrix in whole)
+    if not write:
+        return
+    endings = {path.rpartition(".")[2] for path in layers}
+    first = next(iter(layers.values())).adapters[name]  # in rank and scale all are alike
+    so_named = {path for path in lora.base_linears(model) if path.rpartition(".")[2] in endings}
+    write_adapter(
+        folder,
+        matrices,
+        target_modules=sorted(endings if so_named == set(layers) else layers),
+        rank=first.rank,
+        alpha=first.alpha,
+        rslora=first.rslora,
+        dropout=first.dropout,
+        base_model=base_model,
+    )
+
+
+@torch.no_grad()
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str = lora.POLICY,
+    seed: int = 0,
+    fill: Callable[[Tensor, Tensor], None] = Tensor.copy_,
+) -> float:
+    """Fills the adapter `name` from a folder, whose rank and scale may be others.
+
+    Returns what a smaller rank lost of the update, ‖lost‖ / ‖update‖ over all layers; 0 if the rank is not smaller.
+    `seed` starts the directions that a larger rank adds. Raises ValueError unless the folder has exactly the
+    adapter's modules, in their shapes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = dict(lora.lora_layers(model, name))
+    lost = total = 0.0
+    with open_adapter(folder) as file:
+        for kind, paths in (("lacks", layers.keys() - file.paths), ("also has", set(file.paths) - layers.keys())):
+            if paths:
+                there = ", ".join(file.target_modules)
+                raise ValueError(f"it {kind} {min(paths)!r} ({len(paths)} such modules); its targets are {there}")
+        for path, layer in layers.items():
+            A, B = file.matrices(path)
+            if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
+                raise ValueError(
+                    f"{path} maps {A.shape[1]} to {len(B)} features there, {layer.in_features} to "
+                    f"{layer.out_features} in the model: another base model?"
+                )
+            adapter = layer.adapters[name]
+            if adapter.rank > file.rank:
+                A, B = grow(A, B, lora.fresh_A(adapter.rank - file.rank, layer.in_features, generator))
+            elif adapter.rank < file.rank:
+                A, B, values = shrink(A, B, adapter.rank)
+                lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
+            fill(adapter.lora_A, A)
+            fill(adapter.lora_B, B * (file.scale / adapter.scale))
+    return math.sqrt(lost / total) if lost else 0.0
 
 
 # ---- Another rank ---------------------------------------------------------------------------------------------

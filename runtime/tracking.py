@@ -5,7 +5,7 @@ runs/NAME/metrics.jsonl    one object per step
 runs/NAME/samples.jsonl    completions with their rewards
 runs/NAME/evals/           those of each evaluation as a table, for people
 runs/NAME/trace_N.json.gz  with `--profile N`: what the first rank did in step N, for https://ui.perfetto.dev
-runs/NAME/checkpoints/     see checkpoint.py
+runs/NAME/checkpoints/     see runtime/checkpoint.py
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Draws runs: `python plot.py runs/a runs/b [--out curves.png]`, one colour per run, one panel per question.
+"""Draws runs: `python tools/plot.py runs/a runs/b [--out curves.png]`, one colour per run, one panel per question.
 
 Needs matplotlib, which training does not: `pip install -r requirements-dev.txt`.
 """
@@ -96,7 +96,7 @@ def main() -> None:
         }
         draw(runs, arguments.out)
     except ModuleNotFoundError:
-        sys.exit("plot.py needs matplotlib: pip install -r requirements-dev.txt")
+        sys.exit("tools/plot.py needs matplotlib: pip install -r requirements-dev.txt")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """Does a configuration fit, before anything is rented or downloaded: memory per phase of a step and GPU.
 
-    python plan.py --config configs/qwen2_5_72b_gsm8k.py --gpus 8 --gpu_memory_gb 80
-    python plan.py --config configs/qwen2_5_7b_gsm8k.py --gpus 4 --gpu_memory_gb 24 --tokens_per_microbatch 4096
+    python tools/plan.py --config configs/qwen2_5_72b_gsm8k.py --gpus 8 --gpu_memory_gb 80
+    python tools/plan.py --config configs/qwen2_5_7b_gsm8k.py --gpus 4 --gpu_memory_gb 24 --tokens_per_microbatch 4096
 
 Any field of the configuration can be given, too. The model's shapes come from its config.json, are known here for
 the Qwen2.5 sizes that configs/ names, or are given: `--hidden_size 4096 --num_hidden_layers 32 ...`.
@@ -14,6 +14,7 @@ its share of the GPU, and a KV cache in what that leaves. GB are 10⁹ bytes; a 
 import argparse
 import copy
 import dataclasses
+import importlib
 import math
 import re
 import sys
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -31,16 +33,14 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-import checkpoint
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+
 import fsdp_utils
 import lora
-import models
-from command_line import parse_config
 from configs.base import Config
 from policy import Critic, Packed, Policy, PolicyOutput, pack
-from stream import to_send
-from train_grpo import ALGORITHMS, find_algorithm, settle
-from train_ppo import PPO
+from runtime import checkpoint, setup
+from runtime.command_line import parse_config
 
 GB = 1e9
 HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
@@ -154,17 +154,17 @@ def full_batch(config: Config) -> Packed:
     return pack(prompts, completions, HERE)
 
 
-def measure(config: Config, shape: PretrainedConfig) -> Trainer:
+def measure(config: Config, shape: PretrainedConfig, learns_log_z: bool) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     config = dataclasses.replace(config, param_offload=False)  # what lives on the host is told apart in `phases`
-    policy_of = partial(models.meta_policy, learns_log_z=ALGORITHMS.get(config.algorithm, PPO).flow)
+    policy_of = partial(setup.meta_policy, learns_log_z=learns_log_z)
     policy = make(policy_of, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
-    critic = make(models.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
+    critic = make(setup.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         learners = [module and run_learner(config, module) for module in (policy, critic)]
     width = getattr(torch, config.dtype).itemsize
     whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
-    modules = to_send(policy.model, everything=config.sleep_level == 2)
+    modules = fsdp_utils.to_send(policy.model, everything=config.sleep_level == 2)
     sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
     at_once = [a + b for a, b in pairwise(sent)] if config.sync_prefetch else sent
     return Trainer(
@@ -179,8 +179,8 @@ def measure(config: Config, shape: PretrainedConfig) -> Trainer:
 def make(meta: Callable, config: Config, shape: PretrainedConfig, rank: int) -> Policy | Critic:
     """The policy or the critic as it is trained, sharded, but without memory."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=models.parameter_dtype(config, rank))
-    models.check_supported(model, config.model)
+        model = AutoModelForCausalLM.from_config(shape, dtype=setup.parameter_dtype(config, rank))
+    setup.check_supported(model, config.model)
     return meta(config, model, HERE)
 
 
@@ -227,13 +227,13 @@ def fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int) -> Trainer:
-    """One of so many ranks. Each block adds the same: few are run, and the rest of a deep model is a straight line."""
+def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int, learns_log_z: bool = False) -> Trainer:
+    """One of `gpus` ranks. Each block adds the same, so a few are run, and a deep model is extrapolated linearly."""
     layers = shape.num_hidden_layers
     with fake_ranks(gpus):
         if layers <= max(FEW):
-            return measure(config, shape)
-        few, more = (measure(config, with_layers(shape, count)) for count in FEW)
+            return measure(config, shape, learns_log_z)
+        few, more = (measure(config, with_layers(shape, count), learns_log_z) for count in FEW)
     return line(few, more, layers - max(FEW))
 
 
@@ -339,13 +339,15 @@ def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Led
 # ---- The report -----------------------------------------------------------------------------------------------
 
 
-def report(config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float) -> tuple[str, bool]:
+def report(
+    config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float, learns_log_z: bool = False
+) -> tuple[str, bool]:
     """The text, and whether it all fits."""
     if gpus < 1 or not gpu_gb > 0 or not bandwidth_gb > 0:
         raise ValueError(f"there must be GPUs, memory and bandwidth, not {gpus}, {gpu_gb:g} GB, {bandwidth_gb:g} GB/s")
     if gpus % config.tensor_parallel_size:
         raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
-    trainer = plan_trainer(config, shape, gpus)
+    trainer = plan_trainer(config, shape, gpus, learns_log_z)
     ledgers = phases(config, shape, trainer, gpu_gb * GB)
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
     lines = [
@@ -399,9 +401,18 @@ def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig
     known = {} if Path(config.model).is_dir() else dict(zip(SIZES, SHAPES.get(config.model, ())))
     if known or len(given) == len(SIZES):
         return AutoConfig.for_model("qwen2", **known | given)
-    shape = models.read_config(config.model_source)
+    shape = setup.read_model_config(config.model_source)
     shape.update(given)
     return shape
+
+
+def load_script(path: str, config: Config) -> ModuleType:
+    """The training script whose settings and algorithm are planned; "": the one that has the configured algorithm."""
+    name = Path(path).stem or ("train_ppo" if config.algorithm == "ppo" else "train_grpo")
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise ValueError(f"there is no training script {path!r} in the root") from None
 
 
 def main() -> None:
@@ -410,15 +421,17 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8)
     parser.add_argument("--gpu_memory_gb", type=float, default=80.0)
     parser.add_argument("--bandwidth_gb", type=float, default=200.0)
+    parser.add_argument("--script", default="")  # of a fork
     for name in SIZES:
         is_bool = name == "tie_word_embeddings"
         parser.add_argument(f"--{name}", type=(lambda text: text.lower() == "true") if is_bool else int)
     own, others = parser.parse_known_args()
     given = {name: getattr(own, name) for name in SIZES if getattr(own, name) is not None}
     try:
-        config = parse_config(others, description=__doc__)
-        config = settle(config, PPO if config.algorithm == "ppo" else find_algorithm(config.algorithm))
-        text, fits = report(config, find_shape(config, given), own.gpus, own.gpu_memory_gb, own.bandwidth_gb)
+        script = load_script(own.script, parse_config(others, description=__doc__))
+        config, algorithm = script.configure(others, description=__doc__)
+        shape = find_shape(config, given)
+        text, fits = report(config, shape, own.gpus, own.gpu_memory_gb, own.bandwidth_gb, algorithm.flow)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.base import Config
-from tracking import shorten
+from runtime.tracking import shorten
 
 SYNCS_LOST = 10  # in a row, after which a run ends
 

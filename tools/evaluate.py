@@ -1,15 +1,13 @@
 """Evaluates a model, an adapter or a run's checkpoint on a task's test problems, without training.
 
-    python evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --eval_samples 8
-    torchrun --nproc-per-node=8 evaluate.py --adapter runs/x/checkpoints/step_000100/adapter
-    python evaluate.py --run runs/x --checkpoint best
+    python tools/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --eval_samples 8
+    torchrun --nproc-per-node=8 tools/evaluate.py --adapter runs/x/checkpoints/step_000100/adapter
+    python tools/evaluate.py --run runs/x --checkpoint best
 
 Every setting of training (configs/base.py) is an option here. A checkpoint, also if only its adapter is named, brings
 those of its run; by default all test problems are evaluated, and vLLM takes 90% of a GPU's memory. Written are
 results.json (metrics, settings, versions, hardware) and samples.jsonl (every completion).
 """
-
-import quiet  # noqa: F401, I001  before torch
 
 import dataclasses
 import json
@@ -21,23 +19,30 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+
+import runtime.quiet  # noqa: F401, I001  before torch
+
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import checkpoint
 import fsdp_utils
 import lora
 import nf4
 import reward
-from adapter_files import open_adapter
-from command_line import OneLineParser, parse_over, read_config_file
 from configs.base import Config
-from export import merge_all, read_model
-from models import meta_model, read_config
-from prepare import build_engine, check_fit, check_writable, load_prompts, on_disk
-from run import Evaluation, Evaluator, is_right, launch, listen, with_error
-from tracking import environment, hardware
+from runtime import checkpoint
+from runtime.adapter_files import open_adapter
+from runtime.command_line import OneLineParser, parse_over, read_config_file
+from runtime.files import one_line_errors, read_model
+from runtime.launch import launch
+from runtime.run import Evaluation, Evaluator, is_right, with_error
+from runtime.setup import build_engine, check_fit, check_writable, load_prompts, meta_model, on_disk, read_model_config
+from runtime.shared_memory import in_shared_memory
+from runtime.signals import listen
+from runtime.tracking import environment, hardware
+from tools.adapter import merge_all
 
 ALL = 1_000_000  # problems
 DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}  # whatever they were in training
@@ -128,11 +133,11 @@ def prepare() -> tuple[Evaluator, Path]:
     out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))
     model = on_disk(config)
-    with fsdp_utils.reading(f"the tokenizer of model {model!r}"):
+    with one_line_errors(f"the tokenizer of model {model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
-    check_fit(config, read_config(model), prompts)
-    with fsdp_utils.in_shared_memory(model) if config.use_shm else nullcontext(model) as fast_folder:
+    check_fit(config, read_model_config(model), prompts)
+    with in_shared_memory(model) if config.use_shm else nullcontext(model) as fast_folder:
         engine = build_engine(dataclasses.replace(config, sleep_level=0), fast_folder)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)

@@ -1,6 +1,6 @@
 """The recipe of `configs/tiny`, the embedded default's model: a Qwen2 architecture of 0.6M parameters.
 
-    python tiny_model.py FOLDER        # a minute and a half on two cores
+    python tools/tiny_model.py FOLDER        # a minute and a half on two cores
 
 Its weights are in the repository, so that every machine trains and tests the same ones: made again on another
 processor they would be as good, but not the same.
@@ -12,12 +12,15 @@ sharpen, and held-out accuracy has somewhere to climb.
 
 import random
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
 import reward
 
@@ -104,5 +107,5 @@ def warm_start(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tiny_model.py FOLDER")
+        sys.exit("usage: python tools/tiny_model.py FOLDER")
     save(sys.argv[1])

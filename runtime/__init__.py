@@ -1,0 +1,1 @@
+"""What keeps a run alive: set-up, batches, updates, checkpoints, logs, signals."""

@@ -1,0 +1,166 @@
+"""Files: model folders, downloads, folders that are written as a whole, locks. Nothing here knows of ranks."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from runtime.progress_bar import progress_bar
+
+# What weights may be stored as, in safetensors' words; quantised ones are not understood.
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+FILE_BYTES = 4 << 30
+NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
+
+
+# ---- Models --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """Whatever a library raises over a file of the user's becomes a ValueError that names it, of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if "trust_remote_code" in str(error):
+            reason = "it needs code of its own, which is never run; use a model whose architecture transformers knows"
+        raise ValueError(f"{what} cannot be used: {' '.join(reason.split())[:300]}") from error
+
+
+def find_model(model: str) -> str:
+    """The local folder of a model: a folder as it is, a name of the hub downloaded once."""
+    if Path(model, "config.json").is_file():
+        return model
+    if Path(model).exists():
+        raise ValueError(f"model {model!r} is no model folder: it has no config.json")
+    try:
+        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+    except (ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model {model!r} is not a folder, and the hub does not give it: {reason}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that a model's index names; without an index, all there are."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return sorted(folder.glob("*.safetensors"))
+    with one_line_errors(str(index)):
+        names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{index} names {name!r}, which is no file of its folder")
+    return [folder / name for name in names]
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator["safe_open"]:
+    """Opens a safetensors file; what is found wrong with it, here or within, is a ValueError that names it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the model: {error}") from None
+
+
+def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model's folder, one at a time."""
+    files = weight_files(folder)
+    if not files:
+        raise ValueError(f"there are no safetensors files in {str(folder)!r}")
+    for path in files:
+        with open_safetensors(path) as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path) -> None:
+    """Writes a Hugging Face model folder, whole or not at all; all but the tensors is copied from the folder `like`."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} exists and is not empty")
+    expected = sum(path.stat().st_size for path in weight_files(like))
+    with atomic_folder(folder) as partial, progress_bar("writing the model", expected, "bytes", unit_scale=True) as bar:
+        weight_map, total = {}, 0
+        for number, batch in enumerate(batches(counted(tensors, bar)), start=1):
+            file = f"model-{number:05d}.safetensors"
+            save_file(batch, partial / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(batch, file)
+            total += sum(tensor.nbytes for tensor in batch.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        for path in like.iterdir():
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copy(path, partial)
+
+
+def counted(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors; the bar shows how many bytes have come."""
+    for name, tensor in tensors:
+        yield name, tensor
+        bar.update(tensor.nbytes)
+
+
+def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """What goes into each file: at most `FILE_BYTES`, or one larger tensor."""
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > FILE_BYTES:
+            yield batch
+            batch.clear()  # before the next one is read
+            size = 0
+        batch[name] = tensor.cpu().contiguous()
+        size += tensor.nbytes
+    yield batch
+
+
+# ---- Folders -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Gives a new folder, which becomes `target` when the block ends, and goes if it fails."""
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except SafetensorError as error:  # its name for what the system says of the disk
+        raise OSError(f"cannot write {str(target)!r}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Returns when a file's contents, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Within it, this is the only process that is, for that folder; others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

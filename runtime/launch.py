@@ -1,0 +1,63 @@
+"""The start and the end of a process: an error becomes one line and an exit code, a signal a saved run."""
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from runtime.signals import Stopped, listen
+
+T = TypeVar("T")
+ROOT_CAUSE = 3.0  # seconds that other ranks wait before they exit: torchrun reports the first exit as the root cause
+EXIT_TIMEOUT = 20.0  # seconds that a failing process may take to exit
+
+
+def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
+    """Runs `train(prepare())`. A user's error in `prepare` is one line and exit code 2; later ones exit with 1."""
+    try:
+        run = prepare()
+    except (ValueError, OSError) as error:
+        fail(error, code=2)
+    except Exception as error:
+        fail(error, code=1)
+    try:
+        train(run)
+    except Stopped:
+        run.leave()
+    except Exception as error:
+        fail(error, code=1)
+
+
+def fail(error: Exception, code: int) -> NoReturn:
+    """Ends this process, and with it the run. The first rank to fail prints the error as its last line.
+
+    Other ranks mostly fail because the first one is gone, with messages of their libraries: they print nothing.
+    """
+    faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=open(os.devnull, "w"))  # if the exit hangs
+    listen(signal.SIG_DFL)
+    if first_to_fail():
+        if code != 2:
+            traceback.print_exc()
+        line = "error: " + (" ".join(str(error).split()) or type(error).__name__)
+        print(line, file=sys.stderr, flush=True)
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun's report then ends with the same line
+            cause = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": cause}))
+    else:
+        time.sleep(ROOT_CAUSE)
+    sys.exit(code)
+
+
+def first_to_fail() -> bool:
+    """True on the first rank that calls this, False on all others."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    return dist.distributed_c10d._get_default_store().add("first_to_fail", 1) == 1

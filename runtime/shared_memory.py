@@ -1,0 +1,84 @@
+"""Folders in a host's memory (/dev/shm): copies of a model that every rank reads, and adapters on their way to vLLM."""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fsdp_utils import on_every_rank, on_first_rank
+from runtime.files import folder_lock
+from runtime.progress_bar import progress_bar
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def first_on_host() -> bool:
+    """True on one rank of each host."""
+    return os.environ["LOCAL_RANK"] == "0"
+
+
+@contextmanager
+def shared_folder() -> Iterator[Path]:
+    """A new folder in each host's memory, of one name everywhere, made by one rank of the host.
+
+    All are done with it when the block ends, and it goes.
+    """
+    folder = SHARED_MEMORY / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
+    lock = on_every_rank(lambda: make_locked(folder) if first_on_host() else None)
+    try:
+        yield folder
+        dist.barrier()
+    finally:
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def make_locked(folder: Path) -> int:
+    """Makes the folder and locks it for as long as this process lives; returns the lock.
+
+    Folders without a lock have been left by processes that were killed. They are removed.
+    """
+    with folder_lock(folder.parent):  # or somebody else would find it when it is made and not yet locked
+        for path in folder.parent.glob("lorl-*"):
+            with suppress(OSError):  # it is in use, or another user's
+                lock = os.open(path, os.O_RDONLY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+                finally:
+                    os.close(lock)
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return lock
+
+
+@contextmanager
+def in_shared_memory(folder: str) -> Iterator[str]:
+    """A copy of a model's folder in the host's memory, which goes when the block ends.
+
+    Every rank and vLLM then read the files from memory instead of asking a slow disk many times.
+    """
+    with shared_folder() as copy:
+
+        def copy_files() -> None:
+            """Raises ValueError if there is no room."""
+            files = [path for path in Path(folder).iterdir() if path.is_file()]
+            needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(SHARED_MEMORY).free
+            if needed > free:
+                raise ValueError(
+                    f"use_shm needs {needed / 2**30:.1f} GiB in {SHARED_MEMORY}, which has {free / 2**30:.1f} GiB free"
+                )
+            with progress_bar("copying the model", needed, "bytes", unit_scale=True) as bar:
+                for path in files:
+                    shutil.copy(path, copy)
+                    bar.update(path.stat().st_size)
+
+        on_every_rank(copy_files if first_on_host() else lambda: None)
+        yield str(copy)

@@ -1,0 +1,1 @@
+"""Programs that people run beside training: plan, plot, evaluate, adapters, small models."""
