@@ -1,7 +1,9 @@
 """The flagship: Qwen2.5-3B-Instruct on GSM8K, LoRA on every linear, on 1 to 8 GPUs of 80 GB.
 
-Sizes are those of verl's published run of the same model and data (run_qwen2_5-3b_gsm8k_grpo_lora.sh), except where
-a comment says otherwise. Not yet run here: no such GPU was at hand.
+Sizes are those of verl's script for the same model and data, run_qwen2_5-3b_gsm8k_grpo_lora.sh, as added in May 2025
+(verl 16f6c1ee), except where a comment says otherwise. verl removed it in April 2026 (3467d90a) in favour of
+examples/tuning/lora/run_qwen3_8b_fsdp.sh; docs/peers.md has what verl has published for this model. Not yet run here:
+no such GPU was at hand.
 """
 
 from configs.base import Config
