@@ -66,7 +66,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; `more` are the options of train_grpo.py, and `axis` and `limit` say how far a run goes."""
+    """The command line; `more`: options not known here; `axis` and `limit`: how far a run goes."""
     arguments, arguments.more = parser.parse_known_args()
     arguments.axis = "minutes" if arguments.steps is None else "steps"
     arguments.limit = arguments.minutes if arguments.steps is None else arguments.steps
