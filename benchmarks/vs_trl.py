@@ -139,14 +139,20 @@ def completion_lengths(step: int, scale: Scale) -> list[int]:
     return [max(4, min(longest, int(rng.lognormvariate(middle, 1.0)))) for _ in range(scale.prompts * GROUP)]
 
 
-def force_lengths(scale: Scale) -> None:
-    """Makes vLLM's `generate` cut the completions of a step where `completion_lengths` says, evaluations at once."""
-    import vllm
+def leave_weights_unpacked() -> None:
+    """Turns off vLLM's kernels for the CPU that pack weights: TRL could not write to them any more."""
     import vllm._custom_ops
     import vllm.model_executor.layers.utils
 
     vllm._custom_ops._supports_onednn = False
     vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # of CPUs with AMX; it packs, too
+
+
+def force_lengths(scale: Scale) -> None:
+    """Makes vLLM's `generate` cut the completions of a step where `completion_lengths` says, evaluations at once."""
+    import vllm
+
+    leave_weights_unpacked()
     generate, step = vllm.LLM.generate, iter(range(1, 1 << 30))
 
     def forced(self, prompts, sampling_params, **options):
@@ -244,6 +250,33 @@ def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> No
     setattr(owner, method, wrapper)
 
 
+def instrument_trl() -> dict[str, float]:
+    """Makes TRL run in one process, its vLLM as lorl's; returns where it will add up the seconds of each phase."""
+    import torch
+    from trl import GRPOTrainer
+    from trl.generation import vllm_generation
+
+    engine, on_gpu = vllm_generation.LLM, torch.cuda.is_available()
+    vllm_generation.LLM = lambda **options: engine(**options, enforce_eager=not on_gpu, disable_log_stats=True)
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+    seconds: dict[str, float] = {}
+    timed(vllm_generation.VLLMGeneration, "generate", "rollout", seconds)
+    timed(vllm_generation.VLLMGeneration, "sync_weights", "sync", seconds)
+    timed(GRPOTrainer, "_calculate_rewards", "reward", seconds)
+    scored = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def logprobs(*arguments, **options):
+        start = time.perf_counter()
+        result = scored(*arguments, **options)
+        if not torch.is_grad_enabled():  # the pass before the update
+            seconds["logprobs"] = seconds.get("logprobs", 0.0) + time.perf_counter() - start
+        return result
+
+    GRPOTrainer._get_per_token_logps_and_entropies = logprobs
+    return seconds
+
+
 def trl_config(steps: int, folder: Path, scale: Scale):
     """Its `GRPOConfig`, with the settings that `run_lorl` has."""
     import torch
@@ -281,34 +314,15 @@ def trl_config(steps: int, folder: Path, scale: Scale):
 def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     """As `run_lorl`."""
     force_lengths(scale)
-    import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOTrainer
-    from trl.generation import vllm_generation
 
     from runtime.run import endless
     from runtime.tracking import peak_memory, reset_peak_memory
 
-    engine, on_gpu = vllm_generation.LLM, torch.cuda.is_available()
-    vllm_generation.LLM = lambda **options: engine(**options, enforce_eager=not on_gpu, disable_log_stats=True)
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-
-    seconds: dict[str, float] = {}
-    timed(vllm_generation.VLLMGeneration, "generate", "rollout", seconds)
-    timed(vllm_generation.VLLMGeneration, "sync_weights", "sync", seconds)
-    timed(GRPOTrainer, "_calculate_rewards", "reward", seconds)
-    scored = GRPOTrainer._get_per_token_logps_and_entropies
-
-    def logprobs(*arguments, **options):
-        start = time.perf_counter()
-        result = scored(*arguments, **options)
-        if not torch.is_grad_enabled():  # the pass before the update
-            seconds["logprobs"] = seconds.get("logprobs", 0.0) + time.perf_counter() - start
-        return result
-
-    GRPOTrainer._get_per_token_logps_and_entropies = logprobs
+    seconds = instrument_trl()
     records: list[dict] = []
 
     class Clock(TrainerCallback):
@@ -344,18 +358,22 @@ def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
 # ---- Side by side ---------------------------------------------------------------------------------------------
 
 
-def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
-    """Runs one side in a fresh process."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(arguments.threads),
+def environment(threads: int) -> dict[str, str]:
+    """Of a process that runs one side."""
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
+    """Runs one side in a fresh process."""
     command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(arguments.steps)]
     command += ["--clock", arguments.clock, "--scale", arguments.scale]
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=environment(arguments.threads), check=True)
     return json.loads((work / f"{side}.json").read_text())
 
 

@@ -1,0 +1,138 @@
+"""A grid of training runs on a real model, one after the other, as a table and a picture.
+
+    python benchmarks/real_grid.py fidelity --model MODEL --minutes 20 --seeds 3 --out runs/fidelity
+    python benchmarks/real_grid.py lora_vs_full --model MODEL --steps 60 --seeds 2 --out runs/real_lora_vs_full
+
+`fidelity`: what the sampler runs and what the trainer differentiates (docs/fidelity.md), at equal training time: a
+run is stopped at its first evaluation after so many minutes, evaluations and checkpoints not counted, and its curve
+is read at exactly that time. `lora_vs_full`: ranks and all weights, each at its best learning rate.
+
+Nothing else should run meanwhile. Options that are not listed here go to train_grpo.py. Started again, the same
+command goes on where it was. Writes OUT.md and OUT.png after every run; the runs are in OUT_runs, with their output.
+"""
+
+import shlex
+import statistics
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import real_runs, real_table  # noqa: E402
+
+SENT = {  # how the policy reaches the sampler, and what the trainer's forward uses
+    "adapter + factored": {"sync": "adapter", "lora_forward": "factored"},
+    "merged + factored": {"sync": "merged", "lora_forward": "factored"},
+    "merged + merged": {"sync": "merged", "lora_forward": "merged"},
+}
+TRAINED = {f"LoRA, rank {rank}": {"lora_rank": rank} for rank in (1, 8, 32)}  # alpha stays the same
+FULL = "all weights"
+TRAINED[FULL] = {"lora_rank": 0}
+RATES = {"fidelity": [1e-5, 1e-4, 1e-3], "lora_vs_full": [1e-4, 3e-4, 1e-3]}
+ENDLESS = 1_000_000  # steps of a run that a clock stops
+
+
+@dataclass
+class Cell:
+    """One setting at one learning rate, and the metrics of the seeds that are complete."""
+
+    setting: str
+    rate: float
+    options: dict[str, object]
+    runs: list[real_runs.Rows] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}, {self.rate:g}"
+
+
+def cells(arguments: Namespace) -> list[Cell]:
+    """The grid, or of it the settings that were asked for."""
+    settings = SENT if arguments.grid == "fidelity" else TRAINED
+    chosen = arguments.settings or settings
+    if unknown := set(chosen) - set(settings):
+        sys.exit(f"error: unknown settings {sorted(unknown)}; {arguments.grid} has: {', '.join(map(repr, settings))}")
+    rates = {setting: arguments.full_rates if setting == FULL else arguments.rates for setting in chosen}
+    return [Cell(setting, rate, settings[setting]) for setting in chosen for rate in rates[setting]]
+
+
+def train(cell: Cell, seed: int, arguments: Namespace) -> real_runs.Rows:
+    """The metrics of one run, complete or not; one that is complete already is only read."""
+    name = f"{cell.name}, seed {seed}".replace(" + ", "_").replace(", ", "_").replace(" ", "")
+    output, axis, limit = Path(f"{arguments.out}_runs").absolute(), arguments.axis, arguments.limit
+    options = cell.options | ({"model": arguments.model} if arguments.model else {})
+    options |= {
+        "learning_rate": cell.rate,
+        "seed": seed,
+        "steps": ENDLESS if axis == "minutes" else int(limit),
+        "run_name": name,
+        "output_dir": output,
+        "wandb_mode": "disabled",
+        "verify_every": 0,  # only at the start
+        "max_mismatch": 0,  # what becomes of a bad setting is shown, and not stopped
+        "min_survival": 0,
+        "max_useless": 0,
+    }
+    command = real_runs.torchrun(arguments.ranks, arguments.config, options) + ["--resume", *arguments.more]
+
+    def complete() -> bool:
+        return real_runs.is_complete(real_runs.read_rows(output / name), axis, limit)
+
+    if not complete():
+        print(f"{name}: its output is in {output / name}.log", flush=True)
+        stop = complete if axis == "minutes" else lambda: False  # the last step ends the run by itself
+        real_runs.run_until(stop, command, output / f"{name}.log")
+    return real_runs.read_rows(output / name) if complete() else []
+
+
+def write(grid: list[Cell], arguments: Namespace) -> None:
+    """OUT.md and OUT.png of what there is; of lora_vs_full only each setting's best learning rate is drawn."""
+
+    def score(cell: Cell) -> float:
+        return statistics.mean(real_table.final(cell.runs, "eval/accuracy", arguments.axis, arguments.limit))
+
+    done = [cell for cell in grid if cell.runs]
+    best = {cell.setting: cell for cell in sorted(done, key=score)}  # the last one of its setting
+    notes = [f"- Best learning rate of {setting}: {cell.rate:g}" for setting, cell in best.items()]
+    if FULL in best and len(best) > 1:
+        ratios = (f"{setting} {cell.rate / best[FULL].rate:.3g}" for setting, cell in best.items() if setting != FULL)
+        notes.append(f"- Best learning rates as multiples of that of {FULL}: {', '.join(ratios)}")
+    real_table.write(
+        arguments.out,
+        {cell.name: cell.runs for cell in done},
+        axis=arguments.axis,
+        limit=arguments.limit,
+        title=f"{Path(arguments.config).stem}: {arguments.grid}",
+        command=f"python benchmarks/real_grid.py {shlex.join(sys.argv[1:])}",
+        notes=notes,
+        drawn=[cell.name for cell in done if arguments.grid == "fidelity" or cell in best.values()],
+    )
+
+
+def main() -> None:
+    parser = real_runs.make_parser(__doc__)
+    parser.add_argument("grid", choices=RATES)
+    parser.add_argument("--settings", nargs="+", help="some rows of the grid, e.g. 'adapter + factored'; mostly all")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates of LoRA")
+    parser.add_argument("--full_rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="those of all weights")
+    parser.add_argument("--ranks", type=int, default=2, help="processes per run")
+    arguments = real_runs.parse(parser)
+    arguments.rates = arguments.rates or RATES[arguments.grid]
+    grid, missing = cells(arguments), []
+    real_runs.end_with_children()
+    for seed in range(arguments.seeds):  # seed by seed, so that what there is when it is stopped is comparable
+        for cell in grid:
+            rows = train(cell, seed, arguments)
+            if rows:
+                cell.runs.append(rows)
+                write(grid, arguments)
+            else:
+                missing.append(f"{cell.name}, seed {seed}")
+    if missing:
+        sys.exit(f"error: did not reach their end: {'; '.join(missing)}; their output is in {arguments.out}_runs")
+
+
+if __name__ == "__main__":
+    main()
