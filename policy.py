@@ -37,8 +37,8 @@ class Packed:
     input_ids: Tensor  # (T,)
     position_ids: Tensor  # (T,) each sequence counts from 0
     lengths: list[int]  # of the sequences; their sum is T
-    starts: Tensor  # (S + 1,) int32, where each begins, and where the last one ends
-    prompt_ends: Tensor  # (S,) where each one's prompt has its last token
+    starts: Tensor  # (S + 1,) int32, the first position of each sequence, then T
+    prompt_ends: Tensor  # (S,) position of the last token of each prompt
     rows: Tensor  # (R,) positions whose next token is a completion token
     targets: Tensor  # (R,) those tokens
 
@@ -193,29 +193,30 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 
 
 def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
-    """(T, D) what the last block, normalised, says at each position."""
-    return model.base_model.forward(  # its __call__ may be vLLM's, which replaces that of models that it borrows
+    """(T, D) final hidden states, after the last norm."""
+    return model.base_model.forward(  # not __call__: vLLM replaces that of models whose classes it uses
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
 
 
 class PolicyOutput(NamedTuple):
-    """What the policy says of a packed row."""
+    """The policy's output for a packed row."""
 
     logprobs: Tensor  # (R,) float32, of each target
     entropy: Tensor  # (R,) float32, of the distribution it was drawn from
-    log_z: Tensor | None = None  # (S,) of each sequence's prompt, if the policy learns it
+    prompt_values: Tensor | None = None  # (S,) the prompt head's output for each prompt
 
 
 class Policy(nn.Module):
     """A causal language model whose `forward` gives the logprobs of completion tokens.
 
-    Backbone and head share one forward because FSDP gathers a weight for the forward of the module that holds it.
+    Backbone and head share one forward because FSDP gathers a weight for the forward of the module that holds it. An
+    algorithm may add a prompt head, from the last hidden state (S, D) of each prompt to a number (S, 1).
     """
 
-    def __init__(self, model: PreTrainedModel, log_z: nn.Module | None = None):
+    def __init__(self, model: PreTrainedModel, prompt_head: nn.Module | None = None):
         super().__init__()
-        self.model, self.log_z = model, log_z
+        self.model, self.prompt_head = model, prompt_head
         model.set_attn_implementation("lorl_packed")
 
     def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> PolicyOutput:
@@ -223,15 +224,15 @@ class Policy(nn.Module):
         states, head = last_states(self.model, batch), self.model.get_output_embeddings()
         score = trained_head if head.weight.requires_grad else FrozenHead.apply
         logprobs, entropy = score(states[batch.rows], head.weight, batch.targets, temperature, entropy_gradient)
-        if self.log_z is None:
+        if self.prompt_head is None:
             return PolicyOutput(logprobs, entropy)
-        asked = states.detach()[batch.prompt_ends]  # log Z reads the policy, it does not shape it
-        log_z = self.log_z(asked.to(self.log_z[0].weight.dtype))
-        return PolicyOutput(logprobs, entropy, log_z[:, 0].float().clone())  # FSDP warns of a view
+        prompt_states = states.detach()[batch.prompt_ends]  # (S, D); the prompt head does not train the policy
+        values = self.prompt_head(prompt_states.to(next(self.prompt_head.parameters()).dtype))
+        return PolicyOutput(logprobs, entropy, values[:, 0].float().clone())  # a clone: FSDP warns of views
 
 
 class Critic(nn.Module):
-    """A language model with one linear in place of its head: the value of what precedes each completion token."""
+    """A language model with one linear in place of its head: the value of the state before each completion token."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         super().__init__()
@@ -239,22 +240,8 @@ class Critic(nn.Module):
         model.set_output_embeddings(nn.Identity())
         self.model = model
         self.value = nn.Linear(model.config.hidden_size, 1, bias=False, device=device, dtype=torch.float32)
-        nn.init.zeros_(self.value.weight)  # at first it expects nothing of anything
+        nn.init.zeros_(self.value.weight)  # the first values are 0
 
     def forward(self, batch: Packed) -> Tensor:
         """(R,) float32."""
         return last_states(self.model, batch)[batch.rows].float() @ self.value.weight[0].float()
-
-
-def make_log_z(hidden_size: int, seed: int, device: torch.device) -> nn.Sequential:
-    """FlowRL's log Z(x): three linears, float32, on the state of the prompt's last token; 0 at first.
-
-    arXiv 2509.15207, section 3. Its authors' code reads the mean state of the prompt's tokens, and has dropout.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = [(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size)) for _ in range(2)]
-        log_z = nn.Sequential(*layers[0], *layers[1], nn.Linear(hidden_size, 1))
-    nn.init.zeros_(log_z[-1].weight)
-    nn.init.zeros_(log_z[-1].bias)
-    return log_z.to(device)

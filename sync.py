@@ -2,7 +2,7 @@
 
 `WeightSync.update_weights` sends the policy: W + s·B A, merged on the way (fsdp_utils.py, `summon_layers`), or the
 adapter alone, as a folder in memory. Two checks prove that it arrived, and each finds what the other cannot
-(tests/test_sync.py has the faults that they were tried against):
+(docs/fidelity.md has the faults that they were tried against):
 
     read back   After every sync, a few columns of every tensor that was sent are read out of vLLM's own linears. They
                 must be equal bit for bit, however small the update was. This finds tensors that were lost, late or

@@ -3,19 +3,18 @@
     torchrun --nproc-per-node=8 train_grpo.py --config configs/qwen2_5_3b_gsm8k.py
     torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py --steps 20    # no GPU needed
 
-One step: sample a group of completions per problem with vLLM, score them, compare each with its group, push their
-logprobs up or down, and hand the new weights to vLLM. The loop is `train`; what an algorithm is, is `ALGORITHMS`.
+One step: vLLM samples a group of completions per problem; each is scored and compared with its group; its logprobs are
+pushed up or down; the new weights go to vLLM. The loop is `train`; the table of algorithms is `ALGORITHMS`.
 
-From the paper (GRPO: DeepSeekMath, arXiv 2402.03300) this departs in two ways that are common since: no KL penalty
-unless `kl_coef` is set, and importance weights for what the sampler's logprobs differ from the trainer's (TIS). It
-is deliberately not a framework: to change the algorithm, change this file.
+It departs from the paper (GRPO: DeepSeekMath, arXiv 2402.03300) in two ways that are common today: no KL penalty unless
+`kl_coef` is set, and importance weights that correct the sampler-trainer logprob mismatch (TIS). It is deliberately not
+a framework: to change the algorithm, change this file, or add a row to ALGORITHMS in a config file.
 
 Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R completion tokens.
 """
 
 import runtime.quiet  # noqa: F401, I001  before torch
 
-import dataclasses
 import sys
 from collections.abc import Callable
 from itertools import chain
@@ -23,31 +22,34 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora
-from runtime.batching import MicroBatch, batch_metrics, make_updates
 from configs.base import Config
-from runtime.command_line import parse_config
-from runtime.optimize import Metrics, optimize, update_metrics
-from runtime.setup import prepare
-from runtime.progress_bar import progress_bar
+from configs.checks import resolve_config
 from rollout import Completion
+from runtime.batching import MicroBatch, batch_metrics, make_updates
+from runtime.command_line import parse_config
+from runtime.evaluation import compute_rewards, evaluate, log_samples
 from runtime.launch import launch
-from runtime.run import Run, due, set_learning_rate
+from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
+from runtime.progress_bar import progress_bar
+from runtime.run import Run, is_due, rollout_requests
+from runtime.setup import setup
+from runtime.steps import begin_training, finish_step, finish_training
 
-sys.modules.setdefault("train_grpo", sys.modules[__name__])  # a config file that imports it gets this very module
+sys.modules.setdefault("train_grpo", sys.modules[__name__])  # a config file that imports it gets this module
 
 # ===============================================================================================================
 # ALGORITHMS: to try your own, write one function and add one row.
 #
 #   advantage: (P, G) rewards -> (P, G) advantages
-#   loss:      logprobs (R,), those that the update starts from, and the micro-batch of whole completions
+#   loss:      logprobs (R,), logprobs before the update (R,), and a micro-batch of whole completions
 #              -> loss (R,), and metrics (R,)
 #   weight:    (N,) completion lengths -> (N,) weight of each token of a completion; the loss is the weighted sum
 #
-# The weights are those of the whole update, computed once: how it is cut into micro-batches and ranks changes
-# nothing. A loss of whole completions puts the completion's loss on each of its tokens, and goes with `per_sequence`.
+# The weights are computed once for the whole update, so splitting it into micro-batches and ranks changes nothing.
+# A sequence-level loss puts the completion's loss on each of its tokens, and goes with `per_sequence`.
 # ===============================================================================================================
 
 
@@ -101,12 +103,12 @@ def clip_token(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config
 
 
 def clip_sequence(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
-    """The same, with the geometric mean of a completion's ratios as its one ratio. GSPO, arXiv 2507.18071, eq. 5-7."""
+    """`clip_token` with one ratio per completion, a geometric mean. GSPO, arXiv 2507.18071, eq. 5-7."""
     return clip(ratio_of(batch.sequence_mean(logprobs - old_logprobs)), batch.advantages, config)
 
 
 def clip(ratio: Tensor, advantages: Tensor, config: Config) -> tuple[Tensor, Metrics]:
-    """-min(A ρ, A clip(ρ)), and where the clip decided."""
+    """-min(A ρ, A clip(ρ)), and the tokens where the clip was active."""
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss = torch.maximum(free, clipped)
     if config.dual_clip:
@@ -115,7 +117,7 @@ def clip(ratio: Tensor, advantages: Tensor, config: Config) -> tuple[Tensor, Met
 
 
 def clip_weight(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
-    """-clip(ρ) A logp with the clipped ratio as a mere weight: every token keeps a gradient. CISPO, arXiv 2506.13585.
+    """-clip(ρ) A logp, the clipped ratio being a constant: every token has a gradient. CISPO, arXiv 2506.13585.
 
     TRL caps the ratio at its `epsilon_high`, this (as the paper and verl) at 1 + clip_high.
     """
@@ -139,16 +141,28 @@ def trajectory_balance(
 ) -> tuple[Tensor, Metrics]:
     """w (log Z(x) + log π(y)/|y| - β A - log π_ref(y)/|y|)², w = clip(π(y)/π_old(y)). FlowRL, arXiv 2509.15207, eq. 6.
 
-    At its minimum, answers are as frequent as exp(β A) makes them: equally good ones all stay. β = flowrl_beta.
+    At the minimum, an answer's probability is proportional to exp(β A), so all good answers stay. β = flowrl_beta.
     """
     ratio = ratio_of(batch.sequence_sum(logprobs - old_logprobs)).detach()
     weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     from_reference = batch.sequence_mean(logprobs - batch.ref_logprobs)
-    balance = batch.log_z + from_reference - config.flowrl_beta * batch.advantages
+    balance = batch.prompt_values + from_reference - config.flowrl_beta * batch.advantages
     return weight * balance.square(), {
-        "policy/log_z": batch.log_z.detach(),
+        "policy/log_z": batch.prompt_values.detach(),
         "policy/clip_frac": (weight != ratio).float(),
     }
+
+
+def log_z_head(hidden_size: int) -> nn.Sequential:
+    """FlowRL's log Z(x), a prompt head: three linears, float32, on the prompt's last hidden state; 0 at the start.
+
+    arXiv 2509.15207, section 3. The authors' code reads the mean state of the prompt's tokens, and has dropout.
+    """
+    layers = [(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.LayerNorm(hidden_size)) for _ in range(2)]
+    head = nn.Sequential(*layers[0], *layers[1], nn.Linear(hidden_size, 1))
+    nn.init.zeros_(head[-1].weight)
+    nn.init.zeros_(head[-1].bias)
+    return head
 
 
 def per_sequence(lengths: Tensor, config: Config) -> Tensor:
@@ -172,43 +186,56 @@ def sum_of_tokens(lengths: Tensor, config: Config) -> Tensor:
 
 
 class Algorithm(NamedTuple):
-    advantage: Callable[[Tensor], Tensor]
+    advantage: Callable[[Tensor], Tensor] | None  # None: a critic's
     loss: Callable[[Tensor, Tensor, MicroBatch, Config], tuple[Tensor, Metrics]]
     weight: Callable[[Tensor, Config], Tensor]
-    settings: dict[str, Any] = {}  # its paper's values for options that default to the algorithm's choice
-    groups: bool = True  # a completion is measured against the others of its problem
-    whole_sequences: bool = False  # the loss is one of whole completions, so TIS has to be, too
-    needs_all: bool = False  # even a completion without advantage has a gradient
-    flow: bool = False  # compares the policy with the reference and a learned log Z
+    settings: dict[str, Any] = {}  # its paper's values for options that are None by default
+    groups: bool = True  # compares the completions of a prompt
+    unit_rewards: bool = False  # needs rewards from 0 to 1
+    dual_clip: bool = True  # its loss has the option dual_clip
+    whole_sequences: bool = False  # its loss is sequence-level, so TIS must be, too
+    needs_all: bool = False  # completions without advantage have a gradient, too
+    reference: bool = False  # its loss reads ref_logprobs
+    prompt_head: Callable[[int], nn.Module] | None = (
+        None  # from the hidden size to a head for `MicroBatch.prompt_values`
+    )
 
 
 ALGORITHMS = {
     "grpo": Algorithm(zscore, clip_token, per_sequence),
     "dr_grpo": Algorithm(center, clip_token, constant_length),
     "dapo": Algorithm(zscore, clip_token, all_tokens, {"clip_high": 0.28, "max_rollouts": 4, "overlong_buffer": 0.2}),
-    "bnpo": Algorithm(beta_normalize, clip_token, all_tokens),
+    "bnpo": Algorithm(beta_normalize, clip_token, all_tokens, unit_rewards=True),
     "gspo": Algorithm(zscore, clip_sequence, per_sequence, {"clip_low": 3e-4, "clip_high": 4e-4}, whole_sequences=True),
-    "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}),
+    "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}, dual_clip=False),
     "rloo": Algorithm(leave_one_out, clip_token, sum_of_tokens),  # TRL clips the ratio of whole completions
     "reinforce_pp": Algorithm(batch_zscore, clip_token, all_tokens, groups=False),
     "reinforce_pp_baseline": Algorithm(center_batch_zscore, clip_token, all_tokens),
-    "opmd": Algorithm(center, mirror_descent, per_sequence, whole_sequences=True, needs_all=True),
+    "opmd": Algorithm(center, mirror_descent, per_sequence, dual_clip=False, whole_sequences=True, needs_all=True),
     "flowrl": Algorithm(
-        zscore, trajectory_balance, per_sequence, {"clip_high": 0.28}, whole_sequences=True, needs_all=True, flow=True
+        zscore,
+        trajectory_balance,
+        per_sequence,
+        {"clip_high": 0.28},
+        dual_clip=False,
+        whole_sequences=True,
+        needs_all=True,
+        reference=True,
+        prompt_head=log_z_head,
     ),
 }
 
 
 def ratio_of(difference: Tensor) -> Tensor:
-    """exp of a difference of logprobs, which is kept within what exp can bear."""
+    """exp of a difference of logprobs, clamped so that exp stays finite."""
     return difference.clamp(-20, 20).exp()
 
 
 def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """KL(policy || reference) per token, estimated from tokens that the policy drew. With d = logprob - ref_logprob:
+    """KL(policy || reference) per token, estimated from tokens sampled by the policy. With d = logprob - ref_logprob:
 
-    k1 = d           unbiased, noisy; its gradient is 0 on average, so it belongs into the reward
-    k2 = d² / 2      biased a little; its gradient is that of the KL
+    k1 = d           unbiased, noisy; its gradient is 0 on average, so it belongs in the reward
+    k2 = d² / 2      slightly biased; its gradient is that of the KL
     k3 = e⁻ᵈ - 1 + d unbiased, never negative; its gradient is that of KL(reference || policy)
 
     Schulman, http://joschu.net/blog/kl-approx.html; k3: arXiv 2402.03300, equation 4.
@@ -225,11 +252,11 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
 def policy_loss(
     logprobs: Tensor, entropy: Tensor, batch: MicroBatch, loss_of: Callable, config: Config
 ) -> tuple[Tensor, Metrics]:
-    """The micro-batch's share of the update's loss, and its metrics per token. `loss_of` is an `Algorithm.loss`."""
+    """The micro-batch's share of the update's loss, and its metrics per token. loss_of: an `Algorithm.loss`."""
     old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     loss, info = loss_of(logprobs, old_logprobs, batch, config)
 
-    # The sampler's arithmetic is not the trainer's; both see the same weights. arXiv 2508.18756 (TIS).
+    # Sampler and trainer have the same weights but compute differently. TIS corrects that: arXiv 2508.18756.
     mismatch = old_logprobs - batch.sampler_logprobs
     info |= {
         "mismatch/abs_logprob_diff": mismatch.abs(),
@@ -251,10 +278,10 @@ def policy_loss(
 
 
 def importance_weight(mismatch: Tensor, batch: MicroBatch, config: Config) -> Tensor:
-    """Trainer / sampler probability of each token, or of its whole completion, truncated at `tis_cap` or masked above.
+    """Trainer / sampler probability of each token, or of its completion; above `tis_cap` truncated to it, or masked.
 
-    Truncated: arXiv 2508.18756. Masked, so that what the trainer finds far likelier than the sampler did teaches
-    nothing: "When speed kills stability" (Liu et al. 2025), one-sided as there; verl can also bound it from below.
+    Truncated: arXiv 2508.18756. Masked: a token that the trainer finds far likelier than the sampler did gets no
+    gradient, as in "When speed kills stability" (Liu et al. 2025); verl can also bound the ratio from below.
     """
     level, _, masked = config.tis_mode.partition("_")
     ratio = ratio_of(batch.sequence_sum(mismatch) if level == "sequence" else mismatch)
@@ -262,15 +289,23 @@ def importance_weight(mismatch: Tensor, batch: MicroBatch, config: Config) -> Te
 
 
 def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_stop: bool = False) -> dict[str, float]:
-    """One optimizer update of the policy, see runtime/optimize.py; `loss_of` is an `Algorithm.loss`."""
+    """One optimizer update of the policy; returns sums of metrics over tokens. loss_of: an `Algorithm.loss`.
+
+    may_stop: a signal may stop the run between micro-batches, since no parameter has changed in this step yet.
+    """
     policy, config = run.policy, run.config
-
-    def share_of_loss(batch: MicroBatch) -> tuple[Tensor, Metrics]:
-        logprobs, entropy, log_z = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
-        batch.log_z = None if log_z is None else log_z[batch.sequences]
-        return policy_loss(logprobs, entropy, batch, loss_of, config)
-
-    return optimize(run, run.optimizer, batches, share_of_loss, may_stop)
+    update = Update(run.optimizer, run.world, config.max_grad_norm)
+    with progress_bar("update", len(batches), "micro-batches") as bar:
+        for batch in batches:
+            if may_stop:
+                run.stop.check()
+            out = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
+            if out.prompt_values is not None:
+                batch.prompt_values = out.prompt_values[batch.sequences]  # (S,) -> (R,)
+            loss, info = policy_loss(out.logprobs, out.entropy, batch, loss_of, config)
+            update.backward(loss, info, batch)
+            bar.update()
+    return update.step()
 
 
 # ---- The loop -------------------------------------------------------------------------------------------------
@@ -278,45 +313,47 @@ def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_st
 
 def train(run: Run) -> None:
     """Everything between the first rollout and the last evaluation."""
-    config, log, algorithm = run.config, run.log, ALGORITHMS[run.config.algorithm]
-    run.begin()
+    config, log, engine, world = run.config, run.log, run.engine, run.world
+    algorithm = ALGORITHMS[config.algorithm]
+    begin_training(run)
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
         completions, scores = [], torch.empty(0, dtype=torch.float64)
         for attempt in range(config.max_rollouts):  # more than one: dynamic sampling, DAPO, arXiv 2503.14476, eq. 11
             # 1. rollout
             log.phase("rollout")
-            asked = run.take(config.prompts_per_step)
-            sampled = run.sample(asked, step, attempt)
+            prompts = run.next_prompts(config.prompts_per_step)
+            sampled = engine.generate(rollout_requests(prompts, config, step, attempt))
             completions += sampled
 
             # 2. reward
             log.phase("reward")
-            scores = torch.cat([scores, run.score(asked, sampled)])
-            run.log_samples(step, "train", asked, sampled, scores[-len(sampled) :])
-            kept = worth_learning(scores, config)
+            rewards = compute_rewards(prompts, sampled, config, run.tokenizer, world)
+            log_samples(run, step, "train", prompts, sampled, rewards)
+            scores = torch.cat([scores, rewards])  # (attempts * N,)
+            kept = select_groups(scores, config)
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
-        run.engine.sleep()  # until the sync
+        engine.sleep()  # until the sync
         metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
         metrics["rollout/kept_frac"] = len(kept) / len(scores)
         completions = [completions[i] for i in kept]
 
         # 3. advantage
         log.phase("logprobs")
-        rewards = scores[kept] + overlong_penalties(completions, config)
+        rewards = scores[kept] + overlong_penalties(completions, config)  # (N,)
         if config.kl_coef and config.kl_in == "reward":
             divergences = reference_kl(run, completions)
             rewards -= config.kl_coef * divergences
             if kept:
                 metrics["reward/kl_ref"] = divergences.mean().item()
-        advantages = algorithm.advantage(rewards.view(len(kept) // config.group_size, config.group_size)).flatten()
+        groups = rewards.view(len(kept) // config.group_size, config.group_size)  # (P, G)
+        advantages = algorithm.advantage(groups).flatten()
 
-        # 4. logprobs: of the reference, and of the policy that sampled
-        updates = make_updates(
-            completions, advantages, algorithm.weight, config, run.world, drop_useless=only_advantages_teach(config)
-        )
-        add_logprobs(run, updates, reference=algorithm.flow or (config.kl_coef > 0 and config.kl_in == "loss"))
+        # 4. logprobs: of the reference, and of the policy before its first update
+        drop_useless = only_advantages_teach(config, algorithm)
+        updates = make_updates(completions, advantages, algorithm.weight, config, world, drop_useless, rewards)
+        add_logprobs(run, updates, algorithm.reference or (config.kl_coef > 0 and config.kl_in == "loss"))
 
         # 5. update
         log.phase("update")
@@ -328,18 +365,20 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        metrics |= run.weight_sync.update_weights(verify=due(config.verify_every, step))
+        metrics |= run.weight_sync.update_weights(verify=is_due(config.verify_every, step))
 
         # 7. log, evaluate, save
         log.phase("eval")
-        metrics |= update_metrics(sums) | batch_metrics(updates, len(completions), run.world)
-        run.conclude(step, metrics)
+        metrics |= update_metrics(sums) | batch_metrics(updates, len(completions), world)
+        if step == config.steps or is_due(config.eval_every, step):
+            metrics |= evaluate(run, step)
+        finish_step(run, step, metrics)
 
-    run.end()
+    finish_training(run)
 
 
-def worth_learning(scores: Tensor, config: Config) -> list[int]:
-    """Which completions to learn from: P groups, and with dynamic sampling only groups whose scores differ."""
+def select_groups(scores: Tensor, config: Config) -> list[int]:
+    """Indices of the completions to train on: P groups; with dynamic sampling, only groups whose scores differ."""
     differ = groups_that_differ(scores, config.group_size) | (config.max_rollouts == 1)
     chosen = differ.nonzero()[: config.prompts_per_step]
     return (chosen * config.group_size + torch.arange(config.group_size)).flatten().tolist()
@@ -352,7 +391,7 @@ def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
 
 
 def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
-    """Of everything sampled in the step; `group_size` is None for algorithms that compare no groups."""
+    """Metrics of all completions sampled in the step; group_size None: the algorithm compares no groups."""
     metrics = {}
     if group_size:
         differ = groups_that_differ(scores, group_size)
@@ -371,8 +410,9 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
 
 
 def overlong_penalties(completions: list[Completion], config: Config) -> Tensor:
-    """(N,) what each completion's length costs: 0 until it is in the buffer before the limit, from there falling in a
-    straight line to -1 at the limit; all 0 without `overlong_buffer`. DAPO, arXiv 2503.14476, equation 13.
+    """(N,) penalty of each completion's length: 0 below the buffer, then linear to -1 at the length limit.
+
+    DAPO, arXiv 2503.14476, equation 13. Without `overlong_buffer`, all are 0.
     """
     limit, buffer = config.max_completion_length, config.overlong_buffer * config.max_completion_length
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
@@ -381,27 +421,27 @@ def overlong_penalties(completions: list[Completion], config: Config) -> Tensor:
 
 @torch.no_grad()
 def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = False) -> None:
-    """Gives micro-batches the logprobs of the reference, if asked to, and of the policy that sampled.
+    """Sets `ref_logprobs` (with `reference`) and `old_logprobs` of the micro-batches.
 
-    The latter only where the update's own forward would not find them: if the policy changes more than once, or if
-    that forward has dropout, which the sampler has not.
+    The old ones are only computed if the update's own forward does not give them: if the step has several updates, or
+    if that forward has dropout, which the sampler does not.
     """
     config, policy = run.config, run.policy
-    changes = len(updates) * config.epochs_per_rollout > 1
+    several = len(updates) * config.epochs_per_rollout > 1
     batches = list(chain.from_iterable(updates))
     with progress_bar("logprobs", len(batches), "micro-batches") as bar:
         for batch in batches:
             if reference:
                 with lora.reference(policy):
                     batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-            if changes or config.lora_dropout:
+            if several or config.lora_dropout:
                 batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
             bar.update()
 
 
 @torch.no_grad()
 def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
-    """(N,) KL of the sampler from the reference, summed over each completion; for the reward."""
+    """(N,) KL(sampler || reference), summed over each completion, for the reward. Collective."""
     config, world = run.config, run.world
     totals = torch.zeros(len(completions), dtype=torch.float64, device=world.device)
     updates = make_updates(completions, torch.ones(len(completions)), sum_of_tokens, config, world)
@@ -411,7 +451,7 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
             with lora.reference(run.policy):
                 ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
             penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)
-            penalty *= batch.weights > 0  # not a filler's
+            penalty *= batch.weights > 0  # fillers do not count
             owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
             totals.index_add_(0, owners, penalty.double())
             bar.update()
@@ -419,53 +459,13 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     return totals.cpu()
 
 
-# ---- Settings -------------------------------------------------------------------------------------------------
+def only_advantages_teach(config: Config, algorithm: Algorithm) -> bool:
+    """Whether completions without advantage have no gradient, so that they can be left out."""
+    kl_in_loss = config.kl_coef > 0 and config.kl_in == "loss"
+    return not (kl_in_loss or config.entropy_coef or algorithm.needs_all)
 
 
-def only_advantages_teach(config: Config) -> bool:
-    """Whether a completion without advantage has no gradient, so that nobody needs to look at it."""
-    others = config.kl_coef and config.kl_in == "loss", config.entropy_coef, ALGORITHMS[config.algorithm].needs_all
-    return not any(others)
-
-
-def settle(config: Config, algorithm: Algorithm) -> Config:
-    """Fills in what the user left to the algorithm, and raises ValueError for settings that contradict it."""
-    name = config.algorithm
-    for option in algorithm.settings:
-        if getattr(Config, option, 0) is not None:
-            raise ValueError(f"{name} sets {option!r}, and may set only options that are None by default")
-    level = "sequence" if algorithm.whole_sequences else "token"
-    usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": level, "max_rollouts": 1, "overlong_buffer": 0.0}
-    chosen = {name: value for name, value in (usual | algorithm.settings).items() if getattr(config, name) is None}
-    config = dataclasses.replace(config, **chosen)
-
-    if algorithm.groups and config.group_size < 2:
-        raise ValueError(f"{name} measures each completion against its group: group_size must be at least 2, not 1")
-    if algorithm.advantage and config.prompts_per_step * config.group_size < 2:
-        raise ValueError("a step of one completion has nothing to compare it with: prompts_per_step must exceed 1")
-    if config.ref_adapter_path and not (config.kl_coef or algorithm.flow):
-        raise ValueError("ref_adapter_path has no effect without kl_coef; set kl_coef above 0")
-    if algorithm.whole_sequences and config.tis_cap and config.tis_mode.startswith("token"):
-        raise ValueError(f"{name} weighs whole completions: tis_mode must be sequence..., not {config.tis_mode!r}")
-    if algorithm.settings.get("max_rollouts", 1) > 1 and config.max_rollouts == 1:
-        raise ValueError(f"{name} leaves out groups of equal rewards and samples others: max_rollouts must exceed 1")
-    if config.max_rollouts > 1 and config.group_size == 1:
-        raise ValueError("max_rollouts > 1 looks for groups whose rewards differ: group_size must exceed 1")
-    if config.dual_clip and algorithm.loss not in (clip_token, clip_sequence):
-        raise ValueError(f"{name} does not clip its loss: dual_clip must be 0, not {config.dual_clip!r}")
-    if config.kl_coef and (config.kl_estimator, config.kl_in) == ("k1", "loss"):
-        raise ValueError("k1 has no gradient on average: kl_estimator k2 or k3 in the loss, or kl_in reward")
-    if algorithm.flow and config.kl_coef:
-        raise ValueError(
-            f"{name} has the reference in its objective already: kl_coef must be 0, not {config.kl_coef!r}"
-        )
-    if algorithm.flow and config.lora_rank == 0:
-        raise ValueError(f"{name} needs the base as reference, and lora_rank 0 trains it away; set lora_rank above 0")
-    if algorithm.advantage is beta_normalize and (
-        config.overlong_buffer or (config.kl_coef and config.kl_in == "reward")
-    ):
-        raise ValueError(f"{name} needs rewards from 0 to 1: overlong_buffer must be 0, and kl_in not reward")
-    return config
+# ---- The command line -----------------------------------------------------------------------------------------
 
 
 def find_algorithm(name: str) -> Algorithm:
@@ -476,19 +476,19 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 def configure(arguments: list[str], description: str = __doc__) -> tuple[Config, Algorithm]:
-    """The settings of a command line, complete and checked, and the algorithm that they name."""
+    """The complete, checked settings of a command line, and the algorithm that they name."""
     config = parse_config(arguments, description)
     if config.algorithm == "ppo":
         raise ValueError("ppo needs a critic: run train_ppo.py")
     algorithm = find_algorithm(config.algorithm)
-    return settle(config, algorithm), algorithm
+    return resolve_config(config, algorithm), algorithm
 
 
-def prepare_grpo() -> Run:
-    """The command line's run."""
+def setup_grpo() -> Run:
+    """The run of this command line."""
     config, algorithm = configure(sys.argv[1:])
-    return prepare(config, learns_log_z=algorithm.flow)
+    return setup(config, algorithm.prompt_head)
 
 
 if __name__ == "__main__":
-    launch(prepare_grpo, train)
+    launch(setup_grpo, train)

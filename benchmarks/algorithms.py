@@ -21,8 +21,10 @@ import train_ppo
 from benchmarks import curves
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
+from configs.checks import resolve_config
+from runtime.optimize import make_optimizer
 from runtime.run import Run
-from runtime.setup import build_critic, build_policy, make_optimizer, on_disk, prepare
+from runtime.setup import build_policy, model_folder, setup
 from runtime.tracking import RunLog
 
 
@@ -44,21 +46,19 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
         verify_every=0,
         wandb_mode="disabled",
     )
-    return train_grpo.settle(config, train_grpo.ALGORITHMS.get(algorithm, train_ppo.PPO))
+    return resolve_config(config, train_grpo.ALGORITHMS.get(algorithm, train_ppo.PPO))
 
 
 def train_once(run: Run, config: Config) -> list[float]:
     """Trains from the start; held-out accuracy of sampled completions, after steps 0, 5, 10, ..."""
-    folder, log = on_disk(config), RunLog(config, write=run.world.rank == 0)
+    folder, log = model_folder(config), RunLog(config, write=run.world.rank == 0)
     algorithm = train_grpo.ALGORITHMS.get(config.algorithm, train_ppo.PPO)
-    policy = build_policy(config, folder, run.world, learns_log_z=algorithm.flow)
-    optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved=None)
+    policy = build_policy(config, folder, run.world, algorithm.prompt_head)
+    optimizer = make_optimizer(config, policy, config.learning_rate)
     run = dataclasses.replace(run, config=config, policy=policy, optimizer=optimizer, log=log)
     run.weight_sync.update_weights()
     if config.algorithm == "ppo":
-        critic = build_critic(config, folder, run.world)
-        optimizer = make_optimizer(config, "critic", critic, config.critic_learning_rate, saved=None)
-        run.learners["critic"] = (critic, optimizer)
+        train_ppo.add_critic(run)
         train_ppo.train(run)
     else:
         train_grpo.train(run)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--out", default="runs/algorithms")
     arguments = parser.parse_args()
-    run = prepare(configure("grpo", 0, arguments))
+    run = setup(configure("grpo", 0, arguments))
     found: curves.Curves = {}
     for seed in range(arguments.seeds):  # seed by seed, so that what there is when it is stopped is comparable
         for algorithm in arguments.algorithms:

@@ -17,8 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.base import Config
+from configs.checks import resolve_config
 from runtime.batching import MicroBatch
-from train_grpo import ALGORITHMS, policy_loss, settle
+from train_grpo import ALGORITHMS, policy_loss
 
 ANSWERS, RIGHT, GROUP = 8, 4, 16
 MISSED = 0.1  # how often the verifier takes a right answer for a wrong one
@@ -28,7 +29,7 @@ def train(name: str, seed: int = 0, steps: int = 1000) -> torch.Tensor:
     """(steps, ANSWERS) probabilities of the answers, the right ones first; all are as likely at the start."""
     generator = torch.Generator().manual_seed(seed)
     algorithm = ALGORITHMS[name]
-    config = settle(Config(algorithm=name, tis_cap=0.0), algorithm)
+    config = resolve_config(Config(algorithm=name, tis_cap=0.0), algorithm)
     table, log_z = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (ANSWERS, 1))
     optimizer = torch.optim.Adam([table, log_z], lr=0.05)
     shares = []
@@ -46,7 +47,7 @@ def train(name: str, seed: int = 0, steps: int = 1000) -> torch.Tensor:
             sampler_logprobs=old,
             old_logprobs=old,
             ref_logprobs=torch.full_like(old, -math.log(ANSWERS)),
-            log_z=log_z.expand(GROUP),
+            prompt_values=log_z.expand(GROUP),
         )
         optimizer.zero_grad()
         loss, _ = policy_loss(table.log_softmax(0)[answers], torch.zeros_like(old), batch, algorithm.loss, config)

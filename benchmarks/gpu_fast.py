@@ -17,6 +17,7 @@ from benchmarks.gpu_shared import (
     check_config,
     copy_roof,
     matmul_roof,
+    merged_forward,
     model_folder,
 )
 from benchmarks.measuring import PeakBytes, median_seconds
@@ -78,7 +79,6 @@ def update(rows: Rows, size: Size, work: Path) -> None:
     """The update phase as a run has it: forward, backward, clipping, AdamW; factored and merged; and without LoRA."""
     import fsdp_utils
     import lora
-    from sync import rounded
     from train_grpo import ALGORITHMS, update_policy
 
     roof = matmul_roof(size)
@@ -95,7 +95,7 @@ def update(rows: Rows, size: Size, work: Path) -> None:
     report_update(rows, "factored", whole, size, roof)
     adapted = median_seconds(backward, size.rounds)
     run.optimizer.zero_grad()
-    with rounded(policy.model):
+    with merged_forward(policy.model):
         report_update(rows, "merged", whole, size, roof)
     policy.model.enable_input_require_grads()  # or a model without adapters would have no backward
     with lora.disabled(policy):
@@ -125,12 +125,13 @@ def report_update(rows: Rows, name: str, whole: Callable[..., None], size: Size,
 
 def update_run(size: Size, work: Path):
     """A run with an optimizer and no engine, and the micro-batches of an update of random tokens."""
+    from configs.checks import resolve_config
     from rollout import Completion
     from runtime.batching import make_updates
-    from train_grpo import ALGORITHMS, settle
+    from train_grpo import ALGORITHMS
 
     scale = vs_trl.SCALES[size.scale]
-    config = settle(check_config(size, gradient_checkpointing=True), ALGORITHMS["grpo"])
+    config = resolve_config(check_config(size, gradient_checkpointing=True), ALGORITHMS["grpo"])
     count = size.tokens // config.max_model_len  # exactly, or rates would be wrong
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, scale.words, (count, config.max_model_len), generator=generator).tolist()

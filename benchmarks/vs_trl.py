@@ -192,8 +192,9 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
 
     import reward
     from configs.base import Config
-    from runtime.setup import prepare
-    from train_grpo import ALGORITHMS, settle, train
+    from configs.checks import resolve_config
+    from runtime.setup import setup
+    from train_grpo import ALGORITHMS, train
 
     problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
     reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
@@ -222,7 +223,7 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         gradient_checkpointing=scale.checkpointing,
         enforce_eager=not torch.cuda.is_available(),
     )
-    train(prepare(settle(config, ALGORITHMS[config.algorithm])))
+    train(setup(resolve_config(config, ALGORITHMS[config.algorithm])))
     rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]
     records = [
         {phase: row[f"time/{phase}"] for phase in ("rollout", "reward", "logprobs", "update", "sync")}

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.checks import check_value, contradictions
+from configs.checks import check_together, check_value
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -111,7 +111,7 @@ class Config:
     )
 
     # The algorithm
-    # Where the default is None, the algorithm decides: see `settle` in train_grpo.py.
+    # Where the default is None, the algorithm decides: see `resolve_config` in configs/checks.py.
     algorithm: str = option("grpo", "a row of train_grpo.ALGORITHMS; ppo: with train_ppo.py")
     clip_low: float | None = option(None, "the policy ratio is clipped below 1 - clip_low; mostly 0.2", least=0, most=1)
     clip_high: float | None = option(None, "and above 1 + clip_high; mostly 0.2", least=0)
@@ -178,9 +178,7 @@ class Config:
         """Raises ValueError, in one line, for the first value that cannot be right."""
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
-        for wrong, message in contradictions(self):
-            if wrong:
-                raise ValueError(message)
+        check_together(self)
 
     @property
     def sends_adapter(self) -> bool:

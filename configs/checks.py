@@ -1,7 +1,6 @@
 """What the values of a configuration may be, each by itself and together."""
 
 import dataclasses
-from collections.abc import Iterator
 from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -34,56 +33,139 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
             raise ValueError(f"{field.name} must be {words} {field.metadata[limit]}, not {value!r}")
 
 
-def contradictions(c: Any) -> Iterator[tuple[Any, str]]:
-    """Of a `Config`, pairs of: is it wrong, and what to say then."""
-    yield 0 < c.dual_clip <= 1, f"dual_clip must be more than 1, or 0 for none, not {c.dual_clip}"
-    yield (
+def refuse(wrong: Any, message: str) -> None:
+    """Raises ValueError with the message if `wrong` is true."""
+    if wrong:
+        raise ValueError(message)
+
+
+def check_together(c: Any) -> None:
+    """Raises ValueError for values of a `Config` that contradict each other."""
+    refuse(0 < c.dual_clip <= 1, f"dual_clip must be more than 1, or 0 for none, not {c.dual_clip}")
+    refuse(
         c.warmup_steps and c.warmup_steps >= c.steps,
         f"warmup_steps must be fewer than the {c.steps} steps, not {c.warmup_steps}",
     )
-    yield c.profile > c.steps, f"profile must name one of the {c.steps} steps, not {c.profile}"
-    yield (
+    refuse(c.profile > c.steps, f"profile must name one of the {c.steps} steps, not {c.profile}")
+    refuse(
         c.prompts_per_step % c.updates_per_rollout,
         f"updates_per_rollout must divide prompts_per_step, not {c.updates_per_rollout}",
     )
 
     # Names
     names = c.target_modules
-    yield (
+    refuse(
         not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names),
         f"target_modules must be a list of names, or [all-linear], not {names!r}",
     )
-    yield (
+    refuse(
         Path(c.run_name).name != c.run_name or c.run_name in ("", ".", "..") or len(c.run_name) > 128,
         f"run_name must be the name of one folder, of at most 128 characters: {c.run_name!r}",
     )
-    yield (
+    refuse(
         not c.wandb_project or set(c.wandb_project) & set("/\\#?%:") or len(c.wandb_project) > 128,
         f"wandb_project must have 1 to 128 characters, none of / \\ # ? % :, not {c.wandb_project!r}",
     )
-    yield not c.model, "model must be a folder, a name on the hub or 'tiny', not ''"
+    refuse(not c.model, "model must be a folder, a name on the hub or 'tiny', not ''")
 
     # Adapters
     merged = c.lora_forward == "merged"
-    yield c.lora_dropout and merged, "lora_dropout cannot act inside a merged weight; set lora_forward factored"
+    refuse(c.lora_dropout and merged, "lora_dropout cannot act inside a merged weight; set lora_forward factored")
     if c.lora_rank == 0:
         for name in ("lora_dropout", "lora_adapter_path", "ref_adapter_path", "use_rslora"):
-            yield getattr(c, name), f"{name} needs an adapter, but lora_rank is 0; set lora_rank above 0"
-        yield merged, "lora_forward merged needs an adapter, but lora_rank is 0; set lora_rank above 0"
-        yield (
+            refuse(getattr(c, name), f"{name} needs an adapter, but lora_rank is 0; set lora_rank above 0")
+        refuse(merged, "lora_forward merged needs an adapter, but lora_rank is 0; set lora_rank above 0")
+        refuse(
             c.base_dtype == "nf4",
             "base_dtype nf4 is for a frozen base, but lora_rank 0 trains it; set lora_rank above 0",
         )
-        yield c.kl_coef, "kl_coef needs the base as reference, and lora_rank 0 trains it away; set kl_coef 0"
+        refuse(c.kl_coef, "kl_coef needs the base as reference, and lora_rank 0 trains it away; set kl_coef 0")
     if c.sync == "adapter":
-        yield c.lora_rank > 512, f"sync adapter: vLLM's LoRA has ranks up to 512, not {c.lora_rank}; use sync merged"
-        yield c.lora_rank == 0, "sync adapter: with lora_rank 0 there is no adapter; use sync merged"
-        yield (
+        refuse(c.lora_rank > 512, f"sync adapter: vLLM's LoRA has ranks up to 512, not {c.lora_rank}; use sync merged")
+        refuse(c.lora_rank == 0, "sync adapter: with lora_rank 0 there is no adapter; use sync merged")
+        refuse(
             c.base_dtype == "nf4",
             "base_dtype nf4 is not the base that vLLM has, which sync adapter never sends; use sync merged",
         )
-        yield merged, "lora_forward merged is the weight that sync merged sends; use that, or lora_forward factored"
-        yield (
+        refuse(merged, "lora_forward merged is the weight that sync merged sends; use that, or lora_forward factored")
+        refuse(
             c.sleep_level == 2,
             "sleep_level 2 discards vLLM's weights, which sync adapter never sends; use sleep_level 1",
+        )
+
+
+def resolve_config(config: Any, algorithm: Any) -> Any:
+    """A `Config` with the algorithm's choice wherever an option is None. Raises ValueError for contradictions.
+
+    algorithm: the row of train_grpo.ALGORITHMS, or PPO's.
+    """
+    name, settings = config.algorithm, algorithm.settings
+    optional = {field.name for field in dataclasses.fields(config) if field.default is None}
+    for option in settings:
+        if option not in optional:
+            raise ValueError(f"{name} sets {option!r}, and may set only options that are None by default")
+    tis_mode = "sequence" if algorithm.whole_sequences else "token"
+    usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": tis_mode, "max_rollouts": 1, "overlong_buffer": 0.0}
+    chosen = {option: value for option, value in (usual | settings).items() if getattr(config, option) is None}
+    config = dataclasses.replace(config, **chosen)
+    check_algorithm(config, algorithm)
+    return config
+
+
+def check_algorithm(c: Any, algorithm: Any) -> None:
+    """Raises ValueError for values of a complete `Config` that contradict its algorithm."""
+    name, kl_in_reward = c.algorithm, c.kl_coef and c.kl_in == "reward"
+    refuse(
+        algorithm.groups and c.group_size < 2,
+        f"{name} measures each completion against its group: group_size must be at least 2, not 1",
+    )
+    refuse(
+        algorithm.advantage and c.prompts_per_step * c.group_size < 2,
+        "a step of one completion has nothing to compare it with: prompts_per_step must exceed 1",
+    )
+    refuse(
+        c.ref_adapter_path and not (c.kl_coef or algorithm.reference),
+        "ref_adapter_path has no effect without kl_coef; set kl_coef above 0",
+    )
+    refuse(
+        algorithm.whole_sequences and c.tis_cap and c.tis_mode.startswith("token"),
+        f"{name} weighs whole completions: tis_mode must be sequence..., not {c.tis_mode!r}",
+    )
+    refuse(
+        algorithm.settings.get("max_rollouts", 1) > 1 and c.max_rollouts == 1,
+        f"{name} leaves out groups of equal rewards and samples others: max_rollouts must exceed 1",
+    )
+    refuse(
+        c.max_rollouts > 1 and c.group_size == 1,
+        "max_rollouts > 1 looks for groups whose rewards differ: group_size must exceed 1",
+    )
+    refuse(
+        c.dual_clip and not algorithm.dual_clip,
+        f"{name} does not clip its loss: dual_clip must be 0, not {c.dual_clip!r}",
+    )
+    refuse(
+        c.kl_coef and (c.kl_estimator, c.kl_in) == ("k1", "loss"),
+        "k1 has no gradient on average: kl_estimator k2 or k3 in the loss, or kl_in reward",
+    )
+    refuse(
+        algorithm.reference and c.kl_coef,
+        f"{name} has the reference in its objective already: kl_coef must be 0, not {c.kl_coef!r}",
+    )
+    refuse(
+        algorithm.reference and c.lora_rank == 0,
+        f"{name} needs the base as reference, and lora_rank 0 trains it away; set lora_rank above 0",
+    )
+    refuse(
+        algorithm.unit_rewards and (c.overlong_buffer or kl_in_reward),
+        f"{name} needs rewards from 0 to 1: overlong_buffer must be 0, and kl_in not reward",
+    )
+    if not algorithm.advantage:  # PPO
+        refuse(
+            c.max_rollouts > 1,
+            "max_rollouts > 1 looks for groups whose rewards differ, and ppo has no groups: set it to 1",
+        )
+        refuse(
+            c.critic_warmup_steps + c.warmup_steps >= c.steps,
+            f"critic_warmup_steps {c.critic_warmup_steps} and warmup_steps {c.warmup_steps} must be fewer "
+            f"than the {c.steps} steps, or the policy never learns",
         )

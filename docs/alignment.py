@@ -13,8 +13,9 @@ import runtime.quiet  # noqa: E402, F401, I001  before torch
 import torch  # noqa: E402
 
 from runtime.batching import make_updates  # noqa: E402
-from runtime.run import Run  # noqa: E402
-from train_grpo import ALGORITHMS, prepare_grpo  # noqa: E402
+from runtime.evaluation import compute_rewards  # noqa: E402
+from runtime.run import Run, rollout_requests  # noqa: E402
+from train_grpo import ALGORITHMS, setup_grpo  # noqa: E402
 
 COLUMNS = ("position", "token", "id", "predicts", "target id", "row", "sampler", "trainer", "advantage", "weight")
 
@@ -23,9 +24,9 @@ COLUMNS = ("position", "token", "id", "predicts", "target id", "row", "sampler",
 def align(run: Run) -> tuple[list[int], list[dict[str, Any]]]:
     """Takes a step's data to its update, without the update; the tokens of one completion's prompt, and the table."""
     config, algorithm = run.config, ALGORITHMS[run.config.algorithm]
-    asked = run.take(config.prompts_per_step)
-    completions = run.sample(asked, step=1)
-    rewards = run.score(asked, completions)
+    prompts = run.next_prompts(config.prompts_per_step)
+    completions = run.engine.generate(rollout_requests(prompts, config, step=1))
+    rewards = compute_rewards(prompts, completions, config, run.tokenizer, run.world)
     advantages = algorithm.advantage(rewards.view(-1, config.group_size)).flatten()
     (batches,) = make_updates(completions, advantages, algorithm.weight, config, run.world, drop_useless=True)
     batch = max(batches, key=lambda batch: batch.weights.sum())
@@ -65,4 +66,4 @@ def markdown(table: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     if len(sys.argv) == 1:
         sys.argv += ["--config", "configs/arithmetic_cpu.py", "--wandb_mode", "disabled", "--run_name", "alignment"]
-    print(markdown(align(prepare_grpo())[1]))
+    print(markdown(align(setup_grpo())[1]))

@@ -17,10 +17,11 @@ import torch  # noqa: E402
 import lora  # noqa: E402
 from runtime.batching import MicroBatch  # noqa: E402
 from configs.base import Config  # noqa: E402
-from train_grpo import ALGORITHMS, policy_loss, settle  # noqa: E402
+from configs.checks import resolve_config  # noqa: E402
+from train_grpo import ALGORITHMS, policy_loss  # noqa: E402
 
 PROBLEMS, LENGTH, VOCABULARY, GROUP = 4, 4, 8, 16
-CONFIG = settle(Config(), ALGORITHMS["grpo"])
+CONFIG = resolve_config(Config(), ALGORITHMS["grpo"])
 OUT = Path(__file__).with_name("failures.png")
 
 

@@ -1,4 +1,4 @@
-"""From completions to micro-batches: spread over ranks by length, weighted so that the spread changes nothing.
+"""From completions to micro-batches: balanced over ranks by length, and weighted so that the split changes nothing.
 
 Every rank holds the whole step, so all of this is computed identically everywhere, without communication.
 """
@@ -17,7 +17,7 @@ from fsdp_utils import World
 from policy import Packed, pack
 from rollout import Completion
 
-ROUNDING = 1e-9  # what may be left of an advantage that is really 0: the mean of 0.1, 0.1, 0.1 is not quite 0.1
+ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1, 0.1, 0.1 is not exactly 0.1
 
 
 @dataclass
@@ -25,16 +25,17 @@ class MicroBatch:
     """Whole completions that one rank pushes through the model at once; per-token tensors are (R,) float32."""
 
     packed: Packed
-    completions: list[int]  # which of the step's completions it holds, in this order
-    sequences: Tensor  # (R,) int64, which of those a token belongs to: 0, 0, 0, 1, 1, ...
-    advantages: Tensor  # for PPO, at first the reward of the whole completion on each of its tokens
-    weights: Tensor  # all 0 in a filler, see `assign`
+    completions: list[int]  # their indices in the step, in packed order
+    sequences: Tensor  # (R,) int64, the completion of each token: 0, 0, 0, 1, 1, ...
+    advantages: Tensor
+    weights: Tensor  # of each token in the loss; all 0 in a filler, see `assign`
     sampler_logprobs: Tensor
-    old_logprobs: Tensor | None = None  # of the policy that the update starts from; None: of the policy as it is
+    rewards: Tensor | None = None  # of each token: its completion's reward on the last token, 0 on the others
+    old_logprobs: Tensor | None = None  # of the policy before the step's first update; None: of the current policy
     ref_logprobs: Tensor | None = None
-    log_z: Tensor | None = None  # on each token its prompt's, if the policy learns it
-    values: Tensor | None = None  # of a critic at the rollout,
-    returns: Tensor | None = None  # and what they should have been, see train_ppo.py
+    prompt_values: Tensor | None = None  # of each token's prompt, if the policy has a prompt head
+    values: Tensor | None = None  # of the critic before the step's first update
+    returns: Tensor | None = None  # what the critic's values are trained towards, see train_ppo.py
 
     def sequence_sum(self, values: Tensor) -> Tensor:
         """(R,) -> (R,): on each token the sum over its completion."""
@@ -47,25 +48,25 @@ class MicroBatch:
 
 
 def assign(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]:
-    """Spreads sequences over ranks and micro-batches: result[rank][micro-batch] lists indices, longest first.
+    """Assigns sequences to ranks and micro-batches: result[rank][micro-batch] lists indices, longest first.
 
-    Every rank gets the same number of micro-batches, or their collectives would wait for each other forever. One
-    holds at most `budget` tokens, or a single longer sequence. One without sequences is a filler.
+    Every rank gets the same number of micro-batches: a rank with fewer would leave the others waiting in a collective.
+    A micro-batch has at most `budget` tokens, or one longer sequence. An empty one is a filler.
 
     >>> assign([5, 9, 4, 2], ranks=2, budget=12)
     [[[1, 3]], [[0, 2]]]
     """
     longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = -(-sum(min(length, budget) for length in lengths) // (ranks * budget)) or 1
-    while True:  # with too few bins, some would overflow: add one per rank, or 5%
+    while True:  # with too few bins some would overflow: add one per rank, or 5%
         bins: list[list[int]] = [[] for _ in range(ranks * count)]
-        lightest = [(0, bin) for bin in range(len(bins))]  # a heap of (tokens, bin)
+        lightest = [(0, index) for index in range(len(bins))]  # a heap of (tokens, index of a bin)
         for i in longest_first:
-            load, bin = lightest[0]
+            load, index = lightest[0]
             if load and load + lengths[i] > budget:
                 break
-            bins[bin].append(i)
-            heapreplace(lightest, (load + lengths[i], bin))
+            bins[index].append(i)
+            heapreplace(lightest, (load + lengths[i], index))
         else:
             return [bins[rank::ranks] for rank in range(ranks)]
         count += max(1, count // 20)
@@ -73,20 +74,24 @@ def assign(lengths: list[int], ranks: int, budget: int) -> list[list[list[int]]]
 
 def make_updates(
     completions: list[Completion],
-    advantages: Tensor,
+    advantages: Tensor | None,
     weight: Callable[[Tensor, Config], Tensor],
     config: Config,
     world: World,
     drop_useless: bool = False,
+    rewards: Tensor | None = None,
 ) -> list[list[MicroBatch]]:
-    """This rank's micro-batches of each of the step's updates. Every rank has the whole step, so none has to ask.
+    """This rank's micro-batches of each of the step's updates.
 
-    advantages: (N,). weight: from the (n,) lengths of an update's completions to the (n,) weights of their tokens.
-    Each of the `updates_per_rollout` takes its share of the completions, in order. drop_useless: leave out what has no
-    advantage, as where a whole group has one reward; right if nothing but the advantage gives a gradient.
+    advantages, rewards: (N,); advantages None: 0, until a critic sets them. weight: from the (n,) lengths of an
+    update's completions to the (n,) weights of their tokens. Each of the `updates_per_rollout` takes its share of the
+    completions, in order. drop_useless: leaves out completions without advantage, as in a group of equal rewards; this
+    is only right if nothing but the advantage gives a gradient.
     """
+    if advantages is None:
+        advantages = torch.zeros(len(completions), dtype=torch.float64)
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
-    plan = []
+    updates = []
     for share in torch.arange(len(completions)).chunk(config.updates_per_rollout):
         useful = [i for i in share.tolist() if not (drop_useless and abs(advantages[i]) <= ROUNDING)]
         if not useful:
@@ -94,33 +99,48 @@ def make_updates(
         weights = torch.zeros_like(lengths)
         weights[share] = weight(lengths[share], config)
         total = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in useful]
-        filler = useful[total.index(min(total))]
+        shortest = useful[total.index(min(total))]
         batches = []
-        for bin in assign(total, world.size, config.tokens_per_microbatch)[world.rank]:
-            chosen = [useful[i] for i in bin] or [filler]
-            batches.append(make_micro_batch(chosen, completions, advantages, weights * bool(bin), world.device))
-        plan.append(batches)
-    return plan
+        for indices in assign(total, world.size, config.tokens_per_microbatch)[world.rank]:
+            chosen = [useful[i] for i in indices]
+            if chosen:
+                batch = make_micro_batch(chosen, completions, advantages, weights, rewards, world.device)
+            else:  # a filler
+                zeros = torch.zeros_like(weights)
+                batch = make_micro_batch([shortest], completions, advantages, zeros, rewards, world.device)
+            batches.append(batch)
+        updates.append(batches)
+    return updates
 
 
 def make_micro_batch(
-    chosen: list[int], completions: list[Completion], advantages: Tensor, weights: Tensor, device: torch.device
+    chosen: list[int],
+    completions: list[Completion],
+    advantages: Tensor,
+    weights: Tensor,
+    rewards: Tensor | None,
+    device: torch.device,
 ) -> MicroBatch:
-    """Packs the chosen completions, and spreads what belongs to a completion over its tokens."""
+    """Packs the chosen completions, and expands per-completion values to their tokens."""
     repeats = torch.tensor([len(completions[i].token_ids) for i in chosen])
+    sequences = torch.arange(len(chosen)).repeat_interleave(repeats)  # (R,)
     logprobs = list(chain.from_iterable(completions[i].logprobs for i in chosen))
+    if rewards is not None:
+        last = sequences.diff(append=sequences.new_tensor([-1])) != 0
+        rewards = torch.where(last, rewards[chosen].repeat_interleave(repeats), 0.0).float().to(device)
     return MicroBatch(
         packed=pack([completions[i].prompt_ids for i in chosen], [completions[i].token_ids for i in chosen], device),
         completions=chosen,
-        sequences=torch.arange(len(chosen)).repeat_interleave(repeats).to(device),
+        sequences=sequences.to(device),
         advantages=advantages[chosen].repeat_interleave(repeats).float().to(device),
         weights=weights[chosen].repeat_interleave(repeats).float().to(device),
         sampler_logprobs=torch.tensor(logprobs, dtype=torch.float32, device=device),
+        rewards=rewards,
     )
 
 
 def batch_metrics(updates: list[list[MicroBatch]], completions: int, world: World) -> dict[str, float]:
-    """How well the work of a step is divided, and how much of it was left out. Collective.
+    """How evenly a step is divided over ranks, and how much of it was left out. Collective.
 
     batch/imbalance: the heaviest rank's tokens / the mean over ranks. batch/useless_frac: share of the completions
     that `make_updates` dropped.

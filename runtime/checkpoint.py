@@ -7,7 +7,7 @@
     latest, best                                files that name the newest one, and the one with the best evaluation
 
 Nothing depends on how many ranks there were, and no random state is kept: a step's random numbers follow from its own
-number, see `Run.finish_step`. Files are safetensors and JSON: reading one runs no code.
+number, see `Run.complete_step`. Files are safetensors and JSON: reading one runs no code.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,28 @@ FIXED = (
     "model task dtype base_dtype target_modules lora_rank lora_alpha use_rslora algorithm seed prompts_per_step "
     "group_size max_prompt_length instruction system_prompt critic_lora_rank"
 ).split()
+
+
+@dataclass
+class Progress:
+    """How far a run has come, in whole steps."""
+
+    step: int = 0
+    prompts_drawn: int = 0  # from the endless stream of training prompts
+    updates_skipped: int = 0  # since the last step without a NaN or infinite loss or gradient
+    syncs_lost: int = 0  # syncs in a row that kept less of the update than `min_survival`
+    steps_useless: int = 0  # steps in a row whose rewards did not differ
+    best_accuracy: float = -1.0  # of all checkpoints with an evaluation
+    best_step: int = -1  # the step of that checkpoint; -1: none
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint from which a run resumes."""
+
+    folder: Path
+    progress: Progress
+    log: dict[str, Any]  # position of the log
 
 
 # ---- Tensors --------------------------------------------------------------------------------------------------
@@ -88,9 +111,9 @@ def allocate_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Paramet
 
 
 def write(
-    run: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], more: Callable[[Path], None]
+    run: Path, step: int, state: dict[str, Any], tensors: dict[str, Tensor], export: Callable[[Path], None]
 ) -> Path:
-    """Writes `checkpoints/step_N`. `more(folder)` adds files of its own.
+    """Writes `checkpoints/step_N`. `export(folder)` adds files for other programs.
 
     Whatever happens in between, a folder of that name is complete: it is written under another name, flushed to the
     disk, and renamed. Raises OSError if the disk is full; what was there before is then still there.
@@ -99,7 +122,7 @@ def write(
     with atomic_folder(target) as partial:
         save_file(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state) + "\n")
-        more(partial)
+        export(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         checksums = {str(path.relative_to(partial)): digest(path) for path in files}
         (partial / "checksums.json").write_text(json.dumps(checksums, indent=2) + "\n")
@@ -142,7 +165,7 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(folder: Path) -> str | None:
+def integrity_error(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if all its files are as they were written."""
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
@@ -172,9 +195,9 @@ def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
     None if the run has written none yet. Raises ValueError if there are some, but none to go on from.
     """
     if which != "latest":
-        wrong = damage(Path(which))
-        if wrong:
-            raise ValueError(f"checkpoint {which!r} cannot be used: {wrong}")
+        error = integrity_error(Path(which))
+        if error:
+            raise ValueError(f"checkpoint {which!r} cannot be used: {error}")
         own = [path.resolve() for path in written(run).values()]
         if Path(which).resolve() not in own:
             raise ValueError(
@@ -183,10 +206,10 @@ def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
         return Path(which)
     folders = written(run)
     for folder in reversed(folders.values()):
-        wrong = damage(folder)
-        if wrong is None:
+        error = integrity_error(folder)
+        if error is None:
             return folder
-        say(f"checkpoint {folder} is damaged ({wrong}); trying the one before it")
+        say(f"checkpoint {folder} is damaged ({error}); trying the one before it")
     if folders:
         raise ValueError(f"no checkpoint in {str(run / 'checkpoints')!r} is whole; start anew without --resume")
     return None

@@ -1,7 +1,7 @@
-"""Whether a step taught anything and the sampler got it; what to say if not, and the likely causes.
+"""Whether a step taught anything and the sampler got it; what a run says if not, with likely causes, and when it stops.
 
-Without rewards that differ there is nothing to learn from, however long the run goes on. All of this looks at a step's
-metrics (docs/metrics.md) and at its logged samples; a loop that does not measure the rewards is not judged.
+Without rewards that differ there is nothing to learn from, however long the run goes on. Everything here reads a step's
+metrics (docs/metrics.md) and its logged samples. A loop that does not measure rewards is not judged by them.
 """
 
 import math
@@ -9,12 +9,67 @@ from collections.abc import Sequence
 from typing import Any
 
 from configs.base import Config
-from runtime.tracking import shorten
-
-SYNCS_LOST = 10  # in a row, after which a run ends
+from runtime.checkpoint import Progress
+from runtime.tracking import LOW_SURVIVAL, RunLog, shorten
 
 Metrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
+EXPLAIN_EVERY = 10  # steps: the full explanation of steps that teach nothing is printed once in so many
+SYNCS_LOST = 10  # a run stops after so many syncs in a row that lost most of the update
+
+
+class HealthMonitor:
+    """Reads the metrics of every step. Counts that must survive a resume are in `Progress`."""
+
+    def __init__(self, config: Config, log: RunLog):
+        self.config, self.log = config, log
+        self.last_explained = -math.inf  # step
+        self.survival_explained = False
+
+    def check(self, metrics: Metrics, progress: Progress) -> None:
+        """Raises RuntimeError for numbers that further training would only make worse."""
+        skipped = metrics.get("skipped_updates", 0) + metrics.get("critic/skipped_updates", 0)
+        progress.updates_skipped = progress.updates_skipped + skipped if skipped else 0
+        if progress.updates_skipped > self.config.max_skipped:
+            names = ("loss", "grad_norm", "critic/loss", "critic/grad_norm")
+            seen = ", ".join(f"{name} {metrics[name]}" for name in names if name in metrics)
+            raise RuntimeError(
+                f"loss or gradients were NaN or infinite in {progress.updates_skipped:.0f} updates, some in every "
+                f"one of the last steps, more than max_skipped {self.config.max_skipped}; the last step had {seen}"
+            )
+        limit, mismatch = self.config.max_mismatch, metrics.get("mismatch/kl", 0.0)
+        if limit and mismatch > limit:
+            raise RuntimeError(
+                f"sampler and trainer differ by {mismatch:.3g} nats per token, above max_mismatch {limit}"
+            )
+
+    def reason_to_stop(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> str | None:
+        """Counts steps that teach nothing and syncs that lose the update; why the run must stop, if it must."""
+        self.count_useless(step, metrics, samples, progress)
+        if self.config.lora_forward == "factored":  # merged: the trainer runs the rounded weights, too
+            self.count_lost(metrics.get("sync/update_survival", 1.0), progress)
+        useless = reason_to_stop(progress.steps_useless, metrics, samples, self.config)
+        return useless or reason_of_losses(progress.syncs_lost, metrics, self.config)
+
+    def count_lost(self, survival: float, progress: Progress) -> None:
+        """Counts syncs in a row whose merged weights kept too little of the update; explains the first loss."""
+        if survival < LOW_SURVIVAL and not self.survival_explained:
+            self.survival_explained = True
+            self.log.print(f"  {explain_survival(survival)}")
+        progress.syncs_lost = progress.syncs_lost + 1 if survival < self.config.min_survival else 0
+
+    def count_useless(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> None:
+        """Counts steps in a row whose rewards do not differ; explains them, but not every time."""
+        if rewards_differ(metrics):
+            progress.steps_useless = 0
+            return
+        progress.steps_useless += 1
+        if step >= self.last_explained + EXPLAIN_EVERY:
+            self.log.print(f"  {explain(metrics, samples)}")
+            self.last_explained = step
+        else:
+            count = progress.steps_useless
+            self.log.print(f"  nothing to learn from, {count} step{'s' * (count > 1)} in a row")
 
 
 def rewards_differ(metrics: Metrics) -> bool:
@@ -24,12 +79,12 @@ def rewards_differ(metrics: Metrics) -> bool:
     return metrics.get("reward/min", -math.inf) < metrics.get("reward/max", math.inf)
 
 
-def what_was_seen(metrics: Metrics) -> str:
-    """Of a step whose rewards do not differ: how they are.
+def describe_rewards(metrics: Metrics) -> str:
+    """Describes the rewards of a step in which they do not differ.
 
-    >>> what_was_seen({"reward/min": 0.0, "reward/max": 0.0})
+    >>> describe_rewards({"reward/min": 0.0, "reward/max": 0.0})
     'all rewards are 0'
-    >>> what_was_seen({"reward/min": 0.0, "reward/max": 1.0})
+    >>> describe_rewards({"reward/min": 0.0, "reward/max": 1.0})
     'within each group all rewards are the same, from 0 to 1'
     """
     low, high = metrics.get("reward/min"), metrics.get("reward/max")
@@ -45,8 +100,8 @@ def what_was_seen(metrics: Metrics) -> str:
 
 
 def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
-    """The line about a step that taught nothing, with one of its completions."""
-    line = f"nothing to learn from in this step: {what_was_seen(metrics)}"
+    """One line about a step that taught nothing, with one of its completions."""
+    line = f"nothing to learn from in this step: {describe_rewards(metrics)}"
     cut_off = metrics.get("completion/truncated_frac")
     line += f"; {cut_off:.0%} of the completions are cut off" if cut_off else ""
     if samples:
@@ -58,7 +113,7 @@ def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
 
 
 def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -> list[str]:
-    """Why rewards do not differ, judged by how they are; the likeliest first."""
+    """Why rewards may not differ; the likeliest cause first."""
     low, high = metrics.get("reward/min", 0.0), metrics.get("reward/max", 0.0)
     if low < high:
         return [
@@ -83,18 +138,18 @@ def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -
 
 
 def reason_to_stop(steps: int, metrics: Metrics, samples: Sequence[Sample], config: Config) -> str | None:
-    """What ends a run after so many steps in a row that taught nothing; None as long as they are few enough."""
+    """Why a run stops after `steps` steps in a row that taught nothing; None if it may go on."""
     if not 0 < config.max_useless <= steps:
         return None
     causes = "; or ".join(likely_causes(metrics, samples, config))
     return (
-        f"nothing to learn from in {steps} steps in a row (max_useless): {what_was_seen(metrics)}. "
+        f"nothing to learn from in {steps} steps in a row (max_useless): {describe_rewards(metrics)}. "
         f"Likely causes: {causes}. See samples.jsonl"
     )
 
 
 def reason_of_losses(syncs: int, metrics: Metrics, config: Config) -> str | None:
-    """What ends a run after so many syncs in a row that lost most of the update; None while they are few enough."""
+    """Why a run stops after `syncs` syncs in a row that lost most of the update; None if it may go on."""
     if syncs < SYNCS_LOST:
         return None
     return (
@@ -104,7 +159,7 @@ def reason_of_losses(syncs: int, metrics: Metrics, config: Config) -> str | None
 
 
 def explain_survival(survival: float) -> str:
-    """What it means that merging loses a part of the update, and the ways out with what they cost.
+    """Explains that merging loses a part of the update, with the remedies and their costs.
 
     survival: cosine between the update and what rounding to the weights' dtype leaves of it (`sync/update_survival`).
     """

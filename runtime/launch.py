@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from runtime.signals import Stopped, listen
+from runtime.steps import finish_stopped
 
 T = TypeVar("T")
 ROOT_CAUSE = 3.0  # seconds that other ranks wait before they exit: torchrun reports the first exit as the root cause
@@ -31,7 +32,7 @@ def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     try:
         train(run)
     except Stopped:
-        run.leave()
+        finish_stopped(run)
     except Exception as error:
         fail(error, code=1)
 

@@ -1,59 +1,82 @@
-"""One optimizer update: over micro-batches, summed over ranks, the same for every model that is trained."""
+"""Optimizers: how they are made, their learning rate, and one update over micro-batches and ranks."""
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import fsdp_utils
+from configs.base import Config
 from runtime.batching import MicroBatch
-from runtime.progress_bar import progress_bar
-from runtime.run import Run
 
 Metrics = dict[str, Tensor]  # name -> (R,) a value per completion token of a micro-batch
 
 
-def optimize(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    batches: list[MicroBatch],
-    share_of_loss: Callable[[MicroBatch], tuple[Tensor, Metrics]],
-    may_stop: bool = False,
-) -> dict[str, float]:
-    """One optimizer update; returns the sums of metrics over the tokens of all ranks, and under "tokens" their number.
+def make_optimizer(config: Config, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters of a policy or a critic. To use another optimizer, change it here."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    fused = config.param_offload or None  # offloaded parameters are many and on the CPU, where the default is slow
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=config.weight_decay, fused=fused)
+    if config.optimizer_offload:
+        fsdp_utils.offload_state(optimizer)
+    return optimizer
 
-    `may_stop`: a run that was asked to stop does so between micro-batches; right if no parameter changed this step.
-    """
-    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=run.world.device))
-    with progress_bar("update", len(batches), "micro-batches") as bar:
-        for batch in batches:
-            if may_stop:
-                run.stop.check()
-            loss, info = share_of_loss(batch)
-            # FSDP averages over ranks; the weights already make the sum right. It does so after each micro-batch, for
-            # until then every rank has whole gradients, and they would be the largest thing there if all weights learn.
-            (loss * run.world.size).backward()
-            counts = (batch.weights > 0).float()  # a filler's tokens do not count
-            sums["tokens"] += counts.sum()
-            sums["loss"] += loss.detach()  # already a share of the update's loss
-            for name, values in info.items():
-                sums[name] += (values * counts).sum()
-            bar.update()
-    totals = torch.stack(list(sums.values())).cpu()  # only here is the GPU waited for
-    dist.all_reduce(totals)
-    metrics = dict(zip(sums, totals.tolist()))
-    norm = apply_gradients(optimizer, run.config.max_grad_norm, metrics["loss"])
-    return metrics | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
+
+def schedule(step: int, steps: int, config: Config) -> float:
+    """The factor of the learning rate in step 1, 2, ...: a linear warm-up, then constant, linear or cosine."""
+    if step <= config.warmup_steps:
+        return step / (config.warmup_steps + 1)
+    done = (step - 1 - config.warmup_steps) / (steps - config.warmup_steps)  # from 0, and 1 after the last step
+    return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_schedule]
+
+
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, peak: float, step: int, config: Config, delay: int = 0
+) -> float:
+    """Sets and returns the learning rate of a step; it is 0 for the first `delay` steps, then the schedule begins."""
+    rate = peak * schedule(max(step - delay, 0), config.steps - delay, config)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
+class Update:
+    """One optimizer update: `backward` for each micro-batch, then `step`."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, world: fsdp_utils.World, max_grad_norm: float):
+        self.optimizer, self.world, self.max_grad_norm = optimizer, world, max_grad_norm
+        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=world.device))
+
+    def backward(self, loss: Tensor, info: Metrics, batch: MicroBatch) -> None:
+        """Adds the gradients of this rank's share of the loss, and sums up its metrics."""
+        # FSDP averages gradients over ranks, but the weights already make the sum the right one. It reduces them after
+        # each micro-batch: until then every rank holds whole gradients, a large tensor if all weights are trained.
+        (loss * self.world.size).backward()
+        counts = (batch.weights > 0).float()  # a filler's tokens do not count
+        self.sums["tokens"] += counts.sum()
+        self.sums["loss"] += loss.detach()
+        for name, values in info.items():
+            self.sums[name] += (values * counts).sum()
+
+    def step(self) -> dict[str, float]:
+        """Applies the gradients. Returns sums of metrics over the tokens of all ranks, and under "tokens" their number.
+
+        Collective.
+        """
+        totals = torch.stack(list(self.sums.values())).cpu()  # the only wait for the GPU in an update
+        dist.all_reduce(totals)
+        metrics = dict(zip(self.sums, totals.tolist()))
+        norm = apply_gradients(self.optimizer, self.max_grad_norm, metrics["loss"])
+        return metrics | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> float:
-    """Takes the optimizer's step with gradients scaled down to `max_norm` (0: as they are); their norm before that.
+    """An optimizer step with gradients scaled down to `max_norm` (0: not scaled); returns their norm before scaling.
 
-    Gradients that are not finite are thrown away instead, and so are those of a loss that is not; the norm is then NaN.
-    The loss and the norm are those of all ranks, so all do the same.
+    If the norm or the loss is not finite, the gradients are dropped, there is no step, and the norm is NaN. Loss and
+    norm are those of all ranks, so all ranks do the same.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = fsdp_utils.clip_gradients(parameters, max_norm or math.inf) if math.isfinite(loss) else math.nan
@@ -64,10 +87,7 @@ def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: flo
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the tokens of a step's updates, out of the sums that `optimize` returns; loss and norm per update.
-
-    What no update measured is not there.
-    """
+    """Means over the tokens of a step's updates, from the sums that `Update.step` returns; loss and norm per update."""
     if not updates:
         return {}
     totals = {name: sum(update[name] for update in updates) for name in updates[0]}

@@ -1,8 +1,9 @@
-"""From a configuration to a `Run`: the model's folder, the prompts, the sharded policy, the engine, a checkpoint."""
+"""From a configuration to a `Run`: the model, the prompts, the sharded policy, the engine, a checkpoint."""
 
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,47 +23,52 @@ import fsdp_utils
 import lora
 import reward
 from configs.base import Config
-from policy import Critic, Policy, make_log_z
+from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
-from runtime.adapter_files import open_adapter
+from runtime.checkpoint import Progress, Saved
 from runtime.files import find_model, folder_lock, one_line_errors
+from runtime.optimize import make_optimizer
 from runtime.progress_bar import progress_bar
-from runtime.run import Progress, Prompt, Run, Saved
+from runtime.run import Prompt, Run
 from runtime.shared_memory import in_shared_memory
 from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
 
+PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
+UNSUPPORTED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
 
-def prepare(config: Config, learns_log_z: bool = False) -> Run:
-    """Builds all parts of a run. Raises ValueError or OSError, of one line, for what the user can mend."""
+
+def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
+    """Builds all parts of a run. Raises ValueError or OSError, of one line, for errors that the user can fix."""
     reward.find_task(config.task, config.flexible)
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
-    folder = on_disk(config)
+    folder = model_folder(config)
     model_config = read_model_config(folder)
-    with one_line_errors(f"the tokenizer of model {folder!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(folder)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
-    check_fit(config, model_config, train_prompts + test_prompts)
-    saved = resume(config) if config.resume else None
+    check_prompts(config, model_config, train_prompts + test_prompts)
+    saved = find_checkpoint(config) if config.resume else None
     with in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
-        started = replace(config, lora_adapter_path="") if saved else config  # the checkpoint has what became of it
-        policy = build_policy(started, fast_folder, world, learns_log_z)
-        optimizer = make_optimizer(config, "policy", policy, config.learning_rate, saved)
+        start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
+        policy = build_policy(start, fast_folder, world, prompt_head)
+        optimizer = make_optimizer(config, policy, config.learning_rate)
+        if saved:
+            checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
             engine = build_engine(config, fast_folder)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, test_prompts, engine, train_prompts, policy, optimizer, log, saved)
-    engine.sleep()  # for a sync wakes it, when what is compared has been computed in its place
-    listen(run.stop.handle)  # until here a signal ended the process; from here on the run is saved first
+    run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
+    engine.sleep()  # the probe's forwards in the trainer need the memory
+    listen(run.stop.handle)  # from here on a signal lets the run be saved; until here it ends the process
     run.weight_sync.update_weights(verify=True, everything=config.base_dtype == "nf4")  # vLLM has the 16-bit base
-    introduce(run)
+    print_header(run)
     return run
 
 
-def introduce(run: Run) -> None:
-    """Prints what was resolved: the model, the task, the machine, and what each process holds from now on."""
+def print_header(run: Run) -> None:
+    """Prints the model, the task, the machine, and the memory that each process holds during the whole run."""
     config, log, engine = run.config, run.log, run.engine
     trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
     base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(run.policy.model)) / 1e6
@@ -74,7 +80,7 @@ def introduce(run: Run) -> None:
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
     log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s)")
     weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
-    states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # a gradient, and Adam's two
+    states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # gradient and Adam's moments
     log.print(
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
         f"{engine.kv_cache_tokens:,} tokens of KV cache; tools/plan.py counts the rest"
@@ -83,17 +89,33 @@ def introduce(run: Run) -> None:
         log.print(f"resumed after step {run.progress.step}")
 
 
+# ---- The run's folder -----------------------------------------------------------------------------------------
+
+
 def check_writable(folder: Path) -> None:
-    """Raises ValueError if the run's folder could not be made or written, or if another run is writing it."""
+    """Raises ValueError if the run's folder cannot be made or written, or if another run is writing it."""
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"cannot write to {str(folder)!r}, for {str(parent)!r} is no folder one may write to")
+        raise ValueError(f"cannot write to {str(folder)!r}: {str(parent)!r} is not a writable directory")
     if in_use(folder):
         raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another run_name")
 
 
-def resume(config: Config) -> Saved | None:
-    """The checkpoint to go on from; None for a run that has not written any yet: it starts anew."""
+def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
+    """Makes the run's folder and its logs. A resumed run's folder is rewound to the checkpoint."""
+    if not write:
+        return RunLog(config, write)
+    folder = config.run_folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder.parent):
+        check_writable(folder)  # again: another run of this name may have started while the models were read
+        if saved:
+            checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)
+        return RunLog(config, write, saved and saved.log)
+
+
+def find_checkpoint(config: Config) -> Saved | None:
+    """The checkpoint to resume from; None if the run has not written one yet: it then starts at the beginning."""
 
     def find() -> Saved | None:
         folder = checkpoint.find(config.run_folder, config.resume, say=print)
@@ -105,7 +127,7 @@ def resume(config: Config) -> Saved | None:
 
 
 def read_saved(folder: Path, config: Config) -> Saved:
-    """What a checkpoint's state.json says. Raises ValueError if it is no state of such a run."""
+    """Reads a checkpoint's state.json. Raises ValueError if this run cannot resume from it."""
     try:
         state = json.loads((folder / "state.json").read_text())
         progress, settings, log = Progress(**state["progress"]), dict(state["config"]), dict(state["log"])
@@ -115,31 +137,26 @@ def read_saved(folder: Path, config: Config) -> Saved:
         before, now = settings.get(name), getattr(config, name)
         if before != now:
             raise ValueError(f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep")
-    if progress.best_step not in checkpoint.written(config.run_folder):  # it gave way to a better one, of a later step
+    if progress.best_step not in checkpoint.written(config.run_folder):  # deleted in favour of a later, better one
         progress = replace(progress, best_step=-1, best_accuracy=-1.0)
     return Saved(folder, progress, log)
 
 
-def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
-    """The run's folder, with its logs; that of a resumed run as it was when the checkpoint was written."""
-    if not write:
-        return RunLog(config, write)
-    folder = config.run_folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder.parent):
-        check_writable(folder)  # again: while the models were read, another run of this name may have begun
-        if saved:
-            checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)
-        return RunLog(config, write, saved and saved.log)
+# ---- Prompts --------------------------------------------------------------------------------------------------
 
 
-def on_disk(config: Config) -> str:
-    """The folder of the configured model; one of the hub is downloaded if need be."""
+def model_folder(config: Config) -> str:
+    """The folder of the configured model; a model of the hub is downloaded if need be."""
     return fsdp_utils.on_first_rank(lambda: find_model(config.model_source))
 
 
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    with one_line_errors(f"the tokenizer of model {folder!r}"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
-    """Training and held-out prompts that fit, and says how many do not; rank 0 reads, or downloads, the problems."""
+    """Training and held-out prompts of at most `max_prompt_length` tokens; rank 0 reads or downloads the problems."""
     instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
     ending = f"\n{instruction}" if instruction else ""
 
@@ -150,42 +167,43 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
     splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
     check_system_prompt(config.system_prompt, tokenizer)
     with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
-        asked = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
+        prompts = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
     longest = config.max_prompt_length
-    train, test = fitting = [[prompt for prompt in prompts if len(prompt.token_ids) <= longest] for prompts in asked]
+    kept = [[prompt for prompt in split if len(prompt.token_ids) <= longest] for split in prompts]
+    train, test = kept
     if not (train and test):
         raise ValueError(f"no prompt fits in max_prompt_length, {longest} tokens")
-    if fitting != asked:
-        left_out = [f"{len(every) - len(kept):,} of {len(every):,}" for every, kept in zip(asked, fitting)]
+    if kept != prompts:
+        counts = [f"{len(before) - len(after):,} of {len(before):,}" for before, after in zip(prompts, kept)]
         line = "prompts over max_prompt_length, {} tokens, are left out: {} to train on, {} held out"
-        fsdp_utils.on_first_rank(lambda: print(line.format(longest, *left_out), flush=True))
+        fsdp_utils.on_first_rank(lambda: print(line.format(longest, *counts), flush=True))
     return [train, test[: config.eval_problems]]
 
 
 def check_system_prompt(system_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError unless the chat template puts it before a problem."""
+    """Raises ValueError if the chat template does not show the system prompt to the model."""
     if system_prompt is None:
         return
-    name, way_out = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
+    name, fix = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
     if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of model {name!r} has no chat template for a system turn; {way_out}")
+        raise ValueError(f"the tokenizer of model {name!r} has no chat template for a system turn; {fix}")
     try:
         text = tokenizer.apply_chat_template(chat("?", system_prompt), tokenize=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the chat template of model {name!r} refuses a system turn ({reason}); {way_out}") from error
+        raise ValueError(f"the chat template of model {name!r} refuses a system turn ({reason}); {fix}") from error
     if system_prompt.strip() not in text:
-        raise ValueError(f"the chat template of model {name!r} leaves a system turn out; {way_out}")
+        raise ValueError(f"the chat template of model {name!r} leaves a system turn out; {fix}")
 
 
 def chat(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
-    """The turns of a conversation in which the model is to answer a prompt."""
+    """A conversation with the model's turn next."""
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     return [*system, {"role": "user", "content": prompt}]
 
 
-def check_fit(config: Config, model: PretrainedConfig, prompts: list[Prompt]) -> None:
-    """Raises ValueError for prompts without tokens or with such as the model lacks, or too long for it altogether."""
+def check_prompts(config: Config, model: PretrainedConfig, prompts: list[Prompt]) -> None:
+    """Raises ValueError for prompts without tokens, with unknown tokens, or too long for the model."""
     for prompt in prompts:
         if not prompt.token_ids:
             raise ValueError(f"the tokenizer of {config.model!r} makes no token of prompt {prompt.problem.prompt!r}")
@@ -196,17 +214,17 @@ def check_fit(config: Config, model: PretrainedConfig, prompts: list[Prompt]) ->
             )
     longest = getattr(model, "max_position_embeddings", None) or math.inf
     stretched = (getattr(model, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if config.max_model_len > longest and not stretched:  # how far it can be stretched, vLLM knows
+    if config.max_model_len > longest and not stretched:  # vLLM checks stretched positions
         raise ValueError(
             f"max_prompt_length {config.max_prompt_length} and max_completion_length {config.max_completion_length} "
-            f"make {config.max_model_len} tokens, but model {config.model!r} bears {longest}; lower one of them"
+            f"make {config.max_model_len} tokens, but the model supports at most {longest}; lower one of them"
         )
 
 
 def tokenize(
     problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
 ) -> list[Prompt]:
-    """Puts the tokenizer's chat template, if it has one, around each problem."""
+    """Applies the tokenizer's chat template, if it has one, to each problem."""
     texts = [problem.prompt for problem in problems]
     if tokenizer.chat_template:
         chats = [chat(text, system_prompt) for text in texts]
@@ -216,18 +234,7 @@ def tokenize(
     return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids)]
 
 
-def make_optimizer(
-    config: Config, learner: str, module: nn.Module, learning_rate: float, saved: Saved | None
-) -> torch.optim.AdamW:
-    """AdamW over what is trained of the policy or the critic; of a resumed run both get the checkpoint's values."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    fused = config.param_offload or None  # on the CPU, tensor by tensor and operation by operation takes seconds
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=config.weight_decay, fused=fused)
-    if config.optimizer_offload:
-        fsdp_utils.offload_state(optimizer)
-    if saved:
-        checkpoint.restore_state(saved.folder, {learner: (module, optimizer)})
-    return optimizer
+# ---- The models and the engine --------------------------------------------------------------------------------
 
 
 def build_engine(config: Config, folder: str) -> Engine:
@@ -248,21 +255,10 @@ def build_engine(config: Config, folder: str) -> Engine:
     )
 
 
-# ---- The models ----------------------------------------------------------------------------------------------------
-
-
-UNSUPPORTED_LOGITS = (
-    "logits_scaling",
-    "logit_scale",
-    "final_logit_softcapping",
-    "attn_logit_softcapping",
-)  # by policy.py
-
-
-def build_policy(config: Config, folder: str, world: fsdp_utils.World, learns_log_z: bool = False) -> Policy:
-    """The policy; without adapters (`lora_rank` 0), trained as a whole. `learns_log_z`: and FlowRL's log Z with it."""
+def build_policy(config: Config, folder: str, world: fsdp_utils.World, prompt_head: PromptHead | None = None) -> Policy:
+    """The sharded policy with its weights; without adapters (`lora_rank` 0), all of them are trained."""
     model = meta_model(folder, parameter_dtype(config, config.lora_rank))
-    policy = meta_policy(config, model, world.device, learns_log_z)
+    policy = meta_policy(config, model, world.device, prompt_head)
     fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
     if config.lora_rank:
         fill_adapters(model, config, world)
@@ -270,7 +266,7 @@ def build_policy(config: Config, folder: str, world: fsdp_utils.World, learns_lo
 
 
 def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
-    """The critic, out of the policy's base; `critic_lora_rank` 0: trained as a whole."""
+    """The critic, from the policy's base; with `critic_lora_rank` 0, all of its weights are trained."""
     model = meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
     critic = meta_critic(config, model, world.device)
     fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
@@ -280,15 +276,15 @@ def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic
 
 
 def parameter_dtype(config: Config, rank: int) -> torch.dtype:
-    """Of a base with adapters of that rank. Without any (0), it is trained, and a small update of bfloat16 is none."""
+    """float32 if the base is trained (`rank` 0), because bfloat16 rounds small updates away; else `config.dtype`."""
     return getattr(torch, config.dtype) if rank else torch.float32
 
 
-# ---- Without memory -------------------------------------------------------------------------------------------
+# ---- Models without memory -------------------------------------------------------------------------------------------
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """A model's configuration. Raises ValueError for what is not implemented here; see also `meta_model`."""
+    """A model's configuration. Raises ValueError for models that are not supported; see also `check_supported`."""
     with one_line_errors(f"model {folder!r}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(config, "vocab_size"):
@@ -298,7 +294,7 @@ def read_model_config(folder: str) -> PretrainedConfig:
             raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)  # what learns has to be what samples; adapters have a dropout of their own
+            setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
     return config
 
 
@@ -326,41 +322,50 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
         raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
 
 
-def meta_policy(config: Config, model: PreTrainedModel, device: torch.device, learns_log_z: bool) -> Policy:
+def meta_policy(
+    config: Config, model: PreTrainedModel, device: torch.device, prompt_head: PromptHead | None = None
+) -> Policy:
     """The sharded policy around a meta model of `parameter_dtype`."""
     if config.lora_adapter_path:
-        with open_adapter(config.lora_adapter_path):
+        with adapter_files.open_adapter(config.lora_adapter_path):
             pass  # a bad folder is refused now, before the weights are read
     if config.ref_adapter_path:
-        with open_adapter(config.ref_adapter_path) as file:
+        with adapter_files.open_adapter(config.ref_adapter_path) as file:
             scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
             lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
     if config.lora_rank:
-        adapt(model, config, config.lora_rank)
-    policy = Policy(model, make_log_z(model.config.hidden_size, config.seed, device) if learns_log_z else None)
-    spread(policy, config, config.lora_rank, device)
+        add_adapters(model, config, config.lora_rank)
+    policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
+    shard(policy, config, config.lora_rank, device)
     return policy
+
+
+def make_prompt_head(prompt_head: PromptHead, hidden_size: int, seed: int, device: torch.device) -> nn.Module:
+    """The head with the same values on every rank, in whatever state the random numbers are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return prompt_head(hidden_size).to(device)
 
 
 def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) -> Critic:
     """The sharded critic around a meta model of `parameter_dtype`."""
     critic = Critic(model, device)
     if config.critic_lora_rank:
-        adapt(model, config, config.critic_lora_rank)
-    spread(critic, config, config.critic_lora_rank, device)
+        add_adapters(model, config, config.critic_lora_rank)
+    shard(critic, config, config.critic_lora_rank, device)
     return critic
 
 
-def adapt(model: PreTrainedModel, config: Config, rank: int) -> None:
-    """Freezes the base, stores it as `base_dtype` says, and gives it the adapters that are trained."""
+def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
+    """Freezes the base, stores it in `base_dtype`, and adds the adapters that are trained."""
     if config.base_dtype == "nf4":
         lora.quantize_base(model)
     options = {"rslora": config.use_rslora, "dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
     lora.inject(model, config.target_modules, rank, config.lora_alpha, **options)
 
 
-def spread(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
-    """Shards the module; what is trained as a whole (`rank` 0) is multiplied in `dtype`."""
+def shard(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
+    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute."""
     model: PreTrainedModel = module.train().model
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -379,7 +384,7 @@ def spread(module: Policy | Critic, config: Config, rank: int, device: torch.dev
 
 
 def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
-    """Puts values into the policy's adapters: from their folders, or those that change nothing."""
+    """Gives the policy's adapters their values: from folders, or B = 0."""
     if config.ref_adapter_path:
         adapter_files.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:

@@ -223,7 +223,7 @@ def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
         phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("rollout", "update") if name in seconds)
         values["seconds"] = f"{training_time(seconds):.1f} s" + (f" ({phases})" if phases else "")
     if "eval/accuracy" in values:
-        values["accuracy"] = accuracy(values)
+        values["accuracy"] = format_accuracy(values)
     parts = []
     for part in LINE:
         with suppress(KeyError):
@@ -242,8 +242,8 @@ def training_time(seconds: dict[str, float]) -> float:
     return sum(value for name, value in seconds.items() if name not in ("eval", "save"))
 
 
-def accuracy(metrics: dict[str, float]) -> str:
-    """Of an evaluation, for the console."""
+def format_accuracy(metrics: dict[str, float]) -> str:
+    """An evaluation's accuracies, for the console."""
     kinds = {"sampled": "eval/accuracy", "greedy": "eval/accuracy_greedy"}
     return "accuracy " + ", ".join(f"{metrics[name]:.1%} {kind}" for kind, name in kinds.items() if name in metrics)
 

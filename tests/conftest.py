@@ -94,7 +94,7 @@ def complaints(runs: list[list[str]]) -> list[str]:
     for arguments in runs:
         sys.argv[1:] = arguments
         try:
-            train_grpo.prepare_grpo()
+            train_grpo.setup_grpo()
             said.append("nothing")
         except (ValueError, OSError) as error:
             said.append(str(error))

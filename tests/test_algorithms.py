@@ -12,13 +12,13 @@ from conftest import EPSILON, ROOT, torchrun
 import train_grpo
 import train_ppo
 from configs.base import Config
+from configs.checks import resolve_config
 from fsdp_utils import World
 from policy import FrozenHead
 from rollout import Completion
 from runtime.batching import MicroBatch, make_updates
 from runtime.command_line import read_config_file
-from runtime.optimize import update_metrics
-from runtime.run import schedule
+from runtime.optimize import schedule, update_metrics
 from train_grpo import (
     ALGORITHMS,
     add_logprobs,
@@ -26,8 +26,7 @@ from train_grpo import (
     kl,
     overlong_penalties,
     policy_loss,
-    settle,
-    worth_learning,
+    select_groups,
 )
 
 NAMES = list(ALGORITHMS)
@@ -36,7 +35,7 @@ F64 = torch.float64
 
 def config_of(algorithm: str = "grpo", **settings) -> Config:
     """The configuration as the trainer sees it; without TIS unless asked for."""
-    return settle(Config(algorithm=algorithm, **({"tis_cap": 0.0} | settings)), ALGORITHMS[algorithm])
+    return resolve_config(Config(algorithm=algorithm, **({"tis_cap": 0.0} | settings)), ALGORITHMS[algorithm])
 
 
 def micro_batch(lengths, advantages=0.0, weights=1.0, **tensors) -> MicroBatch:
@@ -126,7 +125,7 @@ def test_by_hand(name):
     weights = algorithm.weight(torch.tensor(LENGTHS, dtype=F64), config)
     old = torch.full((8,), -1.0, dtype=F64)
     batch = micro_batch(
-        LENGTHS, advantages, weights, old_logprobs=old, ref_logprobs=old, log_z=torch.zeros(8, dtype=F64)
+        LENGTHS, advantages, weights, old_logprobs=old, ref_logprobs=old, prompt_values=torch.zeros(8, dtype=F64)
     )
     loss, _ = policy_loss(old + torch.tensor(LOG_RATIOS, dtype=F64), old, batch, algorithm.loss, config)
     assert loss.item() == pytest.approx(BY_HAND[name][1], abs=2e-6, rel=1e-5)
@@ -208,7 +207,7 @@ def test_parity_with_the_paper(name):
 
     weights = algorithm.weight(torch.tensor(lengths, dtype=F64), config)
     batch = micro_batch(lengths, algorithm.advantage(rewards).flatten(), weights, old_logprobs=old)
-    batch.ref_logprobs, batch.log_z = reference, log_z[batch.sequences]
+    batch.ref_logprobs, batch.prompt_values = reference, log_z[batch.sequences]
     loss, info = policy_loss(new, torch.zeros_like(new), batch, algorithm.loss, config)
     found = torch.autograd.grad(loss, (new, log_z), materialize_grads=True)
     assert loss.item() == pytest.approx(-J.item(), abs=1e-12)
@@ -243,7 +242,7 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
             for batch in batches:
                 logprobs = torch.cat([parameter.split(lengths)[i] for i in batch.completions])
                 batch.old_logprobs = batch.ref_logprobs = batch.sampler_logprobs
-                batch.log_z = torch.zeros_like(logprobs)
+                batch.prompt_values = torch.zeros_like(logprobs)
                 loss = loss + policy_loss(logprobs, torch.zeros_like(logprobs), batch, algorithm.loss, config)[0]
                 count += 1
         return torch.autograd.grad(loss, parameter)[0], count
@@ -368,7 +367,7 @@ def test_dual_clip():
 
 def test_dynamic_sampling_keeps_groups_that_differ():
     scores = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0], [0, 1]], dtype=F64).flatten()
-    keep = lambda **settings: worth_learning(scores, config_of(group_size=2, prompts_per_step=2, **settings))  # noqa: E731
+    keep = lambda **settings: select_groups(scores, config_of(group_size=2, prompts_per_step=2, **settings))  # noqa: E731
     assert keep() == [0, 1, 2, 3]
     assert keep(max_rollouts=3) == [2, 3, 6, 7]
     scores = torch.ones(10, dtype=F64)
@@ -423,22 +422,28 @@ def test_the_algorithm_fills_in_what_the_user_left_open():
     assert config_of("dapo").clip_high == 0.28
     assert config_of("dapo", clip_high=0.5).clip_high == 0.5
     assert config_of("gspo", tis_cap=2.0).tis_mode == "sequence"
-    assert None not in dataclasses.asdict(config_of("grpo")).values()
+    assert not open_options(config_of("grpo"))
+
+
+def open_options(config: Config) -> set[str]:
+    """The options that are None, but for those that the task, the chat template and the model decide."""
+    open_ones = {name for name, value in dataclasses.asdict(config).items() if value is None}
+    return open_ones - {"instruction", "system_prompt", "sync"}
 
 
 def test_any_row_may_do_without_groups_or_look_at_the_reference():
     """What is asked of settings follows from the row, whatever its name."""
     row = ALGORITHMS["grpo"]._replace(groups=False)
-    assert settle(Config(group_size=1), row).group_size == 1
+    assert resolve_config(Config(group_size=1), row).group_size == 1
     row = ALGORITHMS["flowrl"]._replace(settings={})
-    assert settle(Config(ref_adapter_path="somewhere"), row).tis_mode == "sequence"
+    assert resolve_config(Config(ref_adapter_path="somewhere"), row).tis_mode == "sequence"
 
 
 @pytest.mark.parametrize("option", ["kl_coef", "clip_hihg", "target_modules"])
 def test_a_row_may_not_set_what_the_user_has_set(option):
     row = ALGORITHMS["grpo"]._replace(settings={option: 0.05})
     with pytest.raises(ValueError, match=f"grpo sets '{option}', and may set only options that are None by default"):
-        settle(Config(), row)
+        resolve_config(Config(), row)
 
 
 @pytest.mark.parametrize(
@@ -458,10 +463,10 @@ def test_metrics_are_means_over_tokens_but_for_those_of_an_update():
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*_cpu*.py")), ids=lambda path: path.stem)
-def test_config_files_name_an_algorithm_and_settle(path):
+def test_config_files_name_an_algorithm_and_are_complete(path):
     config = read_config_file(str(path))
-    settled = settle(config, train_ppo.PPO if config.algorithm == "ppo" else ALGORITHMS[config.algorithm])
-    assert None not in dataclasses.asdict(settled).values()
+    complete = resolve_config(config, train_ppo.PPO if config.algorithm == "ppo" else ALGORITHMS[config.algorithm])
+    assert not open_options(complete)
     assert config.algorithm in path.stem or config.algorithm == "grpo"
 
 
@@ -487,7 +492,7 @@ def test_every_row_learns(name):
         batch = micro_batch(lengths.tolist(), algorithm.advantage(rewards).flatten(), weights, old_logprobs=old)
         batch.ref_logprobs = torch.full_like(old, math.log(1 / 5))
         for _ in range(2):
-            logprobs, batch.log_z = table.log_softmax(1)[rows, tokens], log_z[rows]
+            logprobs, batch.prompt_values = table.log_softmax(1)[rows, tokens], log_z[rows]
             optimizer.zero_grad()
             policy_loss(logprobs, torch.zeros_like(old), batch, algorithm.loss, config)[0].backward()
             optimizer.step()

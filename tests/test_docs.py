@@ -115,7 +115,7 @@ def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
     places = {"output_dir": folder, "run_name": "run", "wandb_mode": "offline"}
     sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
-    run = train_grpo.prepare_grpo()
+    run = train_grpo.setup_grpo()
     prompt, cells = load(DOCS / "alignment.py").align(run)
     train_grpo.train(run)
     return prompt, cells, [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]

@@ -15,7 +15,7 @@ from test_train import train
 
 from configs.base import Config
 from runtime import files
-from runtime.run import Evaluation, with_error
+from runtime.evaluation import Evaluation, mean_and_stderr
 from tools import adapter, evaluate
 
 
@@ -45,7 +45,7 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
     assert metrics["accuracy"] == 0.25 and metrics["reward"] == pytest.approx(3.4 / 8)
     assert metrics["accuracy_stderr"] == pytest.approx(0.25)  # of 0.5 and 0: standard deviation 0.354, over root 2
     assert metrics["accuracy_greedy"] == 0.5
-    assert with_error("x", torch.ones(1, 3)) == {"x": 1.0}, "one problem has no standard error"
+    assert mean_and_stderr("x", torch.ones(1, 3)) == {"x": 1.0}, "one problem has no standard error"
 
 
 # ---- Real vLLM ------------------------------------------------------------------------------------------------
@@ -54,9 +54,9 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     """`evaluate.py --run RUN`; then completions of its adapter on the 16-bit base, of their export, and of the base."""
     sys.argv = ["evaluate.py", *f"--run {run} --eval_problems 32 --out {out}".split()]
-    evaluator, folder = evaluate.prepare()
-    evaluate.evaluate(evaluator, folder)
-    merged = dataclasses.replace(evaluator.config, base_dtype="dtype")
+    sampler, folder = evaluate.setup()
+    evaluate.evaluate(sampler, folder)
+    merged = dataclasses.replace(sampler.config, base_dtype="dtype")
     adapter.export(str(TINY), merged.lora_adapter_path, f"{out}/model")
     streams = {
         "merged": evaluate.policy_weights(merged, TINY),
@@ -65,8 +65,8 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     }
     found = {}
     for name, stream in streams.items():
-        evaluator.engine.load_weights(stream)
-        found[name] = [completion.token_ids for completion in evaluator.test().completions]
+        sampler.engine.load_weights(stream)
+        found[name] = [completion.token_ids for completion in sampler.evaluate().completions]
     return found
 
 

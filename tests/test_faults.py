@@ -18,9 +18,13 @@ import fsdp_utils
 import reward
 import train_grpo
 from configs.base import Config
+from configs.checks import resolve_config
 from rollout import Completion
-from runtime import run, signals
+from runtime import signals
 from runtime.batching import make_updates
+from runtime.checkpoint import Progress
+from runtime.evaluation import compute_reward
+from runtime.health import HealthMonitor
 
 WITHIN = 60  # seconds in which one rank's failure must end all
 
@@ -82,7 +86,7 @@ def train(run):
     train_grpo.train(run)
 
 
-launch(train_grpo.prepare_grpo, train)
+launch(train_grpo.setup_grpo, train)
 """
 
 
@@ -168,9 +172,8 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
         return result
 
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
-    someone = SimpleNamespace(config=Config(task="mine"))
     with pytest.raises(ValueError) as error:
-        run.Run.score_one(someone, reward.Problem("1+1=", "2"), "it is 3")
+        compute_reward(reward.Problem("1+1=", "2"), "it is 3", Config(task="mine"))
     assert "\n" not in str(error.value) and words in str(error.value)
     assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
 
@@ -199,17 +202,17 @@ def test_a_process_that_a_reward_forks_can_be_stopped(tmp_path):
 @pytest.mark.parametrize("value", [True, 1, 0.5, -3])
 def test_what_a_reward_may_return(monkeypatch, value):
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, lambda *_: value))
-    assert run.Run.score_one(SimpleNamespace(config=Config(task="mine")), reward.Problem("1+1=", "2"), "3") == value
+    assert compute_reward(reward.Problem("1+1=", "2"), "3", Config(task="mine")) == value
 
 
 def test_a_mismatch_stops_a_run():
-    someone = SimpleNamespace(config=Config(max_mismatch=0.1), progress=run.Progress())
-    run.Run.check_health(someone, {"mismatch/kl": 0.09})
+    monitor, progress = HealthMonitor(Config(max_mismatch=0.1), log=None), Progress()
+    monitor.check({"mismatch/kl": 0.09}, progress)
     with pytest.raises(RuntimeError, match="differ by 0.11 nats per token, above max_mismatch 0.1"):
-        run.Run.check_health(someone, {"mismatch/kl": 0.11})
-    someone.progress.updates_skipped = 5
+        monitor.check({"mismatch/kl": 0.11}, progress)
+    progress.updates_skipped = 5
     with pytest.raises(RuntimeError, match="6 updates, some in every one of the last steps.*critic/loss nan"):
-        run.Run.check_health(someone, {"critic/skipped_updates": 1.0, "critic/loss": math.nan})
+        monitor.check({"critic/skipped_updates": 1.0, "critic/loss": math.nan}, progress)
 
 
 # ---- Nothing wrong, only unusual: it must simply work ---------------------------------------------------------
@@ -223,8 +226,8 @@ def empty_updates(tiny: str) -> dict[str, list[float]]:
     for name, algorithm in train_grpo.ALGORITHMS.items():
         small = {"group_size": 2, "lora_rank": 4, "tokens_per_microbatch": 64}
         config = Config(model=tiny, algorithm=name, dtype="float32", **small)
-        config = train_grpo.settle(config, algorithm)
-        policy = build_policy(config, tiny, world, learns_log_z=algorithm.flow)
+        config = resolve_config(config, algorithm)
+        policy = build_policy(config, tiny, world, algorithm.prompt_head)
         optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad])
         session = SimpleNamespace(policy=policy, config=config, optimizer=optimizer, world=world)
         steps = [[3, 0, 0, 0], [0, 0, 0, 0], [0, 2, 5, 1]]
@@ -237,9 +240,9 @@ def update_norm(session: SimpleNamespace, algorithm: train_grpo.Algorithm, lengt
     config, world = session.config, session.world
     completions = [Completion(i // 2, [5, 6], [7] * n, [-1.0] * n, truncated=False) for i, n in enumerate(lengths)]
     advantages = algorithm.advantage(torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)).flatten()
-    useless = train_grpo.only_advantages_teach(config)
+    useless = train_grpo.only_advantages_teach(config, algorithm)
     (batches,) = make_updates(completions, advantages, algorithm.weight, config, world, drop_useless=useless)
-    for batch in batches if algorithm.flow else []:
+    for batch in batches if algorithm.reference else []:
         batch.ref_logprobs = session.policy(batch.packed).logprobs.detach()
     return train_grpo.update_policy(session, batches, algorithm.loss)["grad_norm"]
 

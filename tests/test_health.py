@@ -12,8 +12,17 @@ from conftest import ROOT, torchrun
 import train_grpo
 from configs.base import Config
 from rollout import Completion
-from runtime.health import explain_survival, likely_causes, reason_to_stop, rewards_differ, what_was_seen
-from runtime.run import Progress, Run
+from runtime import steps
+from runtime.checkpoint import Progress
+from runtime.health import (
+    HealthMonitor,
+    describe_rewards,
+    explain_survival,
+    likely_causes,
+    reason_to_stop,
+    rewards_differ,
+)
+from runtime.run import Run
 
 NOTHING = {"reward/mixed_groups_frac": 0.0, "reward/min": 0.0, "reward/max": 0.0, "completion/truncated_frac": 0.25}
 SAMPLE = {"completion": "It is\n72.", "extracted": None, "answer": "72"}
@@ -49,7 +58,7 @@ def test_groups_with_different_rewards_are_counted():
         ({"reward/max": 1.0}, [SAMPLE], "either always or never solved", "raise group_size, which is 8.*temperature"),
     ],
 )
-def test_likely_causes_follow_from_what_was_seen(changes, samples, first, others):
+def test_likely_causes_follow_from_describe_rewards(changes, samples, first, others):
     causes = likely_causes(NOTHING | changes, samples, Config())
     assert re.search(first, causes[0]) and re.search(others, "; ".join(causes[1:])), causes
     assert ("too easy" in causes[0]) == (len(causes) == 1)
@@ -64,28 +73,28 @@ def test_when_to_stop():
     )
     assert "See samples.jsonl" in reason and "\n" not in reason
     assert reason_to_stop(1000, NOTHING, [SAMPLE], Config(max_useless=0)) is None
-    assert "only the critic learns" in what_was_seen(NOTHING | {"critic/loss": 1.0})
+    assert "only the critic learns" in describe_rewards(NOTHING | {"critic/loss": 1.0})
 
 
 def unfinished_run(said: list[str], progress: Progress, config: Config) -> Run:
     """A run without a model, whose log is a list."""
     run = Run.__new__(Run)
-    run.config, run.progress, run.samples, run.explained, run.saved_step = config, progress, [SAMPLE], -torch.inf, None
-    run.survival_said = False
+    run.config, run.progress, run.samples, run.saved_step = config, progress, [SAMPLE], None
     run.log = SimpleNamespace(print=said.append, step=lambda *_: None, phase=lambda _: None)
-    run.finish_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
-    run.save = lambda accuracy: setattr(run, "saved_step", run.progress.step)
+    run.health = HealthMonitor(config, run.log)
+    run.complete_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
     run.stop = SimpleNamespace(check=lambda: None)
     return run
 
 
-def test_a_run_says_it_once_in_full_counts_and_stops_saved():
+def test_a_run_says_it_once_in_full_counts_and_stops_saved(monkeypatch):
     """Also over a resume, which the count survives; one step that teaches anything begins the count anew."""
     said, config = [], Config(max_useless=4, steps=100, eval_every=0, save_every=0)
+    monkeypatch.setattr(steps, "save_checkpoint", lambda run, accuracy: setattr(run, "saved_step", run.progress.step))
     run = unfinished_run(said, Progress(), config)
     learned = NOTHING | {"reward/mixed_groups_frac": 0.5, "reward/max": 1.0}
     for step, metrics in enumerate([NOTHING, learned, NOTHING, NOTHING], start=1):
-        run.conclude(step, dict(metrics))
+        steps.finish_step(run, step, dict(metrics))
     assert said == [
         "  nothing to learn from in this step: all rewards are 0; 25% of the completions are cut off. "
         "A sample: 'It is 72.' (answer None, truth 72)",
@@ -95,26 +104,27 @@ def test_a_run_says_it_once_in_full_counts_and_stops_saved():
     assert run.progress.steps_useless == 2
     saved = json.loads(json.dumps(dataclasses.asdict(run.progress)))
     run = unfinished_run(said, Progress(**saved), config)
-    run.conclude(5, dict(NOTHING))
+    steps.finish_step(run, 5, dict(NOTHING))
     assert "A sample: " in said[-1], "who resumes has not read it"
     with pytest.raises(RuntimeError, match="in 4 steps in a row .*; the last step that was saved is 6"):
-        run.conclude(6, dict(NOTHING))
+        steps.finish_step(run, 6, dict(NOTHING))
 
 
-def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved():
+def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved(monkeypatch):
     """Ten syncs in a row may lose most of the update; what the trainer itself runs merged is not lost."""
+    monkeypatch.setattr(steps, "save_checkpoint", lambda run, accuracy: setattr(run, "saved_step", run.progress.step))
     said, lost = [], NOTHING | {"reward/mixed_groups_frac": 0.5, "reward/max": 1.0, "sync/update_survival": 0.1}
     config = Config(steps=100, eval_every=0, save_every=0, sync="merged")
     run = unfinished_run(said, Progress(syncs_lost=5), config)
-    run.conclude(1, lost | {"sync/update_survival": 0.6})
+    steps.finish_step(run, 1, lost | {"sync/update_survival": 0.6})
     for step in range(2, 11):
-        run.conclude(step, dict(lost))
+        steps.finish_step(run, step, dict(lost))
     assert said == [f"  {explain_survival(0.6)}"] and run.saved_step is None
     with pytest.raises(RuntimeError, match="for 10 syncs in a row .* min_survival 0.5: .*; the last .* saved is 11"):
-        run.conclude(11, dict(lost))
+        steps.finish_step(run, 11, dict(lost))
     for setting in ({"min_survival": 0.0}, {"lora_forward": "merged"}):
         run = unfinished_run(said, Progress(syncs_lost=9), dataclasses.replace(config, **setting))
-        run.conclude(1, dict(lost))
+        steps.finish_step(run, 1, dict(lost))
 
 
 def test_a_real_run_stops(tmp_path):

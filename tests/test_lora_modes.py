@@ -164,7 +164,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )
         tokenizer = setup.AutoTokenizer.from_pretrained(model)
-        session = run.Run(config, world, tokenizer, [], engine, [], trained, optimizer, None)
+        session = run.Run(config, world, tokenizer, [], [], engine, trained, optimizer, None)
 
         @torch.no_grad()
         def difference(trained=trained) -> float:

@@ -12,6 +12,7 @@ import fsdp_utils
 from benchmarks.measuring import PeakBytes
 from configs.base import Config
 from tools import plan
+from train_grpo import log_z_head
 
 WAYS = {  # layers, and settings
     "plain": (3, dict(gradient_checkpointing=False)),
@@ -39,7 +40,7 @@ def really(folders):
     world, found = fsdp_utils.init_world(), {}
     for way, folder in folders.items():
         config = settings(way)
-        policy = setup.build_policy(config, str(folder), world, learns_log_z=config.algorithm == "flowrl")
+        policy = setup.build_policy(config, str(folder), world, log_z_head if config.algorithm == "flowrl" else None)
         found[way] = {"policy": learner(config, policy)}
         if config.algorithm == "ppo":
             found[way]["critic"] = learner(config, setup.build_critic(config, str(folder), world))
@@ -55,9 +56,9 @@ def really(folders):
 
 def learner(config, module):
     """What a policy or a critic holds, and the peaks of its forward and of its update."""
-    from runtime.setup import make_optimizer
+    from runtime.optimize import make_optimizer
 
-    optimizer = make_optimizer(config, "learner", module, 1e-5, saved=None)
+    optimizer = make_optimizer(config, module, 1e-5)
     batch = plan.full_batch(config)
 
     def update():
@@ -100,8 +101,8 @@ def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
     folders = {way: model_folder("qwen2", num_hidden_layers=WAYS[way][0], **sizes) for way in ways}
     results = on_ranks(ranks, really, folders, folder=tmp_path)
     for way, folder in folders.items():
-        shape, learns_log_z = AutoConfig.from_pretrained(folder), way == "log Z"
-        planned = plan.plan_trainer(settings(way), shape, ranks, learns_log_z)
+        shape, prompt_head = AutoConfig.from_pretrained(folder), log_z_head if way == "log Z" else None
+        planned = plan.plan_trainer(settings(way), shape, ranks, prompt_head)
         ours, *_ = found = [result[way] for result in results]  # the plan is of the first rank; others may lack a row
         assert (planned.streamed, planned.streamed_peak) == (ours["streamed"], ours["streamed_peak"]), way
         learners = {"policy": planned.policy} | ({"critic": planned.critic} if planned.critic else {})

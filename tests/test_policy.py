@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fsdp_utils
 import policy
-from policy import FrozenHead, Policy, make_log_z, pack, packed_attention
+from policy import FrozenHead, Policy, pack, packed_attention
 from runtime import setup
+from train_grpo import log_z_head
 
 CPU = torch.device("cpu")
 
@@ -75,10 +76,10 @@ def test_log_z_is_of_each_sequences_prompt(model_folder):
     """It reads the prompt's last token, in the order of the sequences; also where one has no completion."""
     folder = model_folder("qwen2", dtype=torch.float32)
     plain, ours = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    log_z = make_log_z(64, seed=0, device=CPU)
+    log_z = log_z_head(64)
     torch.nn.init.normal_(log_z[-1].weight)
     prompts, completions = [[5] * 9, [6, 7, 8], [9, 10]], [[], [11, 12], [13]]
-    found = Policy(ours, log_z)(pack(prompts, completions, CPU)).log_z
+    found = Policy(ours, log_z)(pack(prompts, completions, CPU)).prompt_values
     states = [plain.base_model(torch.tensor([p])).last_hidden_state[0, -1] for p in prompts]
     expected = log_z(torch.stack(states))[:, 0]
     assert (found - expected).norm() < 1000 * EPSILON * expected.norm()

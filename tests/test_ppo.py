@@ -150,4 +150,4 @@ def test_contradictions_are_refused(options, message, monkeypatch):
     arguments = ["train_ppo.py", "--config", str(ROOT / "configs/arithmetic_cpu_ppo.py"), *options.split()]
     monkeypatch.setattr("sys.argv", arguments)
     with pytest.raises(ValueError, match=message):
-        train_ppo.prepare_ppo()
+        train_ppo.setup_ppo()

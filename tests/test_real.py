@@ -181,18 +181,18 @@ def two_runs(folder: Path, reference: Reference, short_questions: list[list[int]
 
     reward.TASKS["arithmetic"] = dataclasses.replace(reward.TASKS["arithmetic"], score=share_of_digits)
     ways = {
-        "grpo": (train_grpo.prepare_grpo, train_grpo.train, "arithmetic_cpu.py --prompts_per_step 2 --group_size 4"),
+        "grpo": (train_grpo.setup_grpo, train_grpo.train, "arithmetic_cpu.py --prompts_per_step 2 --group_size 4"),
         "ppo": (
-            train_ppo.prepare_ppo,
+            train_ppo.setup_ppo,
             train_ppo.train,
             "arithmetic_cpu_ppo.py --prompts_per_step 8 --sync adapter --critic_lora_rank 8 --critic_warmup_steps 0",
         ),
     }
     found, alive = {}, []  # an engine takes the process groups with it when it goes
-    for name, (prepare, train, options) in ways.items():
+    for name, (setup, train, options) in ways.items():
         command = f"--config {ROOT}/configs/{options} --model {folder} --output_dir {out} --run_name {name} {SMALL_RUN}"
         sys.argv[1:] = command.split()
-        run = prepare()
+        run = setup()
         train(run)
         alive.append(run)
         prompts = [(prompt.problem.prompt, prompt.token_ids) for prompt in run.test_prompts]

@@ -20,8 +20,9 @@ from torch import nn
 
 import fsdp_utils
 from configs.base import Config
-from runtime import checkpoint
-from runtime.run import Progress, Run
+from runtime import checkpoint, steps
+from runtime.checkpoint import Progress
+from runtime.run import Run
 from runtime.setup import read_saved
 from runtime.tracking import COLUMNS, RunLog
 
@@ -188,7 +189,7 @@ def variants(base: list[str], cases: list[list[str]]) -> list[list]:
 
     def run(*arguments: str) -> tuple[list[dict], list[dict]]:
         sys.argv[1:] = [*base, *arguments]
-        run = train_grpo.prepare_grpo()
+        run = train_grpo.setup_grpo()
         train_grpo.train(run)
         alive.append(run)
         return rows(run.log.folder.parent), rows(run.log.folder.parent, "samples")
@@ -332,9 +333,9 @@ def test_random_numbers_follow_from_the_step():
     """Of torch, numpy and Python, whatever was drawn before; other ones on every rank and in every step."""
 
     def draws(rank: int, step: int) -> tuple:
-        run = SimpleNamespace(config=Config(), world=SimpleNamespace(rank=rank), progress=Progress(), taken=0)
+        run = SimpleNamespace(config=Config(), world=SimpleNamespace(rank=rank), progress=Progress(), prompts_drawn=0)
         run.log = SimpleNamespace(position=lambda: {})
-        Run.finish_step(run, step)
+        Run.complete_step(run, step)
         return torch.rand(1).item(), np.random.rand(), random.random(), random.gauss(0, 1)
 
     found = {(rank, step): draws(rank, step) for rank in range(2) for step in range(3)}
@@ -362,13 +363,13 @@ def test_old_checkpoints_go_but_the_best_stays(tmp_path):
 
 def test_the_first_evaluated_checkpoint_is_the_best_so_far(monkeypatch):
     """Whatever its accuracy: a task may have rewards below 0."""
-    monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
+    monkeypatch.setattr(steps, "on_first_rank", lambda work: work())
+    monkeypatch.setattr(steps, "write_checkpoint", lambda run, progress, tensors: True)
     run = Run.__new__(Run)
-    run.config, run.learners, run.world, run.position = Config(), {}, fsdp_utils.World(0, 1, torch.device("cpu")), {}
-    run.write_checkpoint = lambda progress, state, tensors: True
+    run.config, run.learners, run.world = Config(), {}, fsdp_utils.World(0, 1, torch.device("cpu"))
     for step, accuracy, best in ((1, None, -1), (2, -5.0, 2), (3, -6.0, 2), (4, -4.0, 4)):
         run.progress = dataclasses.replace(run.progress if step > 1 else Progress(), step=step)
-        run.save(accuracy)
+        steps.save_checkpoint(run, accuracy)
         assert run.progress.best_step == best
 
 
@@ -377,7 +378,7 @@ def test_a_run_whose_end_could_not_be_saved_fails(tmp_path):
     run.config, run.progress, run.saved_step = Config(), Progress(step=3), 2
     run.log = SimpleNamespace(folder=tmp_path, close=lambda: None, print=print)
     with pytest.raises(OSError, match="step 3 could not be saved; the last one that was: .*step_000002"):
-        run.end()
+        steps.finish_training(run)
 
 
 def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """What happens around the stream, in which order; and settings that cannot work."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +11,7 @@ import lora
 import sync
 from configs.base import Config
 from runtime import checkpoint
-from runtime.run import Progress, Saved
-from runtime.setup import make_optimizer
+from runtime.optimize import make_optimizer
 
 
 class RecordingLLM:
@@ -115,18 +113,12 @@ def test_optimizer_state_is_on_the_gpu_only_for_its_step():
     assert seen == [{"step": "cpu", "exp_avg": "cpu", "exp_avg_sq": "cpu"}] * 2
 
 
-def test_a_resumed_optimizer_state_is_in_host_memory(monkeypatch):
+def test_a_resumed_optimizer_state_is_in_host_memory():
     """From the start, not only after the first step."""
-
-    def restore_state(folder, learners):
-        for module, optimizer in learners.values():
-            checkpoint.allocate_state(optimizer, list(module.parameters()))
-
-    monkeypatch.setattr(checkpoint, "restore_state", restore_state)
     with FakeTensorMode():
         module = torch.nn.ParameterList([torch.empty(4, device="cuda"), torch.empty(2, 3, device="cuda")])
-        saved = Saved(Path(), Progress(), {})
-        optimizer = make_optimizer(Config(optimizer_offload=True), "policy", module, 1e-3, saved)
+        optimizer = make_optimizer(Config(optimizer_offload=True), module, 1e-3)
+        checkpoint.allocate_state(optimizer, list(module.parameters()))  # as `restore_state` does
     found = {value.device.type for state in optimizer.state.values() for value in state.values()}
     assert len(optimizer.state) == 2 and found == {"cpu"}
 

@@ -18,7 +18,7 @@ from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
 from runtime import progress_bar
-from runtime.run import give_memory_back
+from runtime.evaluation import release_free_memory
 from runtime.setup import check_writable, open_log
 from runtime.tracking import RunLog, wandb_mode
 
@@ -90,7 +90,7 @@ def test_freed_memory_goes_back_to_the_system():
     kept = tensors[::100]
     del tensors
     before = own_megabytes(os.getpid())
-    give_memory_back()
+    release_free_memory()
     assert own_megabytes(os.getpid()) < before - 160 and len(kept) == 160
 
 

@@ -108,3 +108,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

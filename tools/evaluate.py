@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -25,20 +25,31 @@ import runtime.quiet  # noqa: F401, I001  before torch
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 import fsdp_utils
 import lora
 import nf4
 import reward
 from configs.base import Config
+from rollout import Engine
 from runtime import checkpoint
 from runtime.adapter_files import open_adapter
 from runtime.command_line import OneLineParser, parse_over, read_config_file
-from runtime.files import one_line_errors, read_model
+from runtime.evaluation import Evaluation, evaluate_prompts, is_correct, mean_and_stderr, sample_records
+from runtime.files import read_model
 from runtime.launch import launch
-from runtime.run import Evaluation, Evaluator, is_right, with_error
-from runtime.setup import build_engine, check_fit, check_writable, load_prompts, meta_model, on_disk, read_model_config
+from runtime.run import Prompt
+from runtime.setup import (
+    build_engine,
+    check_prompts,
+    check_writable,
+    load_prompts,
+    load_tokenizer,
+    meta_model,
+    model_folder,
+    read_model_config,
+)
 from runtime.shared_memory import in_shared_memory
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
@@ -102,9 +113,9 @@ def find_checkpoint(run: Path, which: str) -> Path:
         folder = run / (run / which).read_text().strip()
     else:
         raise ValueError(f"checkpoint must be latest, best or a step, not {which!r}")
-    wrong = checkpoint.damage(folder)
-    if wrong:
-        raise ValueError(f"checkpoint {str(folder)!r} cannot be used: {wrong}")
+    error = checkpoint.integrity_error(folder)
+    if error:
+        raise ValueError(f"checkpoint {str(folder)!r} cannot be used: {error}")
     return folder
 
 
@@ -124,29 +135,41 @@ def read_settings(folder: Path) -> dict[str, Any]:
 # ---- In vLLM --------------------------------------------------------------------------------------------------
 
 
-def prepare() -> tuple[Evaluator, Path]:
-    """vLLM with what is evaluated, the problems, and the output folder."""
+class Sampler(NamedTuple):
+    """vLLM with the model that is evaluated, and the problems."""
+
+    config: Config
+    world: fsdp_utils.World
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    engine: Engine
+
+    def evaluate(self) -> Evaluation:
+        return evaluate_prompts(self.engine, self.prompts, self.config, self.tokenizer, self.world)
+
+
+def setup() -> tuple[Sampler, Path]:
+    """The sampler of this command line, and the output folder."""
     listen(signal.SIG_DFL)
     config, out = parse(sys.argv[1:])
     reward.find_task(config.task, config.flexible)
     world = fsdp_utils.init_world()
     out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))
-    model = on_disk(config)
-    with one_line_errors(f"the tokenizer of model {model!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    model = model_folder(config)
+    tokenizer = load_tokenizer(model)
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
-    check_fit(config, read_model_config(model), prompts)
+    check_prompts(config, read_model_config(model), prompts)
     with in_shared_memory(model) if config.use_shm else nullcontext(model) as fast_folder:
         engine = build_engine(dataclasses.replace(config, sleep_level=0), fast_folder)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.base_dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(fast_folder)))
-    evaluator = Evaluator(config, world, tokenizer, prompts[: config.eval_problems], engine)
+    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], engine)
     if world.rank == 0:
-        introduce(evaluator)
-    return evaluator, folder
+        print_header(sampler)
+    return sampler, folder
 
 
 def new_folder(folder: Path) -> Path:
@@ -180,19 +203,19 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
 # ---- Results --------------------------------------------------------------------------------------------------
 
 
-def introduce(evaluator: Evaluator) -> None:
+def print_header(sampler: Sampler) -> None:
     """Prints what is evaluated, and what may be wrong with it."""
-    config, adapter = evaluator.config, evaluator.config.lora_adapter_path
+    config, adapter = sampler.config, sampler.config.lora_adapter_path
     print(f"model  {config.model}, base weights in {config.dtype if config.base_dtype == 'dtype' else 'NF4'}")
     if adapter:
         print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
         with open_adapter(adapter) as file:
-            if file.base_model and file.base_model not in (config.model, evaluator.tokenizer.name_or_path):
+            if file.base_model and file.base_model not in (config.model, sampler.tokenizer.name_or_path):
                 print(f"       which names another base: {file.base_model}")
         if config.base_dtype == "dtype" and not in_checkpoint(adapter):
             print("       which does not say how its base was stored; if that was NF4, add --base_dtype nf4")
-    print(f"task   {config.task}, {len(evaluator.test_prompts):,} test problems, {config.eval_samples} samples of each")
-    print(f"world  {evaluator.world.size} x {hardware()}", flush=True)
+    print(f"task   {config.task}, {len(sampler.prompts):,} test problems, {config.eval_samples} samples of each")
+    print(f"world  {sampler.world.size} x {hardware()}", flush=True)
 
 
 def pass_at_k(right: Tensor, k: int) -> Tensor:
@@ -212,7 +235,7 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
     """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n, and what the completions took."""
     n, metrics = evaluation.sampled.shape[1], evaluation.metrics()
     for k in sorted({2**power for power in range(n.bit_length())} | {n}):
-        metrics |= with_error(f"pass@{k}", pass_at_k(is_right(evaluation.sampled), k))
+        metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(is_correct(evaluation.sampled), k))
     completions = evaluation.completions
     tokens = sum(len(completion.token_ids) for completion in completions)
     return metrics | {
@@ -222,10 +245,10 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
     }
 
 
-def evaluate(evaluator: Evaluator, folder: Path) -> None:
+def evaluate(sampler: Sampler, folder: Path) -> None:
     """Samples, scores, prints and writes."""
-    evaluation, prompts = evaluator.test(), evaluator.test_prompts
-    if evaluator.world.rank > 0:
+    evaluation, prompts = sampler.evaluate(), sampler.prompts
+    if sampler.world.rank > 0:
         return
     metrics = measure(evaluation)
     for name, value in metrics.items():
@@ -234,17 +257,18 @@ def evaluate(evaluator: Evaluator, folder: Path) -> None:
             shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
             print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    records = evaluator.records(prompts + prompts, evaluation.completions, evaluation.scores)
+    scores = evaluation.scores
+    records = sample_records(prompts + prompts, evaluation.completions, scores, sampler.config, sampler.tokenizer)
     with open(folder / "samples.jsonl", "w", errors="backslashreplace") as file:
         for completion, record in zip(evaluation.completions, records):
             kind = "sampled" if completion.request < len(prompts) else "greedy"
             record = {"problem": completion.request % len(prompts), "kind": kind} | record
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    results = {"metrics": metrics, "problems": len(prompts), "processes": evaluator.world.size}
-    results |= {"config": dataclasses.asdict(evaluator.config), "environment": environment()}
+    results = {"metrics": metrics, "problems": len(prompts), "processes": sampler.world.size}
+    results |= {"config": dataclasses.asdict(sampler.config), "environment": environment()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"wrote  {folder}/results.json, samples.jsonl")
 
 
 if __name__ == "__main__":
-    launch(prepare, lambda prepared: evaluate(*prepared))
+    launch(setup, lambda made: evaluate(*made))

@@ -41,6 +41,8 @@ from configs.base import Config
 from policy import Critic, Packed, Policy, PolicyOutput, pack
 from runtime import checkpoint, setup
 from runtime.command_line import parse_config
+from runtime.optimize import make_optimizer
+from runtime.setup import PromptHead
 
 GB = 1e9
 HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
@@ -154,10 +156,10 @@ def full_batch(config: Config) -> Packed:
     return pack(prompts, completions, HERE)
 
 
-def measure(config: Config, shape: PretrainedConfig, learns_log_z: bool) -> Trainer:
+def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     config = dataclasses.replace(config, param_offload=False)  # what lives on the host is told apart in `phases`
-    policy_of = partial(setup.meta_policy, learns_log_z=learns_log_z)
+    policy_of = partial(setup.meta_policy, prompt_head=prompt_head)
     policy = make(policy_of, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
     critic = make(setup.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -189,7 +191,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     module.model.to_empty(device=HERE)
     fsdp_utils.compute_buffers(module.model, HERE)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate)
+    optimizer = make_optimizer(config, module, config.learning_rate)
     checkpoint.allocate_state(optimizer, trained)  # it is there in every step but the first
     batch = full_batch(config)
     with Tracker(module, optimizer) as forward, torch.no_grad():
@@ -227,13 +229,13 @@ def fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int, learns_log_z: bool = False) -> Trainer:
+def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int, prompt_head: PromptHead | None = None) -> Trainer:
     """One of `gpus` ranks. Each block adds the same, so a few are run, and a deep model is extrapolated linearly."""
     layers = shape.num_hidden_layers
     with fake_ranks(gpus):
         if layers <= max(FEW):
-            return measure(config, shape, learns_log_z)
-        few, more = (measure(config, with_layers(shape, count), learns_log_z) for count in FEW)
+            return measure(config, shape, prompt_head)
+        few, more = (measure(config, with_layers(shape, count), prompt_head) for count in FEW)
     return line(few, more, layers - max(FEW))
 
 
@@ -340,14 +342,19 @@ def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Led
 
 
 def report(
-    config: Config, shape: PretrainedConfig, gpus: int, gpu_gb: float, bandwidth_gb: float, learns_log_z: bool = False
+    config: Config,
+    shape: PretrainedConfig,
+    gpus: int,
+    gpu_gb: float,
+    bandwidth_gb: float,
+    prompt_head: PromptHead | None = None,
 ) -> tuple[str, bool]:
     """The text, and whether it all fits."""
     if gpus < 1 or not gpu_gb > 0 or not bandwidth_gb > 0:
         raise ValueError(f"there must be GPUs, memory and bandwidth, not {gpus}, {gpu_gb:g} GB, {bandwidth_gb:g} GB/s")
     if gpus % config.tensor_parallel_size:
         raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
-    trainer = plan_trainer(config, shape, gpus, learns_log_z)
+    trainer = plan_trainer(config, shape, gpus, prompt_head)
     ledgers = phases(config, shape, trainer, gpu_gb * GB)
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
     lines = [
@@ -431,7 +438,7 @@ def main() -> None:
         script = load_script(own.script, parse_config(others, description=__doc__))
         config, algorithm = script.configure(others, description=__doc__)
         shape = find_shape(config, given)
-        text, fits = report(config, shape, own.gpus, own.gpu_memory_gb, own.bandwidth_gb, algorithm.flow)
+        text, fits = report(config, shape, own.gpus, own.gpu_memory_gb, own.bandwidth_gb, algorithm.prompt_head)
     except (ValueError, OSError) as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
