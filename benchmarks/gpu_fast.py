@@ -17,6 +17,7 @@ from benchmarks.gpu_shared import (
     check_config,
     copy_roof,
     matmul_roof,
+    merged_forward,
     model_folder,
 )
 from benchmarks.measuring import PeakBytes, median_seconds
@@ -78,7 +79,6 @@ def update(rows: Rows, size: Size, work: Path) -> None:
     """The update phase as a run has it: forward, backward, clipping, AdamW; factored and merged; and without LoRA."""
     import fsdp_utils
     import lora
-    from sync import rounded
     from train_grpo import ALGORITHMS, update_policy
 
     roof = matmul_roof(size)
@@ -95,7 +95,7 @@ def update(rows: Rows, size: Size, work: Path) -> None:
     report_update(rows, "factored", whole, size, roof)
     adapted = median_seconds(backward, size.rounds)
     run.optimizer.zero_grad()
-    with rounded(policy.model):
+    with merged_forward(policy.model):
         report_update(rows, "merged", whole, size, roof)
     policy.model.enable_input_require_grads()  # or a model without adapters would have no backward
     with lora.disabled(policy):

@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import vs_trl
-from benchmarks.gpu_shared import DEVICE, ON_GPU, Rows, Size, bare_run, check_config, model_folder, relative
+from benchmarks.gpu_shared import (
+    DEVICE,
+    ON_GPU,
+    Rows,
+    Size,
+    bare_run,
+    check_config,
+    merged_forward,
+    model_folder,
+    relative,
+)
 
 CHECKED = vs_trl.Scale(512, 1536, 4, 8, 2, words=8000) if ON_GPU else vs_trl.SCALES["toy"]
 LENGTHS = (300, 280, 260, 150)  # of the prompts: longer than the blocks of vLLM's cache, 128 tokens on a CPU
@@ -139,7 +149,6 @@ def compare_logprobs(rows: Rows, when: str, run, folder: str, prompts: list[list
     would be wrong.
     """
     import fsdp_utils
-    import sync
     from policy import pack
     from rollout import Request
 
@@ -150,7 +159,7 @@ def compare_logprobs(rows: Rows, when: str, run, folder: str, prompts: list[list
     count = len(prompts)
     effect = mean_difference(exact[:count], base)
     packed = pack([text[:1] for text in prompts], [text[1:] for text in prompts], DEVICE)
-    with torch.no_grad(), sync.rounded(run.policy.model):
+    with torch.no_grad(), merged_forward(run.policy.model):
         trainer = run.policy(packed).logprobs.cpu().split([len(text) - 1 for text in prompts])
     fsdp_utils.reshard(run.policy)
     ends = [text[-len(completion.logprobs) :] for text, completion in zip(exact[count:], written)]

@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import vs_trl
 from benchmarks.measuring import DEVICE, median_seconds
@@ -143,3 +145,19 @@ def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True)
     engine = setup.build_engine(config, folder) if sample else None
     asked = [Prompt(None, token_ids) for token_ids in prompts]
     return Run(config, world, None, asked, engine, asked, policy, None, None)
+
+
+@contextmanager
+def merged_forward(model: nn.Module) -> Iterator[None]:
+    """Within it, LoRA layers run the weight that vLLM has, W + s·B A rounded to W's dtype."""
+    import lora
+
+    adapters = [layer.adapters[lora.POLICY] for _, layer in lora.lora_layers(model)]
+    before = [adapter.merged for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.merged = True
+        yield
+    finally:
+        for adapter, merged in zip(adapters, before):
+            adapter.merged = merged
