@@ -134,22 +134,6 @@ def check_config(size: Size, **settings):
     return Config(**(common | lengths | settings))
 
 
-@contextmanager
-def merged_forward(model: nn.Module) -> Iterator[None]:
-    """Within it, LoRA layers run what vLLM has, W + s·B A rounded to W's dtype, instead of the two terms apart."""
-    import lora
-
-    adapters = [layer.adapters[lora.POLICY] for _, layer in lora.lora_layers(model)]
-    before = [adapter.merged for adapter in adapters]
-    try:
-        for adapter in adapters:
-            adapter.merged = True
-        yield
-    finally:
-        for adapter, merged in zip(adapters, before):
-            adapter.merged = merged
-
-
 def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True):
     """A run without a task, an optimizer and a log; and without an engine unless it is to `sample`."""
     import fsdp_utils
@@ -161,3 +145,19 @@ def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True)
     engine = setup.build_engine(config, folder) if sample else None
     asked = [Prompt(None, token_ids) for token_ids in prompts]
     return Run(config, world, None, asked, asked, engine, policy, None, None)
+
+
+@contextmanager
+def merged_forward(model: nn.Module) -> Iterator[None]:
+    """Within it, LoRA layers run the weight that vLLM has, W + s·B A rounded to W's dtype."""
+    import lora
+
+    adapters = [layer.adapters[lora.POLICY] for _, layer in lora.lora_layers(model)]
+    before = [adapter.merged for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.merged = True
+        yield
+    finally:
+        for adapter, merged in zip(adapters, before):
+            adapter.merged = merged
