@@ -34,7 +34,7 @@ def test_everything_is_right(checked):
         judged = [row for row in rows if row.section == section and row.verdict == "ok"]
         assert len(judged) >= 6, section
     judged = {(row.section, row.what) for row in rows if row.verdict == "ok"}
-    assert ("sync", "share of the update that is missing in vLLM") in judged
+    assert ("sync", "share of a test adapter's effect that is missing in vLLM") in judged
     assert ("step", "trainer and sampler: KL") in judged
 
 
