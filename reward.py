@@ -6,6 +6,7 @@ your own data, write those two functions and add the row.
     arithmetic   two-digit sums, generated; what the tiny model of `tools/tiny_model.py` has learned, badly
     times_tables products of two small numbers, which a small pretrained model half knows
     gsm8k        grade-school mathematics (Cobbe et al. 2021, arXiv 2110.14168), downloaded once
+    gsm8k_flexible  the same; an answer without a mark is read as the completion's last number
     math         problems with any expression for an answer, from files of yours, compared by math-verify
 """
 
@@ -16,7 +17,7 @@ import random
 import re
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact
 from fractions import Fraction
 from functools import partial
@@ -48,25 +49,20 @@ def load_problems(task: str, split: str, data_dir: str = "", cache_dir: str = ".
     return problems
 
 
-def score(task: str, completion: str, answer: str, flexible: bool = False) -> float:
-    """The reward of one completion; `flexible` as in `extract_answer`.
+def score(task: str, completion: str, answer: str) -> float:
+    """The reward of one completion.
 
-    >>> score("gsm8k", "#### 72", "72"), score("gsm8k", "It is 72.", "72"), score("gsm8k", "It is 72.", "72", True)
+    >>> score("gsm8k", "#### 72", "72"), score("gsm8k", "It is 72.", "72"), score("gsm8k_flexible", "It is 72.", "72")
     (1.0, 0.0, 1.0)
     """
-    return find_task(task, flexible).score(completion, answer)
+    return find_task(task).score(completion, answer)
 
 
-def find_task(task: str, flexible: bool = False) -> Task:
-    """The row of `TASKS`, its answers read flexibly if so; ValueError for one that is not there or cannot do that."""
+def find_task(task: str) -> Task:
+    """The row of `TASKS`. Raises ValueError if there is none of that name."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
-    row = TASKS[task]
-    if not flexible:
-        return row
-    if row.score is not exact_match:
-        raise ValueError(f"flexible is for tasks that `exact_match` scores, and {task!r} has a score of its own")
-    return replace(row, score=partial(exact_match, flexible=True), extract=partial(extract_answer, flexible=True))
+    return TASKS[task]
 
 
 # ---- Answers --------------------------------------------------------------------------------------------------
@@ -312,14 +308,12 @@ def text_field(row: Any, where: str, *names: str) -> str:
     return row[name]
 
 
+FLEXIBLE = partial(exact_match, flexible=True), partial(extract_answer, flexible=True)  # score and extract
+
 TASKS = {
     "arithmetic": Task(arithmetic_problems, exact_match),
-    "times_tables": Task(
-        times_tables_problems,
-        partial(exact_match, flexible=True),
-        partial(extract_answer, flexible=True),
-        "Answer with the number alone.",
-    ),
+    "times_tables": Task(times_tables_problems, *FLEXIBLE, "Answer with the number alone."),
     "gsm8k": Task(gsm8k_problems, exact_match, instruction=BOXED),
+    "gsm8k_flexible": Task(gsm8k_problems, *FLEXIBLE, BOXED),
     "math": Task(math_problems, math_score, last_boxed, BOXED),
 }

@@ -27,6 +27,7 @@ from vllm.lora.request import LoRARequest  # noqa: E402
 import lora  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 
+CPU_KV_CACHE = 1 << 30  # bytes
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
 
 
@@ -61,8 +62,6 @@ class Engine:
         tensor_parallel_size: int = 1,
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.4,
-        kv_cache_gb: float = 0.0,
-        enforce_eager: bool = False,
         sleep_level: int = 0,
         max_lora_rank: int = 0,
         max_loras: int = 1,
@@ -86,9 +85,6 @@ class Engine:
             from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
             PunicaWrapperCPU.add_lora_linear = add_lora_linear
-        if on_cpu and not kv_cache_gb:
-            kv_cache_gb = 1.0  # there is no GPU memory to take a share of
-        kv_cache_bytes = int(kv_cache_gb * 2**30) if kv_cache_gb else None  # None: by gpu_memory_utilization
         self.llm = vllm.LLM(
             model,
             dtype=dtype,
@@ -100,8 +96,8 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=kv_cache_bytes,
-            enforce_eager=enforce_eager or on_cpu,
+            kv_cache_memory_bytes=CPU_KV_CACHE if on_cpu else None,  # None: by gpu_memory_utilization
+            enforce_eager=on_cpu,
             enable_sleep_mode=sleep_level > 0 and not on_cpu,  # its allocator needs CUDA
             enable_chunked_prefill=not on_cpu,  # a partial prompt with a seed needs a CUDA generator
             enable_lora=max_lora_rank > 0,

@@ -7,7 +7,7 @@ adapter alone, as a folder in memory. Two checks prove that it arrived, and each
     read back   After every sync, a few columns of every tensor that was sent are read out of vLLM's own linears. They
                 must be equal bit for bit, however small the update was. This finds tensors that were lost, late or
                 misplaced. It does not find a wrong tensor that was sent correctly, or weights that vLLM ignores.
-    probe       At the start and every `verify_every` syncs, a random adapter takes the policy's place for one sync,
+    probe       At the start and every `VERIFY_EVERY` steps, a random adapter takes the policy's place for one sync,
                 and both sides score fixed texts with it. Its effect is `EFFECT` times the noise between the two
                 implementations, which is measured first. This finds a wrong scale, and an adapter or a layer that
                 vLLM ignores. It does not find one stale tensor among hundreds.
@@ -38,6 +38,7 @@ from rollout import Engine
 from runtime.adapter_files import save_adapter
 from runtime.shared_memory import first_on_host, shared_folder
 
+VERIFY_EVERY = 50  # steps between checks with the probe
 COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
 DENORMAL = 1e-30  # below this, bfloat16 instructions of some CPUs take a value for zero
 PROBE_TOKENS = 512  # scored by both sides
@@ -95,8 +96,7 @@ class WeightSync:
             self.device,
             modules=modules,
             stats=stats,
-            dtype=getattr(torch, self.config.dtype),
-            prefetch=self.config.sync_prefetch,
+            dtype=getattr(torch, self.config.compute_dtype),
             release=self.engine.copies_at_once,
         )
 

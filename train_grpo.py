@@ -36,6 +36,7 @@ from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
 from runtime.run import Run, is_due, rollout_requests
 from runtime.setup import setup
+from sync import VERIFY_EVERY
 from runtime.steps import begin_training, finish_step, finish_training
 
 sys.modules.setdefault("train_grpo", sys.modules[__name__])  # a config file that imports it gets this module
@@ -126,14 +127,20 @@ def clip_weight(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, confi
     return -weight * batch.advantages * logprobs, {"policy/clip_frac": (weight != ratio).float()}
 
 
+OPMD_TAU = 0.1
+
+
 def mirror_descent(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
-    """-A log π(y) + τ/2 (log π(y) - log π_old(y))² of whole completions y, τ = opmd_tau. Kimi k1.5, arXiv 2501.12599.
+    """-A log π(y) + τ/2 (log π(y) - log π_old(y))² of whole completions y, τ = OPMD_TAU. Kimi k1.5, arXiv 2501.12599.
 
     The paper's gradient, section 2.3.2; the advantage is its r minus the group's mean.
     """
     logprob = batch.sequence_sum(logprobs)
     distance = logprob - batch.sequence_sum(old_logprobs)
-    return -batch.advantages * logprob + config.opmd_tau / 2 * distance.square(), {}
+    return -batch.advantages * logprob + OPMD_TAU / 2 * distance.square(), {}
+
+
+FLOWRL_BETA = 15.0  # one unit of advantage, in mean logprobs of a token
 
 
 def trajectory_balance(
@@ -141,12 +148,12 @@ def trajectory_balance(
 ) -> tuple[Tensor, Metrics]:
     """w (log Z(x) + log π(y)/|y| - β A - log π_ref(y)/|y|)², w = clip(π(y)/π_old(y)). FlowRL, arXiv 2509.15207, eq. 6.
 
-    At the minimum, an answer's probability is proportional to exp(β A), so all good answers stay. β = flowrl_beta.
+    At the minimum, an answer's probability is proportional to exp(β A), so all good answers stay. β = FLOWRL_BETA.
     """
     ratio = ratio_of(batch.sequence_sum(logprobs - old_logprobs)).detach()
     weight = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     from_reference = batch.sequence_mean(logprobs - batch.ref_logprobs)
-    balance = batch.prompt_values + from_reference - config.flowrl_beta * batch.advantages
+    balance = batch.prompt_values + from_reference - FLOWRL_BETA * batch.advantages
     return weight * balance.square(), {
         "policy/log_z": batch.prompt_values.detach(),
         "policy/clip_frac": (weight != ratio).float(),
@@ -196,15 +203,14 @@ class Algorithm(NamedTuple):
     whole_sequences: bool = False  # its loss is sequence-level, so TIS must be, too
     needs_all: bool = False  # completions without advantage have a gradient, too
     reference: bool = False  # its loss reads ref_logprobs
-    prompt_head: Callable[[int], nn.Module] | None = (
-        None  # from the hidden size to a head for `MicroBatch.prompt_values`
-    )
+    overlong: float = 0.0  # share of the length limit over which the reward falls by up to 1
+    prompt_head: Callable[[int], nn.Module] | None = None  # from hidden size to a module; gives `prompt_values`
 
 
 ALGORITHMS = {
     "grpo": Algorithm(zscore, clip_token, per_sequence),
     "dr_grpo": Algorithm(center, clip_token, constant_length),
-    "dapo": Algorithm(zscore, clip_token, all_tokens, {"clip_high": 0.28, "max_rollouts": 4, "overlong_buffer": 0.2}),
+    "dapo": Algorithm(zscore, clip_token, all_tokens, {"clip_high": 0.28, "max_rollouts": 4}, overlong=0.2),
     "bnpo": Algorithm(beta_normalize, clip_token, all_tokens, unit_rewards=True),
     "gspo": Algorithm(zscore, clip_sequence, per_sequence, {"clip_low": 3e-4, "clip_high": 4e-4}, whole_sequences=True),
     "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}, dual_clip=False),
@@ -262,7 +268,7 @@ def policy_loss(
         "mismatch/abs_logprob_diff": mismatch.abs(),
         "mismatch/kl": kl(batch.sampler_logprobs, old_logprobs, "k3"),
     }
-    if config.tis_cap:
+    if config.tis_mode != "off":
         weight = importance_weight(mismatch, batch, config)
         loss = loss * weight
         info["mismatch/tis_weight"] = weight
@@ -270,22 +276,25 @@ def policy_loss(
     if config.kl_coef and batch.ref_logprobs is not None:
         penalty = kl(logprobs, batch.ref_logprobs, config.kl_estimator)
         info["policy/kl_ref"] = penalty.detach()
-        if config.kl_in == "loss":
+        if config.kl_in_loss:
             loss = loss + config.kl_coef * penalty
     if config.entropy_coef:
         loss = loss - config.entropy_coef * entropy
     return (loss * batch.weights).sum(), info | {"policy/entropy": entropy.detach()}
 
 
+TIS_CAP = 2.0
+
+
 def importance_weight(mismatch: Tensor, batch: MicroBatch, config: Config) -> Tensor:
-    """Trainer / sampler probability of each token, or of its completion; above `tis_cap` truncated to it, or masked.
+    """Trainer / sampler probability of each token, or of its completion; above `TIS_CAP` truncated to it, or masked.
 
     Truncated: arXiv 2508.18756. Masked: a token that the trainer finds far likelier than the sampler did gets no
     gradient, as in "When speed kills stability" (Liu et al. 2025); verl can also bound the ratio from below.
     """
     level, _, masked = config.tis_mode.partition("_")
     ratio = ratio_of(batch.sequence_sum(mismatch) if level == "sequence" else mismatch)
-    return ratio * (ratio <= config.tis_cap) if masked else ratio.clamp(max=config.tis_cap)
+    return ratio * (ratio <= TIS_CAP) if masked else ratio.clamp(max=TIS_CAP)
 
 
 def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_stop: bool = False) -> dict[str, float]:
@@ -294,7 +303,7 @@ def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_st
     may_stop: a signal may stop the run between micro-batches, since no parameter has changed in this step yet.
     """
     policy, config = run.policy, run.config
-    update = Update(run.optimizer, run.world, config.max_grad_norm)
+    update = Update(run.optimizer, run.world)
     with progress_bar("update", len(batches), "micro-batches") as bar:
         for batch in batches:
             if may_stop:
@@ -341,8 +350,8 @@ def train(run: Run) -> None:
 
         # 3. advantage
         log.phase("logprobs")
-        rewards = scores[kept] + overlong_penalties(completions, config)  # (N,)
-        if config.kl_coef and config.kl_in == "reward":
+        rewards = scores[kept] + overlong_penalties(completions, config, algorithm.overlong)  # (N,)
+        if config.kl_in_reward:
             divergences = reference_kl(run, completions)
             rewards -= config.kl_coef * divergences
             if kept:
@@ -353,7 +362,7 @@ def train(run: Run) -> None:
         # 4. logprobs: of the reference, and of the policy before its first update
         drop_useless = only_advantages_teach(config, algorithm)
         updates = make_updates(completions, advantages, algorithm.weight, config, world, drop_useless, rewards)
-        add_logprobs(run, updates, algorithm.reference or (config.kl_coef > 0 and config.kl_in == "loss"))
+        add_logprobs(run, updates, algorithm.reference or config.kl_in_loss)
 
         # 5. update
         log.phase("update")
@@ -365,7 +374,7 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        metrics |= run.weight_sync.update_weights(verify=is_due(config.verify_every, step))
+        metrics |= run.weight_sync.update_weights(verify=is_due(VERIFY_EVERY, step))
 
         # 7. log, evaluate, save
         log.phase("eval")
@@ -409,12 +418,12 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
     }
 
 
-def overlong_penalties(completions: list[Completion], config: Config) -> Tensor:
-    """(N,) penalty of each completion's length: 0 below the buffer, then linear to -1 at the length limit.
+def overlong_penalties(completions: list[Completion], config: Config, share: float) -> Tensor:
+    """(N,) penalty of each completion's length: 0, but over the last `share` of the limit linear to -1 at the limit.
 
-    DAPO, arXiv 2503.14476, equation 13. Without `overlong_buffer`, all are 0.
+    DAPO, arXiv 2503.14476, equation 13. With share 0, all are 0.
     """
-    limit, buffer = config.max_completion_length, config.overlong_buffer * config.max_completion_length
+    limit, buffer = config.max_completion_length, share * config.max_completion_length
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
     return ((limit - buffer - lengths) / (buffer or 1)).clamp(max=0.0)  # without a buffer none is beyond the limit
 
@@ -461,8 +470,7 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
 
 def only_advantages_teach(config: Config, algorithm: Algorithm) -> bool:
     """Whether completions without advantage have no gradient, so that they can be left out."""
-    kl_in_loss = config.kl_coef > 0 and config.kl_in == "loss"
-    return not (kl_in_loss or config.entropy_coef or algorithm.needs_all)
+    return not (config.kl_in_loss or config.entropy_coef or algorithm.needs_all)
 
 
 # ---- The command line -----------------------------------------------------------------------------------------

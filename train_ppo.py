@@ -39,6 +39,7 @@ from runtime.progress_bar import progress_bar
 from runtime.run import Run, is_due, rollout_requests
 from runtime.setup import build_critic, model_folder, setup
 from runtime.steps import begin_training, finish_step, finish_training
+from sync import VERIFY_EVERY
 from train_grpo import (
     Algorithm,
     add_logprobs,
@@ -51,6 +52,8 @@ from train_grpo import (
 )
 
 PPO = Algorithm(None, clip_token, all_tokens, groups=False)
+GAMMA, GAE_LAMBDA = 1.0, 0.95  # discount; bias (0) against variance (1) of advantages
+VALUE_CLIP = 0.2  # how far a value may move from that of the rollout; 0: freely
 
 
 # ---- The algorithm --------------------------------------------------------------------------------------------
@@ -74,15 +77,17 @@ def gae(rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, lam: 
     return torch.cat([row[:length] for row, length in zip(advantages, lengths)])
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, config: Config) -> tuple[Tensor, Metrics]:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float = VALUE_CLIP
+) -> tuple[Tensor, Metrics]:
     """(R,) ½ max((V - R)², (clip(V) - R)²): no gradient once a value has moved `value_clip` from the old one.
 
     As in OpenAI's baselines (arXiv 2005.12729, section 3), TRL and verl; the paper itself does not clip values.
     """
     errors = (values - returns).square()
-    if not config.value_clip:
+    if not value_clip:
         return errors / 2, {"error": errors.detach()}
-    clipped = (old_values + (values - old_values).clamp(-config.value_clip, config.value_clip) - returns).square()
+    clipped = (old_values + (values - old_values).clamp(-value_clip, value_clip) - returns).square()
     clip_frac = (clipped > errors).float()
     return torch.maximum(errors, clipped) / 2, {"error": errors.detach(), "clip_frac": clip_frac}
 
@@ -95,11 +100,11 @@ def compute_advantages(run: Run, batches: list[MicroBatch]) -> None:
         for batch in batches:
             values = batch.values = critic(batch.packed)  # (R,)
             rewards = batch.rewards
-            if config.kl_coef and config.kl_in == "reward":
+            if config.kl_in_reward:
                 penalty = kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
                 rewards = rewards - config.kl_coef * penalty
             lengths = batch.sequences.bincount().tolist()
-            batch.advantages = gae(rewards, values, lengths, config.gamma, config.gae_lambda)
+            batch.advantages = gae(rewards, values, lengths, GAMMA, GAE_LAMBDA)
             batch.returns = values + batch.advantages
             bar.update()
     normalize(batches, run.world)
@@ -122,13 +127,13 @@ def normalize(batches: list[MicroBatch], world: fsdp_utils.World) -> None:
 def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[str, float]:
     """One optimizer update of the critic; see `update_policy`."""
     critic, optimizer = run.learners["critic"]
-    update = Update(optimizer, run.world, run.config.max_grad_norm)
+    update = Update(optimizer, run.world)
     with progress_bar("update of the critic", len(batches), "micro-batches") as bar:
         for batch in batches:
             if may_stop:
                 run.stop.check()
             values = critic(batch.packed)  # (R,)
-            losses, info = value_loss(values, batch.values, batch.returns, run.config)
+            losses, info = value_loss(values, batch.values, batch.returns)
             info |= {"value": values.detach(), "return": batch.returns}
             update.backward((losses * batch.weights).sum(), info, batch)
             bar.update()
@@ -158,7 +163,7 @@ def train(run: Run) -> None:
 
         # 3. advantage, from values; and 4. logprobs, before it because the reward may need those of the reference
         log.phase("logprobs")
-        rewards = scores + overlong_penalties(completions, config)
+        rewards = scores + overlong_penalties(completions, config, PPO.overlong)
         updates = make_updates(completions, None, PPO.weight, config, world, rewards=rewards)
         add_logprobs(run, updates, reference=config.kl_coef > 0)
         compute_advantages(run, list(chain.from_iterable(updates)))
@@ -176,7 +181,7 @@ def train(run: Run) -> None:
 
         # 6. sync
         log.phase("sync")
-        sync_metrics = run.weight_sync.update_weights(verify=is_due(config.verify_every, step))
+        sync_metrics = run.weight_sync.update_weights(verify=is_due(VERIFY_EVERY, step))
 
         # 7. log, evaluate, save
         log.phase("eval")

@@ -40,11 +40,8 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
         updates_per_rollout=2,
         learning_rate=arguments.learning_rate,
         critic_learning_rate=1e-3,
-        gae_lambda=0.95,
         eval_every=curves.EVERY,
         save_every=0,
-        verify_every=0,
-        wandb_mode="disabled",
     )
     return resolve_config(config, train_grpo.ALGORITHMS.get(algorithm, train_ppo.PPO))
 

@@ -29,7 +29,7 @@ def train(name: str, seed: int = 0, steps: int = 1000) -> torch.Tensor:
     """(steps, ANSWERS) probabilities of the answers, the right ones first; all are as likely at the start."""
     generator = torch.Generator().manual_seed(seed)
     algorithm = ALGORITHMS[name]
-    config = resolve_config(Config(algorithm=name, tis_cap=0.0), algorithm)
+    config = resolve_config(Config(algorithm=name, tis_mode="off"), algorithm)
     table, log_z = (torch.zeros(size, dtype=torch.float64, requires_grad=True) for size in (ANSWERS, 1))
     optimizer = torch.optim.Adam([table, log_z], lr=0.05)
     shares = []

@@ -169,7 +169,7 @@ def sync(rows: Rows, size: Size, work: Path) -> None:
     from fsdp_utils import SyncStats, to_send
 
     scale, roof = vs_trl.SCALES[size.scale], copy_roof(size)
-    config = check_config(size, gpu_memory_utilization=VLLM_SHARE, enforce_eager=True, sync="merged")
+    config = check_config(size, gpu_memory_utilization=VLLM_SHARE, sync="merged")
     run = bare_run(config, model_folder(work, scale), [list(range(3, 3 + size.prompt))])
     run.weight_sync.update_weights(verify=True)
     random_adapter(run.policy.model, 0, 0.02)

@@ -38,8 +38,7 @@ def train(rank: int, rate: float, seed: int, arguments: argparse.Namespace) -> l
         "output_dir": f"{arguments.out}_runs",
         "eval_every": curves.EVERY,
         "save_every": 0,
-        "wandb_mode": "disabled",
-        "max_mismatch": 0,  # a learning rate that is too high may show what becomes of it
+        "max_useless": 0,  # a learning rate that is too high may show what becomes of it
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
     command += ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]

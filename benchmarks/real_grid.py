@@ -69,11 +69,7 @@ def train(cell: Cell, seed: int, arguments: Namespace) -> real_runs.Rows:
         "steps": ENDLESS if axis == "minutes" else int(limit),
         "run_name": name,
         "output_dir": output,
-        "wandb_mode": "disabled",
-        "verify_every": 0,  # only at the start
-        "max_mismatch": 0,  # what becomes of a bad setting is shown, and not stopped
-        "min_survival": 0,
-        "max_useless": 0,
+        "max_useless": 0,  # what becomes of a bad setting is shown, and not stopped
     }
     command = real_runs.torchrun(arguments.ranks, arguments.config, options) + ["--resume", *arguments.more]
 

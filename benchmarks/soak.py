@@ -29,7 +29,7 @@ def start(folder: Path, name: str, options: list[str]) -> subprocess.Popen:
     """The default task on two processes, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_grpo.py"]
     command += ["--config", "configs/arithmetic_cpu.py", "--output_dir", str(folder), "--run_name", name]
-    command += ["--wandb_mode", "disabled", "--lr_schedule", "constant", "--learning_rate", "1e-4", *options]
+    command += ["--lr_schedule", "constant", "--learning_rate", "1e-4", *options]
     log = open(folder / f"{name}.log", "w")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)

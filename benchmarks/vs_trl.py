@@ -188,7 +188,6 @@ def force_lengths(scale: Scale) -> None:
 def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     """Its steps as `report` wants them, and the peak of memory."""
     force_lengths(scale)
-    import torch
 
     import reward
     from configs.base import Config
@@ -201,14 +200,12 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     config = Config(
         run_name="lorl",
         output_dir=str(folder),
-        wandb_mode="disabled",
         task=TASK,
         model=str(model),
         steps=steps,
         seed=SEED,
         eval_every=0,
         eval_problems=1,
-        verify_every=0,
         sync="merged",  # as TRL does
         prompts_per_step=scale.prompts,
         group_size=GROUP,
@@ -221,7 +218,6 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         learning_rate=LEARNING_RATE,
         tokens_per_microbatch=scale.rows * scale.longest,
         gradient_checkpointing=scale.checkpointing,
-        enforce_eager=not torch.cuda.is_available(),
     )
     train(setup(resolve_config(config, ALGORITHMS[config.algorithm])))
     rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]

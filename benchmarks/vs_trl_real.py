@@ -53,8 +53,6 @@ def run_lorl(config: Config, arguments: argparse.Namespace) -> None:
         "eval_every": config.eval_every,
         "learning_rate": config.learning_rate,
         "sync": "adapter" if config.sends_adapter else "merged",
-        "verify_every": 0,  # only at the start
-        "wandb_mode": "disabled",
         "max_useless": 0,
     }
     settings = [f"--{name}={value}" for name, value in options.items()]
@@ -92,14 +90,14 @@ def trl_config(config: Config, rows: int):
         gradient_checkpointing=config.gradient_checkpointing,
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
         loss_type="grpo",
         use_vllm=True,
         vllm_mode="colocate",
         vllm_max_model_length=config.max_model_len,
         vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_max=config.tis_cap,
+        vllm_importance_sampling_clip_max=2.0,
     )
 
 
@@ -133,7 +131,7 @@ def reward_of(config: Config, completion: str, answer: str) -> float:
     """lorl's."""
     import reward
 
-    return reward.score(config.task, completion, answer, config.flexible)
+    return reward.score(config.task, completion, answer)
 
 
 def run_trl(config: Config, arguments: argparse.Namespace) -> None:
@@ -147,7 +145,7 @@ def run_trl(config: Config, arguments: argparse.Namespace) -> None:
     import reward
 
     instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
-    train, test = (reward.load_problems(config.task, split, "", config.cache_dir) for split in ("train", "test"))
+    train, test = (reward.load_problems(config.task, split) for split in ("train", "test"))
     rows = [{"prompt": asked(problem, instruction), "answer": problem.answer} for problem in train]
 
     def rewards(completions: list, answer: list[str], **_) -> list[float]:

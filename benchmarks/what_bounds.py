@@ -1,6 +1,6 @@
 """What bounds each phase of a step? The operators, or a GPU's kernels, that took its time, out of a profiler's trace.
 
-    torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py --steps 3 --profile 3
+    PROFILE_STEP=3 torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py --steps 3
     python benchmarks/what_bounds.py runs/arithmetic/trace_3.json.gz
 
 An operator's time is its own, without that of the operators which it calls. What is left of a phase is Python, waiting

@@ -19,5 +19,4 @@ config = Config(
     eval_samples=4,
     gradient_checkpointing=False,  # nothing here is large
     max_num_seqs=512,
-    enforce_eager=True,  # the CPU has no CUDA graphs
 )

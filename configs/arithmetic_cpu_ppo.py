@@ -14,5 +14,4 @@ config = dataclasses.replace(
     critic_learning_rate=1e-3,
     critic_warmup_steps=2,
     updates_per_rollout=2,  # the clipped ratio is there to be used
-    gae_lambda=0.95,
 )

@@ -12,6 +12,5 @@ config = dataclasses.replace(
     prompts_per_step=512,
     group_size=1,
     kl_coef=0.001,  # the paper keeps close to the reference by a k1 penalty in the reward
-    kl_in="reward",
-    kl_estimator="k1",
+    kl_penalty="k1_reward",
 )

@@ -1,6 +1,7 @@
 """The configuration: one flat dataclass.
 
-Every field is an option of the command line, of the same name; its text here is its `--help`.
+Every field is an option of the command line, of the same name; its text here is its `--help`. wandb is configured by
+its own variables, WANDB_MODE and WANDB_PROJECT; PROFILE_STEP=N writes a trace of step N (runtime/tracking.py).
 """
 
 import dataclasses
@@ -11,7 +12,9 @@ from configs.checks import check_together, check_value
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field with its default, its explanation, the limits of its value (configs/checks.py), and more for argparse."""
+    """A field with its default and its help text. more: limits of its value (configs/checks.py), `group`, which begins
+    a section of `--help`, and arguments for argparse.
+    """
     metadata = {"help": help, **more}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -20,159 +23,88 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    # The run
-    run_name: str = option("grpo", "the run's folder is OUTPUT_DIR/RUN_NAME; an older run there is moved aside")
-    output_dir: str = option("runs", "where the folders of runs are")
-    steps: int = option(100, "training steps; each is a rollout and what is learned from it", least=1)
-    seed: int = option(0, "decides the order of problems, the adapter's start and every sampled token", least=0)
-    eval_every: int = option(10, "steps between evaluations on held-out problems; 0: only first and last", least=0)
-    eval_problems: int = option(256, "held-out problems per evaluation", least=1)
-    eval_samples: int = option(1, "sampled completions per held-out problem, beside one greedy completion", least=1)
-    save_every: int = option(50, "steps between checkpoints; 0: only at the end", least=0)
-    keep_checkpoints: int = option(2, "so many newest checkpoints are kept, and the best one; 0: all", least=0)
+    run_name: str = option("grpo", "The run's folder is OUTPUT_DIR/RUN_NAME; an older one is renamed.", group="The run")
+    output_dir: str = option("runs", "The folder that holds the folders of runs.")
+    steps: int = option(100, "Number of training steps, each a rollout and its updates.", least=1)
+    seed: int = option(0, "The seed of the order of problems, the adapter and every sampled token.", least=0)
+    eval_every: int = option(10, "Steps between evaluations; 0 evaluates only first and last.", least=0)
+    eval_problems: int = option(256, "Number of held-out problems per evaluation.", least=1)
+    eval_samples: int = option(1, "Sampled completions per held-out problem, beside a greedy one.", least=1)
+    save_every: int = option(50, "Steps between checkpoints; 0 saves only at the end.", least=0)
     resume: str = option(
-        "", "go on from a checkpoint: alone, the run's newest whole one; or its folder", nargs="?", const="latest"
-    )
-    max_skipped: int = option(
-        5, "stop after so many updates were skipped for NaN or infinite gradients, some in every step", least=0
-    )
-    max_mismatch: float = option(
-        0.1, "stop if the sampler's KL from the trainer, per token, is above this; 0: never", least=0
-    )
-    min_survival: float = option(
-        0.5, "stop when merged weights keep less than this of the update for ten syncs; 0: never", least=0, most=1
+        "", "Resumes from the run's newest whole checkpoint or, with a value, from that one.", nargs="?", const="latest"
     )
     max_useless: int = option(
-        20, "stop after so many steps in a row whose rewards do not differ, which teach nothing; 0: never", least=0
+        20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
-    profile: int = option(0, "write a torch profiler trace of this step, see runtime/tracking.py; 0: none", least=0)
-    wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
-        "auto", "auto: $WANDB_MODE, or online if logged in, else offline"
-    )
-    wandb_project: str = option("lorl", "the project in wandb")
 
-    # The task
-    task: str = option("gsm8k", "a row of reward.TASKS")
-    data_dir: str = option("", "folder with the task's train.jsonl and test.jsonl; empty: the task knows where")
-    instruction: str | None = option(None, "follows each problem, on a line of its own; mostly what the task asks for")
-    system_prompt: str | None = option(None, "the chat's system turn; mostly what the model's chat template has")
-    flexible: bool = option(False, "a completion without a marked answer is read as its last number, see reward.py")
-    cache_dir: str = option(".cache", "where downloads are kept")
+    task: str = option("gsm8k", "The task, a row of reward.TASKS.", group="The task")
+    data_dir: str = option("", "A folder with train.jsonl and test.jsonl; empty uses the task's default.")
+    instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
+    system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
 
-    # The model and its adapter
-    model: str = option("Qwen/Qwen2.5-3B-Instruct", "a folder or a name on the hub; 'tiny': configs/tiny")
-    dtype: Literal["bfloat16", "float32"] = option(
-        "bfloat16", "of the base weights, here and in vLLM; adapters are float32"
+    model: str = option("Qwen/Qwen2.5-3B-Instruct", "A folder, a name on the hub, or 'tiny'.", group="Model and LoRA")
+    dtype: Literal["bfloat16", "float32", "nf4"] = option(
+        "bfloat16", "The base's dtype; nf4 stores it in four bits here (QLoRA) and computes in bfloat16."
     )
-    base_dtype: Literal["dtype", "nf4"] = option(
-        "dtype", "how the frozen base is stored here; nf4: in four bits (QLoRA), and vLLM runs what those stand for"
-    )
-    target_modules: list[str] = option(["all-linear"], "the linears that get an adapter: names, or all-linear")
-    lora_rank: int = option(
-        32, "rank of the adapters; 0: no adapters, all parameters are trained (in float32)", least=0
-    )
-    lora_alpha: float = option(32.0, "the adapter's update is scaled by lora_alpha / lora_rank", above=0)
-    use_rslora: bool = option(False, "rank-stabilised: scaled by lora_alpha / sqrt(lora_rank) instead")
-    lora_dropout: float = option(
-        0.0, "share of a layer's inputs that its adapter does not see in the update", least=0, below=1
-    )
+    lora_rank: int = option(32, "The rank of the adapters; 0 trains all weights, in float32.", least=0)
+    lora_alpha: float = option(32.0, "The adapter's update is scaled by lora_alpha / lora_rank.", above=0)
+    target_modules: list[str] = option(["all-linear"], "Names of the linears with adapters, or all-linear.")
+    lora_dropout: float = option(0.0, "Dropout of the adapter's inputs in the update.", least=0, below=1)
     lora_forward: Literal["factored", "merged"] = option(
-        "factored", "merged: the update's forward uses the rounded sum of base and adapter, which is what vLLM runs"
+        "factored", "merged computes the update with base + adapter rounded, the weight that vLLM runs."
     )
-    lora_adapter_path: str = option("", "training starts from this adapter folder, of any rank; empty: from the base")
-    ref_adapter_path: str = option("", "the adapter folder whose policy kl_coef holds on to; empty: the base")
+    lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
+    ref_adapter_path: str = option("", "An adapter folder that is the KL reference; empty takes the base.")
 
-    # Rollout
-    prompts_per_step: int = option(64, "P: problems per step", least=1)
-    group_size: int = option(8, "G: completions per problem; the group is each one's baseline, so at least 2", least=1)
-    max_prompt_length: int = option(512, "tokens; problems with longer prompts are left out", least=1)
-    max_completion_length: int = option(1024, "tokens; longer completions are cut off", least=1)
-    temperature: float = option(1.0, "of sampling; logprobs are taken at the same temperature", least=0.01)
-    tensor_parallel_size: int = option(1, "ranks that share one vLLM engine; divides the number of processes", least=1)
-    gpu_memory_utilization: float = option(0.4, "share of each GPU's memory that vLLM may take", above=0, most=1)
-    kv_cache_gb: float = option(
-        0.0, "GiB of KV cache per engine, instead of that share; 0: by share (on a CPU: 1 GiB)", least=0
-    )
-    max_num_seqs: int = option(256, "sequences that one engine generates at a time", least=1)
-    enforce_eager: bool = option(False, "vLLM without CUDA graphs: starts sooner, generates slower")
+    prompts_per_step: int = option(64, "P, the number of problems per step.", least=1, group="Rollout")
+    group_size: int = option(8, "G, the number of completions per problem.", least=1)
+    max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
+    max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
+    temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
+    tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
+    gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
+    max_num_seqs: int = option(256, "Sequences that one engine generates at a time.", least=1)
     sync: Literal["merged", "adapter"] | None = option(
-        None,
-        "adapter: vLLM's own LoRA, loses nothing; merged: new weights, faster, lossy in bfloat16; mostly adapter",
-    )
-    sync_prefetch: bool = option(
-        False, "gather the next weight while vLLM loads one: faster, for one weight more memory"
+        None, "adapter sends vLLM the adapter, merged new weights; default: adapter where possible."
     )
     sleep_level: Literal[0, 1, 2] = option(
-        0,
-        "vLLM's GPU memory during the update. 0: stays; 1: its weights move to the host; 2: they go, and are all sent",
-    )
-    verify_every: int = option(
-        50, "steps between proofs, by a test adapter, that vLLM runs the trained weights; 0: only at the start", least=0
+        0, "During updates vLLM's weights stay (0), move to the host (1) or are dropped and sent again (2)."
     )
 
-    # The algorithm
-    # Where the default is None, the algorithm decides: see `resolve_config` in configs/checks.py.
-    algorithm: str = option("grpo", "a row of train_grpo.ALGORITHMS; ppo: with train_ppo.py")
-    clip_low: float | None = option(None, "the policy ratio is clipped below 1 - clip_low; mostly 0.2", least=0, most=1)
-    clip_high: float | None = option(None, "and above 1 + clip_high; mostly 0.2", least=0)
-    dual_clip: float = option(
-        0.0, "a negative advantage counts at most so many times, e.g. 3; 0: no such bound", least=0
+    # None: the algorithm's choice, see `resolve_config` in configs/checks.py.
+    algorithm: str = option("grpo", "A row of train_grpo.ALGORITHMS, or ppo (train_ppo.py).", group="The algorithm")
+    clip_low: float | None = option(None, "Lower clip, ratio >= 1 - clip_low; default mostly 0.2.", least=0, most=1)
+    clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
+    dual_clip: float = option(0.0, "Bounds the loss of negative advantages, e.g. 3; 0 does not.", least=0)
+    kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
+    kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
+        "k3_loss", "The KL estimator, and whether it is added to the loss or subtracted from the reward."
     )
-    kl_coef: float = option(
-        0.0, "weight of the KL divergence from the reference; 0: no reference forward at all", least=0
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = option("k3", "how one token tells of that divergence, see train_grpo.kl")
-    kl_in: Literal["loss", "reward"] = option("loss", "where it is added or, from each completion's reward, subtracted")
-    entropy_coef: float = option(0.0, "weight of the entropy bonus in the loss", least=0)
-    tis_cap: float = option(2.0, "importance sampling: cap of trainer / sampler probability; 0: off", least=0)
-    tis_mode: Literal["token", "token_mask", "sequence", "sequence_mask"] | None = option(
-        None, "that probability of tokens or completions; above the cap truncated to it, or masked; mostly token"
+    entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
+    tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
+        None, "Importance weights for the sampler mismatch, truncated or masked; default mostly token."
     )
     max_rollouts: int | None = option(
-        None,
-        "dynamic sampling: at most so many rollouts per step until all groups have rewards that differ; mostly 1",
-        least=1,
+        None, "Dynamic sampling: rollouts per step until all groups have different rewards; mostly 1.", least=1
     )
-    overlong_buffer: float | None = option(
-        None,
-        "last share of max_completion_length, over which a completion's reward falls by up to 1; mostly 0",
-        least=0,
-        most=1,
-    )
-    updates_per_rollout: int = option(1, "optimizer updates per rollout, each over its share of the prompts", least=1)
-    epochs_per_rollout: int = option(1, "passes over a rollout, each of updates_per_rollout updates", least=1)
-    opmd_tau: float = option(0.1, "opmd: weight of the squared distance from the policy that sampled", least=0)
-    flowrl_beta: float = option(
-        15.0, "flowrl: what one unit of advantage is worth in mean logprobs of a token", least=0
-    )
+    updates_per_rollout: int = option(1, "Optimizer updates per rollout, each on a share of its prompts.", least=1)
+    epochs_per_rollout: int = option(1, "Passes over a rollout, each of updates_per_rollout updates.", least=1)
 
-    # The update
-    learning_rate: float = option(1e-5, "of AdamW, after the warm-up", above=0)
-    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end")
-    warmup_steps: int = option(0, "steps over which the learning rate rises from 0", least=0)
-    weight_decay: float = option(0.0, "of AdamW", least=0)
-    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0: never", least=0)
-    tokens_per_microbatch: int = option(
-        16384, "a forward holds at most so many tokens (or one longer sequence)", least=1
+    learning_rate: float = option(1e-5, "The peak learning rate of AdamW.", above=0, group="The update")
+    lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
+    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", least=0)
+    tokens_per_microbatch: int = option(16384, "Most tokens of a forward, unless one sequence is longer.", least=1)
+    gradient_checkpointing: bool = option(True, "Recomputes activations in the backward, to save memory.")
+    fsdp_size: int = option(0, "Ranks that share one copy of the weights; 0 means all ranks.", least=0)
+    offload: Literal["none", "optimizer", "all"] = option(
+        "none", "Keeps optimizer state, or all shards and gradients too, in host memory: slower."
     )
-    gradient_checkpointing: bool = option(True, "recompute activations in the backward: slower, far less memory")
-    fsdp_size: int = option(0, "ranks that share one copy of the base; 0: all of them; 1: each has its own", least=0)
-    reshard_after_forward: bool = option(
-        True, "free whole weights between a block's forward and backward, gather again"
-    )
-    param_offload: bool = option(False, "shards, gradients and optimizer state live in host memory: slower")
-    optimizer_offload: bool = option(False, "optimizer state lives in host memory, and on the GPU only for its step")
-    use_shm: bool = option(False, "copy the model to /dev/shm before loading, once per host: for slow disks")
+    use_shm: bool = option(False, "Copies the model to /dev/shm before loading, for slow disks.")
 
-    # PPO's critic, train_ppo.py
-    critic_learning_rate: float = option(1e-5, "of its AdamW", above=0)
-    critic_lora_rank: int = option(0, "rank of its adapters; 0: all of its weights are trained", least=0)
-    critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", least=0)
-    value_clip: float = option(0.2, "a value moves at most so far from the rollout's in one step; 0: freely", least=0)
-    gamma: float = option(1.0, "discount of later rewards", least=0, most=1)
-    gae_lambda: float = option(
-        1.0, "of generalised advantage estimation; 1: no bias, 0: little variance", least=0, most=1
-    )
+    critic_learning_rate: float = option(1e-5, "The critic's peak learning rate.", above=0, group="PPO's critic")
+    critic_lora_rank: int = option(0, "The rank of the critic's adapters; 0 trains all its weights.", least=0)
+    critic_warmup_steps: int = option(0, "First steps, in which only the critic is trained.", least=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for the first value that cannot be right."""
@@ -181,19 +113,39 @@ class Config:
         check_together(self)
 
     @property
+    def compute_dtype(self) -> str:
+        """The dtype of matrix products here, and of the weights in vLLM."""
+        return "bfloat16" if self.dtype == "nf4" else self.dtype
+
+    @property
     def sends_adapter(self) -> bool:
-        """Whether vLLM runs the adapter beside its weights, as it does by default wherever it can."""
-        merged = self.base_dtype == "nf4" or self.lora_forward == "merged" or self.sleep_level == 2
+        """Whether a sync sends the adapter alone, which is the default where vLLM can run it."""
+        merged = self.dtype == "nf4" or self.lora_forward == "merged" or self.sleep_level == 2
         return self.sync == "adapter" or (self.sync is None and 0 < self.lora_rank <= 512 and not merged)
 
     @property
+    def kl_estimator(self) -> str:
+        """k1, k2 or k3, see train_grpo.kl."""
+        return self.kl_penalty.partition("_")[0]
+
+    @property
+    def kl_in_loss(self) -> bool:
+        """Whether there is a KL penalty, and it is part of the loss."""
+        return self.kl_coef > 0 and self.kl_penalty.endswith("_loss")
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether there is a KL penalty, and it is part of the reward."""
+        return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
+
+    @property
     def run_folder(self) -> Path:
-        """Where everything of the run is."""
+        """The folder of everything that the run writes."""
         return Path(self.output_dir, self.run_name)
 
     @property
     def model_source(self) -> str:
-        """The model's folder, or its name on the hub; `tiny` comes with the code."""
+        """The model's folder, or its name on the hub; `tiny` is part of the repository."""
         return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
 
     @property

@@ -14,5 +14,4 @@ config = Config(
     eval_problems=16,
     gradient_checkpointing=False,
     max_num_seqs=64,
-    enforce_eager=True,
 )

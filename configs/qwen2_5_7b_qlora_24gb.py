@@ -6,7 +6,7 @@ config = Config(
     run_name="qwen2_5_7b_qlora_24gb",
     task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-7B-Instruct",
-    base_dtype="nf4",  # QLoRA: 15 GB of linears become 4; vLLM runs what the four bits stand for, in bf16
+    dtype="nf4",  # QLoRA: 15 GB of linears become 4; vLLM runs what the four bits stand for, in bf16
     lora_forward="merged",  # an NF4 base needs sync merged, which rounds: train the very weights that vLLM gets
     lora_rank=16,
     lora_alpha=16.0,
@@ -18,6 +18,6 @@ config = Config(
     max_num_seqs=64,
     gpu_memory_utilization=0.8,
     sleep_level=1,  # vLLM's 15 GB move to the host while the update needs the GPU
-    param_offload=True,  # and the four bits are there while vLLM generates
+    offload="all",  # and the four bits are there while vLLM generates
     tokens_per_microbatch=16384,  # each fetches and dequantises all weights: few, and large
 )

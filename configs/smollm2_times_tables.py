@@ -19,5 +19,4 @@ config = Config(
     gradient_checkpointing=False,
     save_every=10,
     max_num_seqs=128,
-    enforce_eager=True,
 )

@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from fsdp_utils import fill, gather, reshard
 from runtime.files import atomic_folder, fsync, one_line_errors
 
+KEPT = 2  # newest checkpoints of a run, beside the best one
+
 # What a resumed run may not change: the checkpoint's tensors, or its place in the data, would not fit.
 FIXED = (
-    "model task dtype base_dtype target_modules lora_rank lora_alpha use_rslora algorithm seed prompts_per_step "
+    "model task dtype target_modules lora_rank lora_alpha algorithm seed prompts_per_step "
     "group_size max_prompt_length instruction system_prompt critic_lora_rank"
 ).split()
 
@@ -41,7 +43,7 @@ class Progress:
     step: int = 0
     prompts_drawn: int = 0  # from the endless stream of training prompts
     updates_skipped: int = 0  # since the last step without a NaN or infinite loss or gradient
-    syncs_lost: int = 0  # syncs in a row that kept less of the update than `min_survival`
+    syncs_lost: int = 0  # syncs in a row that kept too little of the update, see health.py
     steps_useless: int = 0  # steps in a row whose rewards did not differ
     best_accuracy: float = -1.0  # of all checkpoints with an evaluation
     best_step: int = -1  # the step of that checkpoint; -1: none
@@ -215,9 +217,9 @@ def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def prune(run: Path, keep: int, best: int) -> None:
-    """Deletes all but the newest `keep` checkpoints (0: none), sparing that of the step `best`."""
+def prune(run: Path, best: int) -> None:
+    """Deletes all but the newest `KEPT` checkpoints and that of the step `best`."""
     folders = written(run)
-    for step in list(folders)[:-keep] if keep else []:
+    for step in list(folders)[:-KEPT]:
         if step != best:
             shutil.rmtree(folders[step])

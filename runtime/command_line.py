@@ -27,9 +27,14 @@ class OneLineParser(HfArgumentParser):
     def error(self, message: str) -> None:
         raise ValueError(message)
 
-    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
-        """argparse's, which knows no limits: `Config` checks them."""
-        return super().add_argument(*names, **{name: value for name, value in options.items() if name not in LIMITS})
+    def add_argument(self, *names: str, group: str = "", **options: Any) -> argparse.Action:
+        """Adds an option to the last section of `--help`; `group` begins a new one. `Config` checks limits."""
+        options = {name: value for name, value in options.items() if name not in LIMITS}
+        if group:
+            self.section = self.add_argument_group(group)
+        if hasattr(self, "section"):
+            return self.section.add_argument(*names, **options)
+        return super().add_argument(*names, **options)
 
 
 def parse_config(arguments: list[str], description: str) -> Config:
@@ -38,7 +43,7 @@ def parse_config(arguments: list[str], description: str) -> Config:
     Raises ValueError or OSError of one line for whatever is wrong; `--help` prints all fields and exits.
     """
     parser = OneLineParser(Config, description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="a file of configs/")
+    parser.add_argument("--config", required=True, help="A file of configs/.", group="The config file")
     known, _ = parser.parse_known_args(arguments)
     return parse_over(dataclasses.asdict(read_config_file(known.config)), parser, arguments)
 

@@ -49,7 +49,7 @@ def compute_rewards(
 def compute_reward(problem: reward.Problem, text: str, config: Config) -> float:
     """A finite reward, or ValueError naming the problem and the completion."""
     try:
-        value = reward.score(config.task, text, problem.answer, config.flexible)
+        value = reward.score(config.task, text, problem.answer)
         if isinstance(value, Real) and math.isfinite(value):
             return float(value)
         cause = f"returned {value!r}, which is no finite number"
@@ -154,7 +154,7 @@ def sample_records(
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
     """Completions as text, with answers and rewards."""
-    extract = reward.find_task(config.task, config.flexible).extract
+    extract = reward.find_task(config.task).extract
     return [
         {
             "prompt": prompts[completion.request].problem.prompt,

@@ -15,6 +15,9 @@ from runtime.tracking import LOW_SURVIVAL, RunLog, shorten
 Metrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
 EXPLAIN_EVERY = 10  # steps: the full explanation of steps that teach nothing is printed once in so many
+MAX_SKIPPED = 5  # updates skipped for a NaN or infinite loss or gradient, some in every step
+MAX_MISMATCH = 0.1  # nats per token, KL of the sampler from the trainer
+MIN_SURVIVAL = 0.5  # cosine between the update and what merging keeps of it
 SYNCS_LOST = 10  # a run stops after so many syncs in a row that lost most of the update
 
 
@@ -30,18 +33,16 @@ class HealthMonitor:
         """Raises RuntimeError for numbers that further training would only make worse."""
         skipped = metrics.get("skipped_updates", 0) + metrics.get("critic/skipped_updates", 0)
         progress.updates_skipped = progress.updates_skipped + skipped if skipped else 0
-        if progress.updates_skipped > self.config.max_skipped:
+        if self.config.max_useless and progress.updates_skipped > MAX_SKIPPED:
             names = ("loss", "grad_norm", "critic/loss", "critic/grad_norm")
             seen = ", ".join(f"{name} {metrics[name]}" for name in names if name in metrics)
             raise RuntimeError(
                 f"loss or gradients were NaN or infinite in {progress.updates_skipped:.0f} updates, some in every "
-                f"one of the last steps, more than max_skipped {self.config.max_skipped}; the last step had {seen}"
+                f"one of the last steps, more than {MAX_SKIPPED}; the last step had {seen}"
             )
-        limit, mismatch = self.config.max_mismatch, metrics.get("mismatch/kl", 0.0)
-        if limit and mismatch > limit:
-            raise RuntimeError(
-                f"sampler and trainer differ by {mismatch:.3g} nats per token, above max_mismatch {limit}"
-            )
+        mismatch = metrics.get("mismatch/kl", 0.0)
+        if self.config.max_useless and mismatch > MAX_MISMATCH:
+            raise RuntimeError(f"sampler and trainer differ by {mismatch:.3g} nats per token, above {MAX_MISMATCH}")
 
     def reason_to_stop(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> str | None:
         """Counts steps that teach nothing and syncs that lose the update; why the run must stop, if it must."""
@@ -56,7 +57,7 @@ class HealthMonitor:
         if survival < LOW_SURVIVAL and not self.survival_explained:
             self.survival_explained = True
             self.log.print(f"  {explain_survival(survival)}")
-        progress.syncs_lost = progress.syncs_lost + 1 if survival < self.config.min_survival else 0
+        progress.syncs_lost = progress.syncs_lost + 1 if survival < MIN_SURVIVAL else 0
 
     def count_useless(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> None:
         """Counts steps in a row whose rewards do not differ; explains them, but not every time."""
@@ -150,11 +151,11 @@ def reason_to_stop(steps: int, metrics: Metrics, samples: Sequence[Sample], conf
 
 def reason_of_losses(syncs: int, metrics: Metrics, config: Config) -> str | None:
     """Why a run stops after `syncs` syncs in a row that lost most of the update; None if it may go on."""
-    if syncs < SYNCS_LOST:
+    if not 0 < config.max_useless or syncs < SYNCS_LOST:
         return None
     return (
-        f"for {syncs} syncs in a row the sampler got less of the update than min_survival {config.min_survival:g}: "
-        f"{explain_survival(metrics['sync/update_survival'])}. With min_survival 0 a run goes on regardless"
+        f"for {syncs} syncs in a row the sampler got less of the update than {MIN_SURVIVAL:g} (cosine): "
+        f"{explain_survival(metrics['sync/update_survival'])}. With max_useless 0 no such check stops a run"
     )
 
 

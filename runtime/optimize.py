@@ -11,15 +11,16 @@ import fsdp_utils
 from configs.base import Config
 from runtime.batching import MicroBatch
 
+MAX_GRAD_NORM = 1.0
 Metrics = dict[str, Tensor]  # name -> (R,) a value per completion token of a micro-batch
 
 
 def make_optimizer(config: Config, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW over the trained parameters of a policy or a critic. To use another optimizer, change it here."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    fused = config.param_offload or None  # offloaded parameters are many and on the CPU, where the default is slow
-    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=config.weight_decay, fused=fused)
-    if config.optimizer_offload:
+    fused = config.offload == "all" or None  # offloaded parameters are many and on the CPU, where the default is slow
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=fused)
+    if config.offload == "optimizer":
         fsdp_utils.offload_state(optimizer)
     return optimizer
 
@@ -45,8 +46,8 @@ def set_learning_rate(
 class Update:
     """One optimizer update: `backward` for each micro-batch, then `step`."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, world: fsdp_utils.World, max_grad_norm: float):
-        self.optimizer, self.world, self.max_grad_norm = optimizer, world, max_grad_norm
+    def __init__(self, optimizer: torch.optim.Optimizer, world: fsdp_utils.World):
+        self.optimizer, self.world = optimizer, world
         self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64, device=world.device))
 
     def backward(self, loss: Tensor, info: Metrics, batch: MicroBatch) -> None:
@@ -68,18 +69,18 @@ class Update:
         totals = torch.stack(list(self.sums.values())).cpu()  # the only wait for the GPU in an update
         dist.all_reduce(totals)
         metrics = dict(zip(self.sums, totals.tolist()))
-        norm = apply_gradients(self.optimizer, self.max_grad_norm, metrics["loss"])
+        norm = apply_gradients(self.optimizer, metrics["loss"])
         return metrics | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 
 
-def apply_gradients(optimizer: torch.optim.Optimizer, max_norm: float, loss: float) -> float:
-    """An optimizer step with gradients scaled down to `max_norm` (0: not scaled); returns their norm before scaling.
+def apply_gradients(optimizer: torch.optim.Optimizer, loss: float) -> float:
+    """An optimizer step with gradients scaled down to `MAX_GRAD_NORM`; returns their norm before scaling.
 
     If the norm or the loss is not finite, the gradients are dropped, there is no step, and the norm is NaN. Loss and
     norm are those of all ranks, so all ranks do the same.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = fsdp_utils.clip_gradients(parameters, max_norm or math.inf) if math.isfinite(loss) else math.nan
+    norm = fsdp_utils.clip_gradients(parameters, MAX_GRAD_NORM) if math.isfinite(loss) else math.nan
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()

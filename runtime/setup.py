@@ -41,7 +41,7 @@ UNSUPPORTED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping"
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     """Builds all parts of a run. Raises ValueError or OSError, of one line, for errors that the user can fix."""
-    reward.find_task(config.task, config.flexible)
+    reward.find_task(config.task)
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     folder = model_folder(config)
@@ -62,7 +62,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
     engine.sleep()  # the probe's forwards in the trainer need the memory
     listen(run.stop.handle)  # from here on a signal lets the run be saved; until here it ends the process
-    run.weight_sync.update_weights(verify=True, everything=config.base_dtype == "nf4")  # vLLM has the 16-bit base
+    run.weight_sync.update_weights(verify=True, everything=config.dtype == "nf4")  # vLLM has the 16-bit base
     print_header(run)
     return run
 
@@ -161,7 +161,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
     ending = f"\n{instruction}" if instruction else ""
 
     def load(split: str) -> list[reward.Problem]:
-        problems = reward.load_problems(config.task, split, config.data_dir, config.cache_dir)
+        problems = reward.load_problems(config.task, split, config.data_dir)
         return [replace(problem, prompt=problem.prompt + ending) for problem in problems]
 
     splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
@@ -241,14 +241,12 @@ def build_engine(config: Config, folder: str) -> Engine:
     """The sampler, with the weights of the model's folder."""
     return Engine(
         folder,
-        dtype=config.dtype,
+        dtype=config.compute_dtype,
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
         max_completion_length=config.max_completion_length,
         max_num_seqs=config.max_num_seqs,
         gpu_memory_utilization=config.gpu_memory_utilization,
-        kv_cache_gb=config.kv_cache_gb,
-        enforce_eager=config.enforce_eager,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
         seed=config.seed,
@@ -259,7 +257,7 @@ def build_policy(config: Config, folder: str, world: fsdp_utils.World, prompt_he
     """The sharded policy with its weights; without adapters (`lora_rank` 0), all of them are trained."""
     model = meta_model(folder, parameter_dtype(config, config.lora_rank))
     policy = meta_policy(config, model, world.device, prompt_head)
-    fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
+    fsdp_utils.load_weights(model, folder, world.device, config.offload == "all")
     if config.lora_rank:
         fill_adapters(model, config, world)
     return policy
@@ -269,15 +267,15 @@ def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic
     """The critic, from the policy's base; with `critic_lora_rank` 0, all of its weights are trained."""
     model = meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
     critic = meta_critic(config, model, world.device)
-    fsdp_utils.load_weights(model, folder, world.device, config.param_offload)
+    fsdp_utils.load_weights(model, folder, world.device, config.offload == "all")
     if config.critic_lora_rank:
         lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
     return critic
 
 
 def parameter_dtype(config: Config, rank: int) -> torch.dtype:
-    """float32 if the base is trained (`rank` 0), because bfloat16 rounds small updates away; else `config.dtype`."""
-    return getattr(torch, config.dtype) if rank else torch.float32
+    """float32 if the base is trained (`rank` 0), because bfloat16 rounds small updates away; else `compute_dtype`."""
+    return getattr(torch, config.compute_dtype) if rank else torch.float32
 
 
 # ---- Models without memory -------------------------------------------------------------------------------------------
@@ -357,10 +355,10 @@ def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) ->
 
 
 def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
-    """Freezes the base, stores it in `base_dtype`, and adds the adapters that are trained."""
-    if config.base_dtype == "nf4":
+    """Freezes the base, stores it in `dtype`, and adds the adapters that are trained."""
+    if config.dtype == "nf4":
         lora.quantize_base(model)
-    options = {"rslora": config.use_rslora, "dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
+    options = {"dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
     lora.inject(model, config.target_modules, rank, config.lora_alpha, **options)
 
 
@@ -374,9 +372,8 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
         model.base_model.layers,
         device,
         config.fsdp_size,
-        compute_dtype=None if rank else getattr(torch, config.dtype),
-        reshard_after_forward=config.reshard_after_forward,
-        param_offload=config.param_offload,
+        compute_dtype=None if rank else getattr(torch, config.compute_dtype),
+        param_offload=config.offload == "all",
     )
 
 

@@ -93,7 +93,7 @@ def write_checkpoint(run: Run, progress: Progress, tensors: dict[str, Tensor]) -
         run.log.flush()
         checkpoint.write(folder, progress.step, state, tensors, export=lambda target: export(run, target, tensors))
         checkpoint.set_pointers(folder, progress.step, progress.best_step)
-        checkpoint.prune(folder, run.config.keep_checkpoints, progress.best_step)
+        checkpoint.prune(folder, progress.best_step)
     except OSError as error:
         run.log.print(f"no checkpoint of step {progress.step}: {error}. The run goes on; older ones are whole.")
         return False
@@ -107,6 +107,6 @@ def export(run: Run, folder: Path, tensors: dict[str, Any]) -> None:
     if run.config.lora_rank:
         save_adapter(model, folder / "adapter", base_model=run.config.model_source, gather=whole.get)
     else:
-        dtype = getattr(torch, run.config.dtype)
+        dtype = getattr(torch, run.config.compute_dtype)
         weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))
         write_model(weights, folder / "model", like=Path(run.tokenizer.name_or_path))

@@ -4,7 +4,7 @@ runs/NAME/config.json      what ran: configuration, versions, commit
 runs/NAME/metrics.jsonl    one object per step
 runs/NAME/samples.jsonl    completions with their rewards
 runs/NAME/evals/           those of each evaluation as a table, for people
-runs/NAME/trace_N.json.gz  with `--profile N`: what the first rank did in step N, for https://ui.perfetto.dev
+runs/NAME/trace_N.json.gz  with PROFILE_STEP=N: what the first rank did in step N, for https://ui.perfetto.dev
 runs/NAME/checkpoints/     see runtime/checkpoint.py
 """
 
@@ -52,7 +52,8 @@ class RunLog:
     def __init__(self, config: Any, write: bool, position: dict[str, Any] | None = None):
         """A new run; or, given the `position` that a checkpoint recorded, the same run again from there on."""
         self.folder = config.run_folder
-        self.steps, self.profile, self.write = config.steps, config.profile, write
+        self.steps, self.write = config.steps, write
+        self.profile = int(os.environ.get("PROFILE_STEP") or 0)
         self.phases = ExitStack()  # holds the phase that runs
         self.seconds: dict[str, float] = {}  # of each phase of the step so far
         self.peaks: dict[str, int] = {}  # and the bytes
@@ -72,13 +73,13 @@ class RunLog:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `in_use`
         self.wandb = wandb.init(
-            project=config.wandb_project,
+            project=os.environ.get("WANDB_PROJECT", "lorl"),
             name=config.run_name,
             id=position["wandb"] if position else None,
             resume="allow",
             config=record,
             dir=self.folder,
-            mode=wandb_mode(config.wandb_mode),
+            mode=wandb_mode(),
             settings=wandb.Settings(silent=True, console="off"),
         )
 
@@ -264,10 +265,8 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
 
 
-def wandb_mode(mode: str) -> str:
-    """`auto` is what the environment says, else online for who is logged in to wandb, else offline."""
-    if mode != "auto":
-        return mode
+def wandb_mode() -> str:
+    """$WANDB_MODE, else online if the user is logged in to wandb, else offline."""
     if "WANDB_MODE" in os.environ:
         return os.environ["WANDB_MODE"]
     try:

@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON = torch.finfo(torch.float32).eps  # of one rounding, relative
+os.environ["WANDB_MODE"] = "disabled"  # also in the processes that tests start
 TINY = ROOT / "configs" / "tiny"  # the embedded default's model
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():  # as on a fresh machine, no C++ compiler is found, and nothing that was compiled

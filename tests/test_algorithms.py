@@ -35,7 +35,7 @@ F64 = torch.float64
 
 def config_of(algorithm: str = "grpo", **settings) -> Config:
     """The configuration as the trainer sees it; without TIS unless asked for."""
-    return resolve_config(Config(algorithm=algorithm, **({"tis_cap": 0.0} | settings)), ALGORITHMS[algorithm])
+    return resolve_config(Config(algorithm=algorithm, **({"tis_mode": "off"} | settings)), ALGORITHMS[algorithm])
 
 
 def micro_batch(lengths, advantages=0.0, weights=1.0, **tensors) -> MicroBatch:
@@ -258,10 +258,9 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
 def test_overlong_penalties():
     """Of lengths 50, 80, 85 and 100 where 100 is the limit and a fifth of it the buffer, by hand."""
     completions = [Completion(0, [], [0] * length, [], truncated=length == 100) for length in (50, 80, 85, 100)]
-    config = dataclasses.replace(config_of("dapo"), max_completion_length=100, overlong_buffer=0.2)
-    assert overlong_penalties(completions, config).tolist() == [0.0, 0.0, -0.25, -1.0]
-    config = dataclasses.replace(config, overlong_buffer=0.0)
-    assert not overlong_penalties(completions, config).any()
+    config = dataclasses.replace(config_of("dapo"), max_completion_length=100)
+    assert overlong_penalties(completions, config, ALGORITHMS["dapo"].overlong).tolist() == [0.0, 0.0, -0.25, -1.0]
+    assert not overlong_penalties(completions, config, 0.0).any()
 
 
 def test_kl_estimators():
@@ -286,11 +285,11 @@ def test_kl_estimators():
 def test_kl_in_the_loss():
     batch = micro_batch([2, 1], 0.0, [0.5, 0.25], ref_logprobs=torch.tensor([-1.0, -2.0, -3.0], dtype=F64))
     logprobs = torch.tensor([-1.5, -2.0, -1.0], dtype=F64)
-    config = config_of(kl_coef=0.1, kl_estimator="k2")
+    config = config_of(kl_coef=0.1, kl_penalty="k2_loss")
     loss, _ = policy_loss(logprobs, torch.zeros(3), batch, ALGORITHMS["grpo"].loss, config)
     assert loss.item() == pytest.approx(0.1 * (0.5 * 0.125 + 0 + 0.25 * 2))
     loss, _ = policy_loss(
-        logprobs, torch.zeros(3), batch, ALGORITHMS["grpo"].loss, config_of(kl_coef=0.1, kl_in="reward")
+        logprobs, torch.zeros(3), batch, ALGORITHMS["grpo"].loss, config_of(kl_coef=0.1, kl_penalty="k3_reward")
     )
     assert loss.item() == 0.0
 
@@ -332,21 +331,23 @@ def test_entropy_bonus():
         ("sequence_mask", [2.0, 2.0, 0.0, 0.0]),
     ],
 )
-def test_importance_weights(mode, expected):
-    config = config_of(tis_cap=2.0 + 1e-9, tis_mode=mode)
+def test_importance_weights(mode, expected, monkeypatch):
+    monkeypatch.setattr(train_grpo, "TIS_CAP", train_grpo.TIS_CAP + 1e-9)
+    config = config_of(tis_mode=mode)
     weight = importance_weight(torch.tensor([4, 0.5, 1.5, 2.0], dtype=F64).log(), micro_batch([2, 2]), config)
     assert weight.tolist() == pytest.approx(expected)
 
 
-def test_importance_weights_undo_the_mismatch():
+def test_importance_weights_undo_the_mismatch(monkeypatch):
     """With a high cap, the mean gradient over the sampler's outcomes is that over the trainer's own."""
+    monkeypatch.setattr(train_grpo, "TIS_CAP", 1e9)
     generator = torch.Generator().manual_seed(5)
     logits = torch.randn(6, generator=generator, dtype=F64, requires_grad=True)
     sampler = torch.randn(6, generator=generator, dtype=F64).log_softmax(0)
     reward = torch.randn(6, generator=generator, dtype=F64)
     logp = logits.log_softmax(0)
     batch = micro_batch([1] * 6, reward, sampler.exp(), sampler_logprobs=sampler)  # weighted as often as it is drawn
-    loss, info = policy_loss(logp, torch.zeros(6), batch, ALGORITHMS["grpo"].loss, config_of(tis_cap=1e9))
+    loss, info = policy_loss(logp, torch.zeros(6), batch, ALGORITHMS["grpo"].loss, config_of(tis_mode="token"))
     (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (expected,) = torch.autograd.grad(-(logp.exp() * reward).sum(), logits)
     torch.testing.assert_close(found, expected)
@@ -395,7 +396,7 @@ def test_schedule():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"algorithm": "gspo", "tis_cap": 2.0, "tis_mode": "token"}, "gspo weighs whole completions"),
+        ({"algorithm": "gspo", "tis_mode": "token"}, "gspo weighs whole completions"),
         ({"algorithm": "dapo", "max_rollouts": 1}, "max_rollouts must exceed 1"),
         ({"algorithm": "reinforce_pp", "group_size": 1, "max_rollouts": 2}, "group_size must exceed 1"),
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
@@ -403,12 +404,12 @@ def test_schedule():
         ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
         ({"algorithm": "reinforce_pp", "group_size": 1, "prompts_per_step": 1}, "prompts_per_step must exceed 1"),
         ({"dual_clip": 0.5}, "dual_clip must be more than 1"),
-        ({"kl_coef": 0.1, "kl_estimator": "k1"}, "k1 has no gradient"),
-        ({"algorithm": "bnpo", "overlong_buffer": 0.5}, "rewards from 0 to 1"),
+        ({"kl_coef": 0.1, "kl_penalty": "k1_loss"}, "kl_penalty must be one of k2_loss, k3_loss, k1_reward"),
+        ({"algorithm": "bnpo", "kl_coef": 0.1, "kl_penalty": "k2_reward"}, "rewards from 0 to 1"),
         ({"algorithm": "flowrl", "kl_coef": 0.1}, "kl_coef must be 0"),
         ({"clip_low": 2.0}, "clip_low must be at most 1"),
         ({"clip_high": "much"}, "clip_high must be float"),
-        ({"tis_mode": "tokens"}, "tis_mode must be one of token, token_mask"),
+        ({"tis_mode": "tokens"}, "tis_mode must be one of off, token, token_mask"),
         ({"steps": 5, "warmup_steps": 5}, "warmup_steps must be fewer"),
     ],
 )
@@ -421,7 +422,7 @@ def test_contradictions_are_refused(settings, message):
 def test_the_algorithm_fills_in_what_the_user_left_open():
     assert config_of("dapo").clip_high == 0.28
     assert config_of("dapo", clip_high=0.5).clip_high == 0.5
-    assert config_of("gspo", tis_cap=2.0).tis_mode == "sequence"
+    assert config_of("gspo", tis_mode=None).tis_mode == "sequence"
     assert not open_options(config_of("grpo"))
 
 
@@ -504,8 +505,8 @@ def test_every_row_learns(name):
 def test_a_run_with_everything_on(tmp_path):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
     options = {
-        "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all", "wandb_mode": "disabled",
-        "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_in": "reward", "kl_estimator": "k2",
+        "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all",
+        "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_penalty": "k2_reward",
         "entropy_coef": 0.01, "tis_mode": "sequence_mask", "dual_clip": 3.0, "lr_schedule": "cosine", "warmup_steps": 1,
         "tokens_per_microbatch": 2048, "eval_problems": 32, "group_size": 2,
     }  # fmt: skip

@@ -16,7 +16,7 @@ ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 def test_the_file_is_over_the_defaults_and_options_over_the_file():
     config = parse_config([*ARITHMETIC, "--steps", "7", "--target_modules", "q_proj", "v_proj"], "")
     assert (config.task, config.steps, config.target_modules) == ("arithmetic", 7, ["q_proj", "v_proj"])
-    assert config.weight_decay == Config().weight_decay
+    assert config.temperature == Config().temperature
 
 
 def test_every_field_is_an_option_with_a_line_of_help():
@@ -44,7 +44,7 @@ def test_every_config_file_is_valid_and_short(path):
         (["--learning_rate", "-1"], ["learning_rate", "-1"]),
         (["--kl_coef", "nan"], ["kl_coef", "nan"]),
         (["--temperature", "0"], ["temperature", "0"]),
-        (["--wandb_mode", "on"], ["wandb_mode", "'on'", "offline"]),
+        (["--lr_schedule", "on"], ["lr_schedule", "'on'", "cosine"]),
         (["--dtype", "float16"], ["dtype", "float16", "bfloat16"]),
         (["--gradient_checkpointing", "perhaps"], ["gradient_checkpointing", "perhaps"]),
         (["--gpu_memory_utilization", "1.5"], ["gpu_memory_utilization", "1.5"]),

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -107,14 +108,14 @@ def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
     sizes = {
         "steps": 2,
         "eval_every": 1,
-        "verify_every": 1,
         "prompts_per_step": 8,
         "eval_problems": 8,
         "eval_samples": 1,
     }
-    places = {"output_dir": folder, "run_name": "run", "wandb_mode": "offline"}
+    places = {"output_dir": folder, "run_name": "run"}
     sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
+    train_grpo.VERIFY_EVERY, os.environ["WANDB_MODE"] = 1, "offline"
     run = train_grpo.setup_grpo()
     prompt, cells = load(DOCS / "alignment.py").align(run)
     train_grpo.train(run)
@@ -137,7 +138,7 @@ def test_every_metric_is_defined_and_every_definition_is_a_metric(real):
         "algorithms with groups",
         "evaluations",
         "verified syncs",
-        "`tis_cap`",
+        "`tis_mode`",
         "`sync` merged",
     )
     assert {name for name, when in rows.items() if when in usual} == found

@@ -56,7 +56,7 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     sys.argv = ["evaluate.py", *f"--run {run} --eval_problems 32 --out {out}".split()]
     sampler, folder = evaluate.setup()
     evaluate.evaluate(sampler, folder)
-    merged = dataclasses.replace(sampler.config, base_dtype="dtype")
+    merged = dataclasses.replace(sampler.config, dtype="bfloat16")
     adapter.export(str(TINY), merged.lora_adapter_path, f"{out}/model")
     streams = {
         "merged": evaluate.policy_weights(merged, TINY),
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     """Trained with QLoRA, whose base is not that of the model's files: two evaluations of one policy are equal only if
     weights, prompts and seeds all are.
     """
-    options = "--steps 2 --learning_rate 0.02 --base_dtype nf4 --eval_problems 32 --eval_samples 3".split()
+    options = "--steps 2 --learning_rate 0.02 --dtype nf4 --eval_problems 32 --eval_samples 3".split()
     metrics, run = train(1, "configs/arithmetic_cpu.py", tmp_path, *options)
     (found,) = on_ranks(1, evaluate_a_run, run, tmp_path / "out", folder=tmp_path)
     results = json.loads((tmp_path / "out/results.json").read_text())

@@ -96,9 +96,7 @@ def start(fault: str, folder: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(folder / "faulty.py"), fault, "--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
     command += ["--output_dir", str(folder), "--run_name", "r"]
-    command += (
-        "--wandb_mode disabled --steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
-    )
+    command += "--steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *options], cwd=ROOT, process_group=0, **pipes)
 
@@ -137,15 +135,15 @@ def test_a_rank_that_is_killed_ends_all(tmp_path):
 @pytest.mark.slow
 def test_what_a_run_survives_and_what_stops_it(tmp_path):
     """A full disk, and on one rank an infinite loss, are passed over; endless infinite gradients are not."""
-    options = ["--max_skipped", "2", "--save_every", "1"]
+    options = ["--save_every", "1"]
     output, cause = end(start("numbers", tmp_path, *options))
     metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][1:]
-    assert [row["skipped_updates"] for row in metrics] == [0, 1, 0, 1, 1, 1]
+    assert [row["skipped_updates"] for row in metrics] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
     assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None, "JSON has no infinity"
     assert all(row["loss"] is not None for row in metrics[3:]), "only the gradients were infinite"
     assert metrics[2]["sync/update_survival"] > 0.9, "the update before it was not touched"
-    assert "were NaN or infinite in 3 updates, some in every" in cause and "grad_norm" in cause
-    for step in range(1, 6):
+    assert "were NaN or infinite in 6 updates, some in every" in cause and "grad_norm" in cause
+    for step in range(1, 9):
         assert f"no checkpoint of step {step}: " in output and "File too large" in output
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == [], "nothing half-written stays"
 
@@ -206,9 +204,9 @@ def test_what_a_reward_may_return(monkeypatch, value):
 
 
 def test_a_mismatch_stops_a_run():
-    monitor, progress = HealthMonitor(Config(max_mismatch=0.1), log=None), Progress()
+    monitor, progress = HealthMonitor(Config(), log=None), Progress()
     monitor.check({"mismatch/kl": 0.09}, progress)
-    with pytest.raises(RuntimeError, match="differ by 0.11 nats per token, above max_mismatch 0.1"):
+    with pytest.raises(RuntimeError, match="differ by 0.11 nats per token, above 0.1"):
         monitor.check({"mismatch/kl": 0.11}, progress)
     progress.updates_skipped = 5
     with pytest.raises(RuntimeError, match="6 updates, some in every one of the last steps.*critic/loss nan"):
@@ -266,7 +264,7 @@ def test_fewer_problems_than_a_batch(tmp_path):
     done = torchrun(
         2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data_dir", str(tmp_path), "--steps", "2",
         "--output_dir", str(tmp_path), "--run_name", "r",
-        "--wandb_mode", "disabled", "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
+        "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 problems to train on, 3 held out" in done.stdout

@@ -120,9 +120,9 @@ def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved(monkeypatch):
     for step in range(2, 11):
         steps.finish_step(run, step, dict(lost))
     assert said == [f"  {explain_survival(0.6)}"] and run.saved_step is None
-    with pytest.raises(RuntimeError, match="for 10 syncs in a row .* min_survival 0.5: .*; the last .* saved is 11"):
+    with pytest.raises(RuntimeError, match="for 10 syncs in a row .* 0.5 .cosine.: .*; the last .* saved is 11"):
         steps.finish_step(run, 11, dict(lost))
-    for setting in ({"min_survival": 0.0}, {"lora_forward": "merged"}):
+    for setting in ({"max_useless": 0}, {"lora_forward": "merged"}):
         run = unfinished_run(said, Progress(syncs_lost=9), dataclasses.replace(config, **setting))
         steps.finish_step(run, 1, dict(lost))
 
@@ -130,7 +130,7 @@ def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved(monkeypatch):
 def test_a_real_run_stops(tmp_path):
     """Two tokens hold no answer, so all rewards are 0."""
     options = "--steps 9 --max_useless 2 --max_completion_length 2 --prompts_per_step 4 --group_size 2 --save_every 0"
-    options += f" --wandb_mode disabled --eval_problems 4 --eval_samples 1 --output_dir {tmp_path} --run_name silent"
+    options += f" --eval_problems 4 --eval_samples 1 --output_dir {tmp_path} --run_name silent"
     done = torchrun(1, "train_grpo.py", "--config", str(ROOT / "configs/arithmetic_cpu.py"), *options.split())
     assert done.returncode == 1
     (step, why, _, again) = done.stdout.splitlines()[-4:]

@@ -110,14 +110,14 @@ def test_three_ranks_agree_with_one_plain_process(model_folder, tmp_path):
 
 CONTRADICTIONS = {
     "kl_coef needs the base": {"lora_rank": 0, "kl_coef": 0.1},
-    "base_dtype nf4 is for a frozen base": {"lora_rank": 0, "base_dtype": "nf4"},
+    "dtype nf4 is for a frozen base": {"lora_rank": 0, "dtype": "nf4"},
     "lora_forward merged needs an adapter": {"lora_rank": 0, "lora_forward": "merged"},
     "lora_adapter_path needs an adapter": {"lora_rank": 0, "lora_adapter_path": "somewhere"},
     "lora_dropout needs an adapter": {"lora_rank": 0, "lora_dropout": 0.1},
     "lora_dropout must be less than 1": {"lora_dropout": 1.0},
     "lora_dropout cannot act inside a merged weight": {"lora_dropout": 0.1, "lora_forward": "merged"},
     "lora_rank must be at least 0": {"lora_rank": -1},
-    "base_dtype must be one of dtype, nf4": {"base_dtype": "int8"},
+    "dtype must be one of bfloat16, float32, nf4": {"dtype": "int8"},
 }
 
 
@@ -133,10 +133,10 @@ TOKENS = torch.randint(3, 250, (20,), generator=torch.Generator().manual_seed(0)
 MODES = {
     "factored": {},
     "merged": {"lora_forward": "merged"},
-    "nf4": {"base_dtype": "nf4", "target_modules": ["q_proj", "down_proj"]},
+    "nf4": {"dtype": "nf4", "target_modules": ["q_proj", "down_proj"]},
     "full": {"lora_rank": 0, "lora_alpha": 32.0},
     "larger rank": {"lora_rank": 32, "lora_adapter_path": "ADAPTER"},
-    "smaller rank": {"lora_rank": 2, "lora_adapter_path": "ADAPTER", "use_rslora": True},
+    "smaller rank": {"lora_rank": 2, "lora_adapter_path": "ADAPTER"},
     "reference": {
         "ref_adapter_path": "ADAPTER",
         "kl_coef": 0.1,

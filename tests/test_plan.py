@@ -17,13 +17,13 @@ from train_grpo import log_z_head
 WAYS = {  # layers, and settings
     "plain": (3, dict(gradient_checkpointing=False)),
     "recomputed": (6, dict(gradient_checkpointing=True)),  # of the plan, three and four layers are run
-    "kept whole": (3, dict(gradient_checkpointing=True, reshard_after_forward=False, sync_prefetch=True)),
-    "four bits": (3, dict(gradient_checkpointing=True, base_dtype="nf4", lora_rank=2)),
+    "three layers recomputed": (3, dict(gradient_checkpointing=True)),
+    "four bits": (3, dict(gradient_checkpointing=True, dtype="nf4", lora_rank=2)),
     "merged": (3, dict(gradient_checkpointing=False, lora_forward="merged", sleep_level=2)),
     "everything trained": (3, dict(gradient_checkpointing=True, lora_rank=0)),
     "log Z": (3, dict(algorithm="flowrl")),
     "critic": (6, dict(algorithm="ppo", tokens_per_microbatch=4096)),
-    "critic with adapters": (3, dict(algorithm="ppo", critic_lora_rank=4, base_dtype="nf4")),
+    "critic with adapters": (3, dict(algorithm="ppo", critic_lora_rank=4, dtype="nf4")),
 }
 
 
@@ -46,8 +46,8 @@ def really(folders):
             found[way]["critic"] = learner(config, setup.build_critic(config, str(folder), world))
         fsdp_utils.reshard(policy)
         modules, stats = to_send(policy.model, everything=config.sleep_level == 2), SyncStats()
-        dtype = getattr(torch, config.dtype)
-        options = {"dtype": dtype, "prefetch": config.sync_prefetch, "release": True}
+        dtype = getattr(torch, config.compute_dtype)
+        options = {"dtype": dtype, "release": True}
         for _ in summon_layers(policy.model, world.device, modules=modules, stats=stats, **options):
             pass
         found[way] |= {"streamed": stats.bytes, "streamed_peak": stats.peak_bytes}

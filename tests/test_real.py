@@ -41,8 +41,8 @@ CHATS = {
     "47+85=": "47 + 85 = 132",
 }
 SHORT_QUESTIONS = ["What is 1+1? Answer with one number.", "What is 2+3? Answer with one number."]
-SMALL_RUN = "--wandb_mode disabled --steps 2 --max_prompt_length 64 --max_completion_length 16 --eval_problems 2"
-SMALL_RUN += f" --eval_samples 1 --kv_cache_gb 0.1 --lora_rank {RANK} --lora_alpha {ALPHA} --learning_rate 1e-4"
+SMALL_RUN = "--steps 2 --max_prompt_length 64 --max_completion_length 16 --eval_problems 2"
+SMALL_RUN += f" --eval_samples 1 --lora_rank {RANK} --lora_alpha {ALPHA} --learning_rate 1e-4"
 
 
 @pytest.fixture(scope="session")

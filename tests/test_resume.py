@@ -41,7 +41,7 @@ def start(folder: Path, *options: str, ranks: int = 2, **environment: str) -> su
         "--run_name",
         "r",
     ]
-    command += "--wandb_mode disabled --prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16".split()
+    command += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16".split()
     command += ["--steps", "8", "--save_every", "2", "--eval_every", "4", *options]
     return subprocess.Popen(
         command,
@@ -140,16 +140,15 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path):
         "4",
         "--lora_dropout",
         "0.1",
-        "--wandb_mode",
-        "offline",
-        "--optimizer_offload",
-        "1",
+        "--offload",
+        "optimizer",
     ]
     secrets = {"WANDB_API_KEY": "5ec4e7" * 6 + "cafe", "HF_TOKEN": "hf_5ec4e7canary"}
+    environment = secrets | {"WANDB_MODE": "offline"}
     quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"
-    finish(start(quiet, *options, ranks=1))
+    finish(start(quiet, *options, ranks=1, WANDB_MODE="offline"))
 
-    process = start(stopped, *options, ranks=1, **secrets)
+    process = start(stopped, *options, ranks=1, **environment)
     await_step(process, stopped, 3)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
@@ -157,7 +156,7 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path):
     assert f"stopped after step {last}, and saved. To go on, add --resume to the command." in output
     assert last < 8 and max(sample["step"] for sample in rows(stopped, "samples")) >= last
 
-    output = finish(start(stopped, *options, "--resume", ranks=1, **secrets))
+    output = finish(start(stopped, *options, "--resume", ranks=1, **environment))
     assert f"resumed after step {last}" in output
     assert rows(stopped) == rows(quiet)
     assert rows(stopped, "samples") == rows(quiet, "samples")
@@ -196,7 +195,7 @@ def variants(base: list[str], cases: list[list[str]]) -> list[list]:
 
     compared = []
     for case in cases:
-        quiet = run(*case, "--save_every", "2", "--keep_checkpoints", "0")
+        quiet = run(*case, "--save_every", "2")
         resumed = run(*case, "--resume", f"{base[base.index('--output_dir') + 1]}/r/checkpoints/step_000002")
         compared.append([quiet, resumed])
     return compared
@@ -207,14 +206,14 @@ def test_every_kind_of_run_goes_on(tmp_path):
     """Full fine-tuning, four-bit bases, adapter sync, FlowRL's log Z and dynamic sampling's place in the data."""
     cases = {
         "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
-        "nf4": ["--base_dtype", "nf4", "--lora_forward", "merged"],
-        "adapter": ["--sync", "adapter", "--lora_dropout", "0.2", "--use_rslora", "1"],
+        "nf4": ["--dtype", "nf4", "--lora_forward", "merged"],
+        "adapter": ["--sync", "adapter", "--lora_dropout", "0.2"],
         "flowrl": ["--algorithm", "flowrl", "--lr_schedule", "cosine"],
-        "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--param_offload", "1"],
+        "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--offload", "all"],
     }
     base = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py"), "--output_dir", str(tmp_path), "--run_name", "r"]
-    base += ["--wandb_mode", "disabled", "--steps", "4", "--eval_every", "2"]
-    base += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 8 --kv_cache_gb 0.05".split()
+    base += ["--steps", "4", "--eval_every", "2"]
+    base += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 8".split()
     (compared,) = on_ranks(1, variants, base, list(cases.values()), folder=tmp_path, timeout=600)
     for name, (quiet, resumed) in zip(cases, compared, strict=True):
         assert resumed == quiet and [row["step"] for row in quiet[0]] == [0, 1, 2, 3, 4], name
@@ -298,7 +297,7 @@ def test_what_a_disk_is_too_full_for_fails_and_leaves_nothing(tmp_path, capsys):
             checkpoint.write(tmp_path, 2, {}, {"a": torch.zeros(50_000)}, lambda folder: None)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
-        log = RunLog(Config(output_dir=str(tmp_path), run_name="r", wandb_mode="disabled"), write=True)
+        log = RunLog(Config(output_dir=str(tmp_path), run_name="r"), write=True)
         for step in range(100):
             log.append("samples", [{"step": step, "text": "x" * 1000}])
         with pytest.raises(OSError, match="samples.jsonl are not on the disk"):
@@ -355,7 +354,7 @@ def test_old_checkpoints_go_but_the_best_stays(tmp_path):
     for step in (1, 2, 999_999, 1_000_000):
         save_small(tmp_path, step)
     checkpoint.set_pointers(tmp_path, latest=1_000_000, best=1)
-    checkpoint.prune(tmp_path, keep=2, best=1)
+    checkpoint.prune(tmp_path, best=1)
     assert list(checkpoint.written(tmp_path)) == [1, 999_999, 1_000_000]
     assert (tmp_path / "latest").read_text() == "checkpoints/step_1000000\n"
     assert checkpoint.find(tmp_path, "latest", print).name == "step_1000000"

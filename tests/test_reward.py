@@ -145,11 +145,11 @@ def test_marks(text, answer):
 
 
 def test_flexible_is_the_last_number_where_no_mark_has_one():
-    assert reward.score("gsm8k", "16 - 3 = 13, so she has 13 eggs.", "13", flexible=True) == 1.0
+    assert reward.score("gsm8k_flexible", "16 - 3 = 13, so she has 13 eggs.", "13") == 1.0
     assert reward.extract_answer("from 16 eggs 3-5 to -$1,080.50.", flexible=True) == "-1080.5"
     assert reward.extract_answer("\\boxed{\\frac{3}{4}} of 8", flexible=True) == "0.75"
     assert reward.extract_answer("none", flexible=True) is None
-    assert reward.find_task("gsm8k", flexible=True).extract("It is 8.") == "8"
+    assert reward.find_task("gsm8k_flexible").extract("It is 8.") == "8"
     with pytest.raises(ValueError, match="'math' has a score of its own"):
         reward.find_task("math", flexible=True)
 

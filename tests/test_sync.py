@@ -74,7 +74,7 @@ def merged_syncs(folder, tensor_parallel_size, faults, overrides):
     "ranks, tp, faults, overrides",
     [
         (2, 1, True, dict(dtype="bfloat16")),
-        (2, 2, False, dict(sleep_level=2, sync_prefetch=False, reshard_after_forward=False)),
+        (2, 2, False, dict(sleep_level=2)),
         pytest.param(4, 2, False, dict(target_modules=["q_proj", "down_proj"], fsdp_size=2), marks=pytest.mark.slow),
     ],
     ids=str,

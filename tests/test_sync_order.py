@@ -117,7 +117,7 @@ def test_a_resumed_optimizer_state_is_in_host_memory():
     """From the start, not only after the first step."""
     with FakeTensorMode():
         module = torch.nn.ParameterList([torch.empty(4, device="cuda"), torch.empty(2, 3, device="cuda")])
-        optimizer = make_optimizer(Config(optimizer_offload=True), module, 1e-3)
+        optimizer = make_optimizer(Config(offload="optimizer"), module, 1e-3)
         checkpoint.allocate_state(optimizer, list(module.parameters()))  # as `restore_state` does
     found = {value.device.type for state in optimizer.state.values() for value in state.values()}
     assert len(optimizer.state) == 2 and found == {"cpu"}
@@ -143,7 +143,7 @@ def test_optimizer_steps_are_the_same_with_its_state_elsewhere():
         (dict(sync="adapter", lora_rank=513), "vLLM's LoRA has ranks up to 512, not 513"),
         (dict(sync="adapter", lora_rank=0), "there is no adapter"),
         (dict(sync="adapter", sleep_level=2), "sleep_level 2 discards vLLM's weights"),
-        (dict(sync="adapter", base_dtype="nf4"), "base_dtype nf4 is not the base that vLLM has"),
+        (dict(sync="adapter", dtype="nf4"), "dtype nf4 is not the base that vLLM has"),
         (dict(sync="adapter", lora_forward="merged"), "lora_forward merged is the weight that sync merged sends"),
         (dict(sleep_level=3), "sleep_level must be one of 0, 1, 2, not 3"),
         (dict(sync="merge"), "sync must be one of merged, adapter, not 'merge'"),

@@ -23,8 +23,9 @@ from runtime.setup import check_writable, open_log
 from runtime.tracking import RunLog, wandb_mode
 
 
-def test_timeline(tmp_path):
-    config = Config(output_dir=str(tmp_path), run_name="run", wandb_mode="disabled", steps=3, profile=2)
+def test_timeline(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROFILE_STEP", "2")
+    config = Config(output_dir=str(tmp_path), run_name="run", steps=3)
     log = RunLog(config, write=True)
     for step in log.traced(range(1, 4)):
         start = time.perf_counter()
@@ -63,7 +64,7 @@ def test_timeline(tmp_path):
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     """A second run of the same name would move it aside and write its own checkpoints among those of the first."""
-    config = Config(output_dir=str(tmp_path), run_name="run", wandb_mode="disabled")
+    config = Config(output_dir=str(tmp_path), run_name="run")
     check_writable(tmp_path / "run")
     log = RunLog(config, write=True)
     with pytest.raises(ValueError, match="is being written by a run that has not ended; choose another run_name"):
@@ -81,7 +82,7 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
 )
 def test_the_environment_decides_about_wandb(monkeypatch, tmp_path, environment, expected):
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | environment)
-    assert wandb_mode("auto") == expected and wandb_mode("online") == "online"
+    assert wandb_mode() == expected
 
 
 def test_freed_memory_goes_back_to_the_system():
@@ -112,7 +113,7 @@ def test_an_operators_time_is_without_that_of_those_it_calls():
 
 def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
     """A changed loop may lack every phase and metric; NaN is no number for the console, JSON or wandb."""
-    config = Config(output_dir=str(tmp_path), run_name="run", wandb_mode="disabled", steps=3)
+    config = Config(output_dir=str(tmp_path), run_name="run", steps=3)
     log = RunLog(config, write=True)
     logged = []
     log.wandb = SimpleNamespace(log=lambda metrics, step: logged.append(metrics), finish=lambda: None)

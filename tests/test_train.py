@@ -17,7 +17,7 @@ def train(ranks: int, config: str, folder: Path, *options: str) -> tuple[list[di
     name = Path(config).stem
     done = torchrun(
         ranks, "train_grpo.py", "--config", str(ROOT / config), "--output_dir", str(folder), "--run_name", name,
-        "--wandb_mode", "disabled", *options,
+        *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     metrics = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]

@@ -67,7 +67,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     Raises ValueError or OSError of one line for whatever is wrong.
     """
     parser = OneLineParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", default="", help="a file of configs/")
+    parser.add_argument("--config", default="", help="a file of configs/", group="What is evaluated")
     parser.add_argument("--adapter", default="", help="an adapter's folder, in peft's format")
     parser.add_argument("--run", default="", help="a run's folder: one of its checkpoints is evaluated")
     parser.add_argument("--checkpoint", default="", help="of that run: latest (the default), best, or a step")
@@ -99,7 +99,7 @@ def parse(arguments: list[str]) -> tuple[Config, str]:
     if not config.lora_adapter_path:
         return dataclasses.replace(config, sync="merged"), given.out  # with sync adapter, vLLM would wait for one
     with open_adapter(config.lora_adapter_path) as file:
-        scale = {"lora_rank": file.rank, "lora_alpha": file.alpha, "use_rslora": file.rslora}
+        scale = {"lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
     return dataclasses.replace(config, **scale), given.out
 
 
@@ -152,7 +152,7 @@ def setup() -> tuple[Sampler, Path]:
     """The sampler of this command line, and the output folder."""
     listen(signal.SIG_DFL)
     config, out = parse(sys.argv[1:])
-    reward.find_task(config.task, config.flexible)
+    reward.find_task(config.task)
     world = fsdp_utils.init_world()
     out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))
@@ -164,7 +164,7 @@ def setup() -> tuple[Sampler, Path]:
         engine = build_engine(dataclasses.replace(config, sleep_level=0), fast_folder)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
-        elif config.lora_adapter_path or config.base_dtype == "nf4":
+        elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(fast_folder)))
     sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], engine)
     if world.rank == 0:
@@ -184,10 +184,10 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
     """The weights that training with these settings gives vLLM: the base, dequantised if it was in four bits, with the
     adapter merged.
     """
-    dtype, device = getattr(torch, config.dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, device = getattr(torch, config.compute_dtype), "cuda" if torch.cuda.is_available() else "cpu"
     model = meta_model(str(folder), dtype)
     wanted = dict(lora.base_weights(model))  # the file of a model with a tied head may have both
-    quantized = {f"{path}.weight" for path in lora.base_linears(model)} if config.base_dtype == "nf4" else set()
+    quantized = {f"{path}.weight" for path in lora.base_linears(model)} if config.dtype == "nf4" else set()
 
     def base() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in read_model(folder):
@@ -206,14 +206,14 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
 def print_header(sampler: Sampler) -> None:
     """Prints what is evaluated, and what may be wrong with it."""
     config, adapter = sampler.config, sampler.config.lora_adapter_path
-    print(f"model  {config.model}, base weights in {config.dtype if config.base_dtype == 'dtype' else 'NF4'}")
+    print(f"model  {config.model}, base weights in {config.dtype}")
     if adapter:
         print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
         with open_adapter(adapter) as file:
             if file.base_model and file.base_model not in (config.model, sampler.tokenizer.name_or_path):
                 print(f"       which names another base: {file.base_model}")
-        if config.base_dtype == "dtype" and not in_checkpoint(adapter):
-            print("       which does not say how its base was stored; if that was NF4, add --base_dtype nf4")
+        if config.dtype != "nf4" and not in_checkpoint(adapter):
+            print("       which does not say how its base was stored; if that was NF4, add --dtype nf4")
     print(f"task   {config.task}, {len(sampler.prompts):,} test problems, {config.eval_samples} samples of each")
     print(f"world  {sampler.world.size} x {hardware()}", flush=True)
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -61,19 +60,19 @@ SHAPES = {  # from the models' config.json
     "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
 }
 KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
-    "base shard": "param_offload true, base_dtype nf4, or more GPUs",
+    "base shard": "offload all, dtype nf4, or more GPUs",
     "adapters": "a smaller lora_rank",
     "gradients": "a smaller lora_rank",
-    "optimizer": "optimizer_offload true",
-    "critic": "critic_lora_rank above 0, or param_offload true",
-    "gathered weights": "reshard_after_forward true; what is left is the largest block, and embedding and head",
+    "optimizer": "offload optimizer",
+    "critic": "critic_lora_rank above 0, or offload all",
+    "gathered weights": "nothing: it is the largest block, and embedding and head",
     "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
     "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
     "vLLM working memory": "a smaller max_num_seqs",
-    "vLLM CUDA graphs": "enforce_eager true",
+    "vLLM CUDA graphs": "nothing",
     "KV cache": "a smaller gpu_memory_utilization; outside of the rollout: sleep_level 1",
-    "streamed weights": "sync_prefetch false, or sleep_level 1 in place of 2",
+    "streamed weights": "sleep_level 1 in place of 2",
     "reserved": "nothing",
 }
 LABELS = {  # the tracker's, and the rows they are counted in; shards are counted apart
@@ -158,23 +157,22 @@ def full_batch(config: Config) -> Packed:
 
 def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
-    config = dataclasses.replace(config, param_offload=False)  # what lives on the host is told apart in `phases`
+    config = dataclasses.replace(config, offload="none")  # what lives on the host is told apart in `phases`
     policy_of = partial(setup.meta_policy, prompt_head=prompt_head)
     policy = make(policy_of, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
     critic = make(setup.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         learners = [module and run_learner(config, module) for module in (policy, critic)]
-    width = getattr(torch, config.dtype).itemsize
+    width = getattr(torch, config.compute_dtype).itemsize
     whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
     modules = fsdp_utils.to_send(policy.model, everything=config.sleep_level == 2)
     sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
-    at_once = [a + b for a, b in pairwise(sent)] if config.sync_prefetch else sent
     return Trainer(
         *learners,
         model=sum(whole.values()),
         engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
         streamed=sum(sent),
-        streamed_peak=max(at_once),
+        streamed_peak=max(sent),
     )
 
 
@@ -273,7 +271,7 @@ def engine_share(name: str, config: Config, shape: PretrainedConfig) -> float:
 
 def working_memory(config: Config, shape: PretrainedConfig, gpu: float) -> float:
     """vLLM's activations of one block and its logits, which it sets aside when it starts. An estimate."""
-    width, ranks = getattr(torch, config.dtype).itemsize, config.tensor_parallel_size
+    width, ranks = getattr(torch, config.compute_dtype).itemsize, config.tensor_parallel_size
     tokens = 16384 if gpu >= 70 * 2**30 else 8192  # that it pushes through the model at once
     block = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size / ranks) * width
     logits = config.max_num_seqs * shape.vocab_size * (width + 3 * 4)  # and float32 for sampling
@@ -284,18 +282,18 @@ def bytes_per_token(config: Config, shape: PretrainedConfig) -> float:
     """Of KV cache, on one GPU."""
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     heads = max(1, shape.num_key_value_heads // config.tensor_parallel_size)
-    return 2 * shape.num_hidden_layers * heads * head * getattr(torch, config.dtype).itemsize
+    return 2 * shape.num_hidden_layers * heads * head * getattr(torch, config.compute_dtype).itemsize
 
 
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float) -> dict[str, Ledger]:
     """What one GPU of `gpu` bytes holds at the peak of each phase."""
-    working, graphs = working_memory(config, shape, gpu), 0.0 if config.enforce_eager else CUDA_GRAPHS
+    working, graphs = working_memory(config, shape, gpu), CUDA_GRAPHS
     own = trainer.engine + working + graphs
-    kv_cache = config.kv_cache_gb * 2**30 or config.gpu_memory_utilization * gpu - own
+    kv_cache = config.gpu_memory_utilization * gpu - own
     engine = {"vLLM weights": trainer.engine, "KV cache": max(kv_cache, 0.0)}
     awake = {} if config.sleep_level else engine
     policy, critic = trainer.policy, trainer.critic
-    shards = {} if config.param_offload else {"base shard": policy.base, "adapters": policy.adapters}
+    shards = {} if config.offload == "all" else {"base shard": policy.base, "adapters": policy.adapters}
     state = {"optimizer": state_on_gpu(policy, config)}
     waiting = {"critic": weights_on_gpu(critic, config) + state_on_gpu(critic, config)} if critic else {}
     always = {"vLLM CUDA graphs": graphs, "reserved": RESERVED}
@@ -320,20 +318,20 @@ def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float
 
 def weights_on_gpu(learner: Learner, config: Config) -> float:
     """Bytes of a model's shards there while it waits."""
-    return 0.0 if config.param_offload else learner.base + learner.adapters
+    return 0.0 if config.offload == "all" else learner.base + learner.adapters
 
 
 def state_on_gpu(learner: Learner, config: Config) -> float:
     """And of its optimizer."""
-    return 0.0 if config.param_offload or config.optimizer_offload else 2 * learner.trained
+    return 0.0 if config.offload != "none" else 2 * learner.trained
 
 
 def on_gpu(learner: Learner, config: Config, moment: str, ledger: Ledger) -> Ledger:
     """A moment's ledger without what lives on the host then."""
     ledger = dict(ledger)
-    if config.param_offload or (config.optimizer_offload and not moment.startswith("optimizer")):
+    if config.offload == "all" or (config.offload == "optimizer" and not moment.startswith("optimizer")):
         ledger["optimizer"] = 0.0
-    if config.param_offload:
+    if config.offload == "all":
         ledger["gradients"] = max(0.0, ledger["gradients"] - learner.trained)
     return ledger
 
@@ -358,7 +356,7 @@ def report(
     ledgers = phases(config, shape, trainer, gpu_gb * GB)
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
     lines = [
-        f"{config.model}, {trainer.model / getattr(torch, config.dtype).itemsize / GB:.1f}B parameters, "
+        f"{config.model}, {trainer.model / getattr(torch, config.compute_dtype).itemsize / GB:.1f}B parameters, "
         f"on {gpus} x {gpu_gb:g} GB; at its peak, each GPU holds (GB)",
         "",
         f"{'':<22}" + "".join(f"{phase:>10}" for phase in ledgers),
@@ -397,8 +395,8 @@ def report(
 def host_memory(config: Config, trainer: Trainer, gpus: int) -> float:
     """Of all ranks together, on one host."""
     learners = [trainer.policy, *filter(None, [trainer.critic])]
-    shards = sum(each.base + each.adapters + each.trained for each in learners) * config.param_offload
-    state = sum(2 * each.trained for each in learners) * (config.param_offload or config.optimizer_offload)
+    shards = sum(each.base + each.adapters + each.trained for each in learners) * (config.offload == "all")
+    state = sum(2 * each.trained for each in learners) * (config.offload != "none")
     asleep = trainer.engine * (config.sleep_level == 1)
     return gpus * (shards + state + asleep) + trainer.model * config.use_shm
 
