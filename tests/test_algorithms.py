@@ -427,9 +427,9 @@ def test_the_algorithm_fills_in_what_the_user_left_open():
 
 
 def open_options(config: Config) -> set[str]:
-    """The options that are None, but for those that the task, the chat template and the model decide."""
-    open_ones = {name for name, value in dataclasses.asdict(config).items() if value is None}
-    return open_ones - {"instruction", "system_prompt", "sync"}
+    """What nobody has decided yet, of the options that are the algorithm's to decide."""
+    others = {"instruction", "system_prompt", "sync"}  # the task, the chat template and `sends_adapter` decide these
+    return {name for name, value in dataclasses.asdict(config).items() if value is None} - others
 
 
 def test_any_row_may_do_without_groups_or_look_at_the_reference():
