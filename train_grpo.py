@@ -476,19 +476,14 @@ def only_advantages_teach(config: Config, algorithm: Algorithm) -> bool:
 # ---- The command line -----------------------------------------------------------------------------------------
 
 
-def find_algorithm(name: str) -> Algorithm:
-    """A row of ALGORITHMS. Raises ValueError if there is none of that name."""
-    if name not in ALGORITHMS:
-        raise ValueError(f"unknown algorithm {name!r}; there are: {', '.join(ALGORITHMS)}")
-    return ALGORITHMS[name]
-
-
 def configure(arguments: list[str], description: str = __doc__) -> tuple[Config, Algorithm]:
     """The complete, checked settings of a command line, and the algorithm that they name."""
     config = parse_config(arguments, description)
     if config.algorithm == "ppo":
         raise ValueError("ppo needs a critic: run train_ppo.py")
-    algorithm = find_algorithm(config.algorithm)
+    if config.algorithm not in ALGORITHMS:
+        raise ValueError(f"unknown algorithm {config.algorithm!r}; there are: {', '.join(ALGORITHMS)}")
+    algorithm = ALGORITHMS[config.algorithm]
     return resolve_config(config, algorithm), algorithm
 
 

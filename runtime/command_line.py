@@ -65,7 +65,7 @@ def read_config_file(path: str) -> Config:
     """Runs a config file and returns its `config`."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path!r}; see configs/ for those there are")
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # so that it can import configs.base from anywhere
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can import configs.base from anywhere
     try:
         config = runpy.run_path(path).get("config")
     except (Exception, SystemExit) as error:

@@ -79,9 +79,24 @@ def test_bad_config_files(tmp_path, text, words):
     assert str(path) in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_a_user_sees_one_line():
-    """On standard error, with exit code 2, whether the option or what it names is wrong."""
+FORK = """
+import dataclasses
+import train_grpo
+from configs.arithmetic_cpu import config as default
+
+train_grpo.ALGORITHMS["mine"] = train_grpo.Algorithm(train_grpo.center, train_grpo.clip_token, train_grpo.all_tokens)
+config = dataclasses.replace(default, algorithm="mine")
+"""
+
+
+def test_a_user_sees_one_line(tmp_path):
+    """On standard error, with exit code 2, whether the option or what it names is wrong.
+
+    A config file may add an algorithm to the script that runs it, so the third run only lacks its model.
+    """
+    (tmp_path / "mine.py").write_text(FORK)
     mistakes = {"--steps": ["--stepz", "3"], "/no/such/model": ["--model", "/no/such/model"]}
+    mistakes["/no/other/model"] = ["--config", str(tmp_path / "mine.py"), "--model", "/no/other/model"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     runs = [subprocess.Popen([sys.executable, "train_grpo.py", *ARITHMETIC, *m], **pipes) for m in mistakes.values()]
     for word, run in zip(mistakes, runs):
