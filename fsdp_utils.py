@@ -28,7 +28,7 @@ from runtime.progress_bar import progress_bar
 
 T = TypeVar("T")
 
-LONGEST_WAIT = timedelta(hours=6)  # while one rank downloads a model; one that dies ends all by torchrun
+LONGEST_WAIT = timedelta(hours=6)  # ranks wait this long while one downloads a model; torchrun ends them if one dies
 
 
 # ---- Processes ------------------------------------------------------------------------------------------------
@@ -42,7 +42,7 @@ class World:
 
 
 def init_world() -> World:
-    """Joins the processes of torchrun; a process started without it is a world of one."""
+    """Joins the process group of torchrun; without torchrun, the world is this one process."""
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -60,7 +60,7 @@ def init_world() -> World:
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and gives its result to all; its ValueError or OSError is raised on every rank."""
+    """Runs `work` on rank 0 and broadcasts its result. Its ValueError or OSError is raised on all ranks. Collective."""
     outcome: list = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -74,7 +74,7 @@ def on_first_rank(work: Callable[[], T]) -> T:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Runs `work`, which may not communicate; one rank's ValueError or OSError is raised on all."""
+    """Runs `work`, which must not communicate. One rank's ValueError or OSError is raised on all. Collective."""
     result, error = None, None
     try:
         result = work()
@@ -126,12 +126,12 @@ def make_mesh(device: torch.device, fsdp_size: int) -> DeviceMesh:
 
 
 def offload_state(optimizer: torch.optim.Optimizer) -> None:
-    """Keeps the optimizer's state in host memory, and beside its parameters only during a step."""
+    """Keeps the optimizer's state in host memory; it is on the parameters' device only during a step."""
 
     def move(home: torch.device | None) -> None:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
-                if value.ndim:  # the count of steps is on the CPU as it is
+                if value.ndim:  # the step count is always on the CPU
                     state[name] = value.to(home or parameter.device)
 
     optimizer.register_step_pre_hook(lambda *_: move(None))
@@ -157,7 +157,7 @@ def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
                 for name in [name for name in file.keys() if name in wanted]:
                     read_rows(file.get_slice(name), wanted.pop(name), name)
                     bar.update()
-    if wanted:  # tied parameters have one name here, and in the file
+    if wanted:  # a tied parameter has one name, here and in the file
         raise ValueError(f"the checkpoint in {folder!r} lacks {sorted(wanted)[0]!r} ({len(wanted)} such tensors)")
 
 
@@ -170,18 +170,22 @@ def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
     quantized = isinstance(weight, nf4.NF4Weight)
     parameters = list(weight.parameters()) if quantized else [weight]
     parameter, shards, start = parameters[0], [local(parameter) for parameter in parameters], 0
-    if isinstance(parameter, DTensor):  # as torch.chunk: equal shares rounded up, the last ranks may have less or none
+    if isinstance(
+        parameter, DTensor
+    ):  # as torch.chunk: shares are rounded up, so the last ranks may have fewer rows or none
         ranks, mine = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
         start = min(mine * -(-len(parameter) // ranks), len(parameter))
     rows = source[start : start + len(shards[0])]
-    rows = rows.cuda() if quantized and torch.cuda.is_available() else rows  # a CPU core takes minutes for billions
+    rows = (
+        rows.cuda() if quantized and torch.cuda.is_available() else rows
+    )  # on a CPU core, billions of values take minutes
     with torch.no_grad():
         for shard, values in zip(shards, nf4.quantize(rows) if quantized else [rows]):
             shard.copy_(values)
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Buffers (rotary frequencies) are computed from the configuration, not stored: compute them anew."""
+    """Recomputes buffers (rotary frequencies): they follow from the configuration and are not in the checkpoint."""
     for module in model.modules():
         buffers = dict(module.named_buffers(recurse=False))
         if buffers:
@@ -194,29 +198,29 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def local(parameter: Tensor) -> Tensor:
-    """This rank's rows of a tensor that may be sharded."""
+    """This rank's shard of a tensor; the tensor itself if it is not sharded."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def gather(parameter: Tensor) -> Tensor:
-    """The whole of a tensor that may be sharded."""
+    """The whole tensor, gathered if it is sharded. Collective."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def clip_gradients(parameters: list[Tensor], max_norm: float) -> float:
-    """Scales the gradients down to that norm, which counts those of all ranks; the norm before."""
+    """Scales gradients down to `max_norm`, over all ranks; returns the norm before. Collective."""
     return gather(torch.nn.utils.clip_grad_norm_(parameters, max_norm)).item()
 
 
 def reshard(root: nn.Module) -> None:
-    """Frees what forwards without a backward have left whole."""
+    """Frees the gathered weights that a forward without a backward leaves behind."""
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def fill(parameter: Tensor, whole: Tensor) -> None:
-    """Puts a whole tensor, which every rank has, into a parameter that may be sharded."""
+    """Copies a whole tensor, which every rank has, into a parameter that may be sharded."""
     if isinstance(parameter, DTensor):
         whole = whole.to(parameter.device)
         sharded = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -233,29 +237,29 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 # tensor that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
-# vLLM fuses these linears into one module, which on a CPU it loads only when all of its parts have come.
+# vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Of W + s·B A that are formed at a time: a few float32 temporaries of 4 MiB each; on a GPU larger ones, or starting
-# kernels would take longer than they do.
+# Elements of W + s·B A that are merged at a time: temporaries of 4 MiB in float32; on a GPU of 16 MiB, since launching
+# kernels for smaller ones takes longer than the kernels.
 MERGED_AT_ONCE = 1 << (22 if torch.cuda.is_available() else 20)
 
 
 @dataclass
 class SyncStats:
-    """What one pass of the stream moved and held, and how much of the update survived rounding to W's dtype."""
+    """Bytes that one sync moved and held, and how much of the update survived rounding to W's dtype."""
 
     bytes: int = 0  # of the tensors streamed
-    peak_bytes: int = 0  # of those that were alive at one time, here or with whom they were given to
-    moments: Tensor = field(default_factory=lambda: torch.zeros(3))  # see `compare`, over this rank's shards
-    held: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # buffer -> bytes, while anyone has it
+    peak_bytes: int = 0  # most that were alive at one time, here or in vLLM's loader
+    moments: Tensor = field(default_factory=lambda: torch.zeros(3))  # see `compare`; of this rank's shards
+    held: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # buffer -> bytes, while it is referenced
 
     def hold(self, buffer: Tensor) -> None:
-        """Counts a buffer for as long as anyone keeps it or a view of it."""
+        """Counts a buffer for as long as it or a view of it is referenced."""
         self.held[buffer] = buffer.nbytes
         self.peak_bytes = max(self.peak_bytes, sum(self.held.values()))
 
     def release(self, buffer: Tensor) -> None:
-        """Frees a buffer's memory, whoever keeps it."""
+        """Frees a buffer's memory, even if it is still referenced."""
         buffer.untyped_storage().resize_(0)
         self.held.pop(buffer)
 
@@ -270,7 +274,7 @@ class SyncStats:
         """`sync/update_survival` is the cosine between the two: 1 if nothing was lost. Collective."""
         metrics: dict[str, float] = {"sync/bytes": self.bytes, "sync/peak_bytes": self.peak_bytes}
         moments = self.moments.float().cpu()
-        dist.all_reduce(moments)  # also of a rank without any rows of the adapted weights
+        dist.all_reduce(moments)  # ranks without rows of adapted weights take part, too
         dot, realised, intended = moments.tolist()
         if intended:
             metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
@@ -278,7 +282,7 @@ class SyncStats:
 
 
 def to_send(model: nn.Module, everything: bool = False) -> set[str] | None:
-    """The modules whose weights a sync streams: those with adapters, and what vLLM fuses with them; None: all."""
+    """The modules whose weights a sync streams: those with adapters and those fused with them in vLLM; None: all."""
     modules = {path for path, _ in lora.lora_layers(model)}
     for path in list(modules):
         parent, _, name = path.rpartition(".")
@@ -298,10 +302,9 @@ def summon_layers(
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights as the sampler needs them: (Hugging Face name, whole tensor on `device`), in the model's order.
 
-    `modules` limits the stream to the parameters of those modules; None streams all. `dtype`: of the stream; None: of
-    the model. `prefetch`: the next tensor is gathered while this one is used. `release` frees a tensor when the next
-    one is asked for, for takers that have copied it by then: others may keep it as long as they like. Collective: all
-    ranks take the stream to its end.
+    modules: streams only the parameters of these modules; None: all. dtype: of the stream; None: of the model.
+    prefetch: gathers the next tensor while this one is used. release: frees a tensor when the next one is requested,
+    for consumers that have copied it by then. Collective: all ranks must exhaust the stream.
     """
     stats = stats or SyncStats()
     layers = dict(lora.lora_layers(model))
@@ -314,22 +317,22 @@ def summon_layers(
                 yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats)
 
     upcoming = gatherings()
-    following = next(upcoming, None)
-    while following:
-        path, gathering = following
+    pending = next(upcoming, None)
+    while pending:
+        path, gathering = pending
         whole = gathering.wait()
-        following = next(upcoming, None) if prefetch else None  # not sooner: one collective at a time, or gloo fails
+        pending = next(upcoming, None) if prefetch else None  # after the wait: gloo fails on two collectives at once
         yield path, whole
         if release:
             stats.release(gathering.buffer)
-        del whole, gathering  # or they would live on while the next one is made
-        following = following or next(upcoming, None)
+        del whole, gathering  # so that they are freed before the next one is made
+        pending = pending or next(upcoming, None)
 
 
 class Gathering:
-    """A whole tensor on its way: this rank's rows are in their place, those of the others are coming."""
+    """A whole tensor that is being gathered: this rank's rows are in place, those of other ranks arrive."""
 
-    @torch.no_grad()  # here, for around a generator it would keep what was yielded last
+    @torch.no_grad()  # on this method: around the generator it would keep the last tensor alive
     def __init__(
         self,
         weight: Tensor | nf4.NF4Weight,
@@ -343,7 +346,10 @@ class Gathering:
         if isinstance(sharded, DTensor):
             mesh = sharded.device_mesh["shard"]
             ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
-        self.length, share = weight.shape[0], -(-weight.shape[0] // ranks)  # as torch.chunk: the last may have fewer
+        self.length, share = (
+            weight.shape[0],
+            -(-weight.shape[0] // ranks),
+        )  # as torch.chunk: the last rank may have fewer
         self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
         # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
         self.own = self.buffer[mine * share : (mine + 1) * share]
@@ -360,7 +366,7 @@ class Gathering:
 
 
 def write_rows(weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats) -> None:
-    """This rank's rows of W, or of W + s·B A, into `target`; a part at a time, for float32 takes twice W's room."""
+    """Writes this rank's rows of W or W + s·B A into `target`, in parts because float32 takes twice the memory."""
     parameters = list(weight.parameters()) if isinstance(weight, nf4.NF4Weight) else [weight]
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)

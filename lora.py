@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nf4 import NF4Linear, NF4Weight, slices
 
 POLICY = "policy"  # the name of the adapter that is trained
-REFERENCE = "reference"  # and of the frozen one, if there is any, that the policy is kept close to
+REFERENCE = "reference"  # the name of the frozen adapter that is the KL reference, if there is one
 
 
 # ---- The layer ------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         adapter = self.adapters[self.active]
         A, B = adapter.lora_A, adapter.lora_B
-        if adapter.dropout and self.training and torch.is_grad_enabled():  # logprobs to compare with are without it
+        if adapter.dropout and self.training and torch.is_grad_enabled():  # logprobs without gradients have no dropout
             low = F.linear(F.dropout(x, adapter.dropout), A.to(x.dtype))
             return self.base(x) + adapter.scale * F.linear(low, B.to(x.dtype))
         return LowRankLinear.apply(x, self.weight, self.bias, A, B, adapter.scale, adapter.merged)
@@ -143,12 +143,12 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def dense(weight: Tensor | NF4Weight) -> Tensor:
-    """The weight as a matrix to multiply with."""
+    """The weight as a matrix; an NF4 weight is dequantised."""
     return weight() if isinstance(weight, NF4Weight) else weight
 
 
 def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`updated`, rounded once to W's dtype; a part at a time, for float32 takes twice W's room."""
+    """`updated`, rounded once to W's dtype; computed in parts, because float32 takes twice the memory."""
     merged = torch.empty_like(weight)
     for rows in slices(weight):
         merged[rows] = updated(weight[rows], A, B[rows], scale)
@@ -205,7 +205,7 @@ def quantize_base(model: nn.Module) -> None:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Leaves nothing trainable but what adapters hold."""
+    """Freezes all parameters except those of adapters."""
     for path, parameter in model.named_parameters():
         if ".adapters." not in path:
             parameter.requires_grad_(False)
@@ -222,7 +222,7 @@ def base_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def as_lora_layer(model: nn.Module, path: str) -> LoRALinear:
-    """The layer of that name, which takes the place of an `nn.Linear` if there still is one."""
+    """The LoRA layer of that name; an `nn.Linear` there is replaced by one first."""
     layer = model.get_submodule(path)
     if not isinstance(layer, LoRALinear):
         layer = LoRALinear(layer)
@@ -238,7 +238,7 @@ def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoR
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:
-    """What the base's checkpoint holds, under its name there, in the model's order; tied parameters once."""
+    """The base's weights under their names in the checkpoint, in the model's order; tied parameters once."""
     quantized = {path: module for path, module in model.named_modules() if isinstance(module, NF4Weight)}
     for path, parameter in model.named_parameters():
         owner = path.rpartition(".")[0]
@@ -250,7 +250,7 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:
 
 
 def fresh_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
-    """A's first values, U(±1/√in), on the CPU."""
+    """Initial values of A, U(±1/√in), on the CPU."""
     bound = 1 / math.sqrt(in_features)
     return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
 
@@ -268,7 +268,7 @@ def init_adapters(
 
 
 def activate(model: nn.Module, name: str | None) -> None:
-    """Lets the adapters of that name run, and the base alone in layers that have none."""
+    """Switches to the adapters of that name; layers without one run the base alone."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
             module.active = name if name in module.adapters else None
@@ -276,9 +276,9 @@ def activate(model: nn.Module, name: str | None) -> None:
 
 @contextmanager
 def using(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Within it, the adapters of that name run, see `activate`; None: the base alone.
+    """A context in which the adapters of that name run, see `activate`; None: the base alone.
 
-    Where activations are recomputed in the backward, that too must run within it.
+    If activations are recomputed in the backward, the backward must run within it, too.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     before = [layer.active for layer in layers]
@@ -291,10 +291,10 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def disabled(model: nn.Module):
-    """Within it, the model is its base."""
+    """A context in which the model is its base."""
     return using(model, None)
 
 
 def reference(model: nn.Module):
-    """Within it, the model is what the policy is kept close to: the frozen adapter of that name, else the base."""
+    """A context in which the model is the KL reference: the frozen adapter of that name, else the base."""
     return using(model, REFERENCE)

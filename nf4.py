@@ -28,9 +28,8 @@ CODEBOOK = torch.tensor(  # as bitsandbytes publishes it; tests derive it from t
         *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ]
 )
-# Worked on at a time, where 20 bytes may be needed for each: what a CPU's cache holds is done twice as fast, and a GPU
-# has room for many.
-ELEMENTS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 20)
+# Elements processed at a time; each needs up to 20 bytes. On a CPU, parts that fit in the cache are twice as fast.
+PROCESSED_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 20)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,8 +61,8 @@ def dequantize(packed: Tensor, absmax: Tensor, scale: Tensor, in_features: int, 
     return weight
 
 
-def slices(weight: Tensor, elements: int = ELEMENTS_AT_ONCE) -> Iterator[slice]:
-    """The rows of a tensor, in parts of about so many elements."""
+def slices(weight: Tensor, elements: int = PROCESSED_AT_ONCE) -> Iterator[slice]:
+    """Slices of a tensor's rows, each of about `elements` elements."""
     step = max(1, elements // math.prod(weight.shape[1:]))
     return (slice(start, start + step) for start in range(0, len(weight), step))
 
@@ -76,7 +75,7 @@ def pairs(device: torch.device) -> Tensor:
 
 
 class NF4Weight(nn.Module):
-    """Stands where a linear's `weight` stood; calling it gives the weight, anew each time, in the dtype it had."""
+    """Replaces a linear's `weight`; calling it dequantises the weight, each time anew, in its original dtype."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
@@ -89,7 +88,7 @@ class NF4Weight(nn.Module):
 
 
 class NF4Linear(torch.autograd.Function):
-    """x Wᵀ + b for a frozen NF4 weight, which is dequantised again in the backward instead of being kept until then."""
+    """x Wᵀ + b for a frozen NF4 weight, which is dequantised again in the backward instead of being saved."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: NF4Weight, bias: Tensor | None) -> Tensor:

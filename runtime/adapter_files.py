@@ -1,7 +1,7 @@
-"""LoRA adapters on disk, in peft's format: `adapter_config.json` and `adapter_model.safetensors`. Knows no model.
+"""LoRA adapters on disk, in peft's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Strict: what peft can do and `lora.py` does not is refused, as is any tensor that is missing, left over or mis-shaped.
-Also here: the same update B A at another rank, for training that goes on from an adapter.
+Reading is strict: features of peft that `lora.py` lacks are refused, and so are missing, unexpected or mis-shaped
+tensors. A model may load an adapter of another rank: it grows with zeros or shrinks by SVD.
 
 Shapes: A (r, in), B (out, r).
 """
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import lora
 
-# What of peft's LoRA changes the forward or the base in ways that are not done here: key -> the value that is fine.
-UNSUPPORTED = {
+# Settings of peft's LoRA that change the forward or the base in unsupported ways: key -> the supported value.
+SUPPORTED = {
     "bias": "none",
     "lora_bias": False,
     "use_dora": False,
@@ -51,7 +51,7 @@ class AdapterFile:
     alpha: float
     rslora: bool
     base_model: str
-    paths: list[str]  # of the modules that it has matrices for
+    paths: list[str]  # of the adapted modules
     tensors: "safe_open"
 
     @property
@@ -76,7 +76,7 @@ class AdapterFile:
 
 @contextmanager
 def open_adapter(folder: str | Path) -> Iterator[AdapterFile]:
-    """Opens an adapter folder. Whatever is wrong with it, here or within, is a ValueError or OSError of one line."""
+    """Opens an adapter folder. Errors in it, here or in the block, are a ValueError or OSError of one line."""
     folder = Path(folder)
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / file).is_file():
@@ -101,7 +101,7 @@ def open_adapter(folder: str | Path) -> Iterator[AdapterFile]:
 
 
 def read_adapter_config(folder: Path) -> dict:
-    """peft's configuration of an adapter that is a plain LoRA."""
+    """peft's configuration of an adapter; ValueError unless it is a plain LoRA."""
     config = json.loads((folder / "adapter_config.json").read_text())
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError("its adapter_config.json is not one of a LoRA (peft_type)")
@@ -111,7 +111,7 @@ def read_adapter_config(folder: Path) -> dict:
     for key, kind in (("use_rslora", bool), ("base_model_name_or_path", str)):
         if not isinstance(config.get(key), kind | None):
             raise ValueError(f"{key} in its adapter_config.json must be {kind.__name__}, not {config[key]!r}")
-    for key, fine in UNSUPPORTED.items():
+    for key, fine in SUPPORTED.items():
         if (config.get(key) or fine) != fine:
             raise ValueError(f"{key} = {config[key]!r} is not supported")
     start = config.get("init_lora_weights")
@@ -131,7 +131,7 @@ def write_adapter(
     dropout: float,
     base_model: str,
 ) -> None:
-    """Writes the A and B of each module."""
+    """Writes an adapter folder from the A and B of each module."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -181,7 +181,7 @@ def save_adapter(
     if not write:
         return
     endings = {path.rpartition(".")[2] for path in layers}
-    first = next(iter(layers.values())).adapters[name]  # in rank and scale all are alike
+    first = next(iter(layers.values())).adapters[name]  # all have the same rank and scale
     so_named = {path for path in lora.base_linears(model) if path.rpartition(".")[2] in endings}
     write_adapter(
         folder,
@@ -240,7 +240,7 @@ def load_adapter(
 
 
 def grow(A: Tensor, B: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
-    """The same B A at a larger rank. As at the start of training, only B is zero: were A too, neither could learn."""
+    """The same B A at a larger rank. Only B is padded with zeros: if A were zero too, neither would get a gradient."""
     return torch.cat([A, fresh_A]), F.pad(B, (0, len(fresh_A)))
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints: everything a run needs to go on as if nothing had happened, written whole or not at all.
+"""Checkpoints: everything that a run needs to resume bit for bit, written atomically.
 
     checkpoints/step_000010/state.safetensors   trained parameters and optimizer moments, whole tensors, float32
-    checkpoints/step_000010/state.json          step, how far the logs had come, configuration
-    checkpoints/step_000010/adapter/            the same adapter as a peft folder, for everybody else
+    checkpoints/step_000010/state.json          step, lengths of the logs, configuration
+    checkpoints/step_000010/adapter/            the same adapter as a peft folder, for other programs
     checkpoints/step_000010/checksums.json      SHA-256 of every file above; written last
     latest, best                                files that name the newest one, and the one with the best evaluation
 
-Nothing depends on how many ranks there were, and no random state is kept: a step's random numbers follow from its own
-number, see `Run.complete_step`. Files are safetensors and JSON: reading one runs no code.
+A checkpoint does not depend on the number of ranks, and holds no random state: the random numbers of a step follow from
+its number, see `Run.complete_step`. Files are safetensors and JSON: reading one runs no code.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from runtime.files import atomic_folder, fsync, one_line_errors
 
 KEPT = 2  # newest checkpoints of a run, beside the best one
 
-# What a resumed run may not change: the checkpoint's tensors, or its place in the data, would not fit.
+# Settings that a resumed run must keep, because the checkpoint's tensors or its place in the data depend on them.
 FIXED = (
     "model task dtype target_modules lora_rank lora_alpha algorithm seed prompts_per_step "
     "group_size max_prompt_length instruction system_prompt critic_lora_rank"
@@ -61,11 +61,11 @@ class Saved:
 # ---- Tensors --------------------------------------------------------------------------------------------------
 
 
-Learners = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # what is trained, by name, and by which optimizer
+Learners = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> trained module and its optimizer
 
 
 def trained_state(learners: Learners) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter and every tensor of the optimizer's state of it, by name; shards stay shards."""
+    """Every trained parameter and the tensors of its optimizer state, by name; sharded ones as shards."""
     for learner, (module, optimizer) in learners.items():
         for name, parameter in module.named_parameters(prefix=learner):
             if parameter.requires_grad:
@@ -75,10 +75,10 @@ def trained_state(learners: Learners) -> Iterator[tuple[str, Tensor]]:
 
 
 def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
-    """The same, whole and on the CPU, on the rank that has `keep`. Collective."""
+    """The trained state as whole tensors on the CPU, on ranks with `keep`. Collective."""
     tensors = {}
     for module, _ in learners.values():
-        reshard(module)  # a run that stops within a step has whole parameters, which the optimizer does not know
+        reshard(module)  # within a step parameters are gathered, and the optimizer only knows the shards
     for name, tensor in trained_state(learners):
         whole = gather(tensor.detach())
         if keep:
@@ -88,7 +88,7 @@ def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_state(folder: Path, learners: Learners) -> None:
-    """Puts a checkpoint's tensors into the learners and their optimizers, however they are sharded."""
+    """Loads a checkpoint's tensors into modules and optimizers, however they are sharded."""
     where = f"checkpoint {str(folder)!r}"
     with one_line_errors(where), safe_open(folder / "state.safetensors", framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -102,7 +102,7 @@ def restore_state(folder: Path, learners: Learners) -> None:
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
-    """Makes the optimizer create its state of those parameters, by a step of which only that remains."""
+    """Creates the optimizer's state for the parameters, by a step with zero gradients."""
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -117,8 +117,8 @@ def write(
 ) -> Path:
     """Writes `checkpoints/step_N`. `export(folder)` adds files for other programs.
 
-    Whatever happens in between, a folder of that name is complete: it is written under another name, flushed to the
-    disk, and renamed. Raises OSError if the disk is full; what was there before is then still there.
+    A folder of that name is always complete: it is written under another name, flushed to the disk, then renamed.
+    Raises OSError if the disk is full; an earlier folder of that name is then unchanged.
     """
     target = run / "checkpoints" / f"step_{step:06d}"
     with atomic_folder(target) as partial:
@@ -136,7 +136,7 @@ def write(
 
 
 def set_pointers(run: Path, latest: int, best: int) -> None:
-    """Makes the files `latest` and `best` name the checkpoints of those steps; there is no best one below 0."""
+    """Writes the files `latest` and `best`, which name the checkpoints of those steps; a negative step: no file."""
     for name, step in (("latest", latest), ("best", best)):
         if step < 0:
             (run / name).unlink(missing_ok=True)
@@ -149,8 +149,10 @@ def set_pointers(run: Path, latest: int, best: int) -> None:
 
 
 def rewind(run: Path, step: int, best: int) -> None:
-    """Makes the folder what it was when the checkpoint of that step was new. What came later is renamed to `.old`,
-    and goes when the run comes there again; what a killed process left half-written goes now.
+    """Restores the folder to the state of that step's checkpoint.
+
+    Later checkpoints are renamed to `.old`, and deleted when the run saves that step again. Partial folders of killed
+    processes are deleted.
     """
     for path in (run / "checkpoints").glob("*.partial"):
         shutil.rmtree(path)
@@ -168,7 +170,7 @@ def digest(path: Path) -> str:
 
 
 def integrity_error(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if all its files are as they were written."""
+    """What is wrong with a checkpoint; None if all files have their checksums."""
     try:
         checksums = json.loads((folder / "checksums.json").read_text())
         for name, expected in checksums.items():
@@ -185,14 +187,14 @@ def integrity_error(folder: Path) -> str | None:
 
 
 def written(run: Path) -> dict[int, Path]:
-    """The folders of a run's checkpoints by their steps, in that order; only `find` looks inside."""
+    """A run's checkpoint folders by step, in order; only `find` checks their contents."""
     names = (re.fullmatch(r"step_(\d{6,})", path.name) for path in (run / "checkpoints").glob("step_*"))
     steps = sorted(int(name[1]) for name in names if name)
     return {step: run / "checkpoints" / f"step_{step:06d}" for step in steps}
 
 
 def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
-    """The checkpoint to go on from: `which` is a folder, or "latest" for the newest one of the run that is whole.
+    """The checkpoint to resume from: `which` is a folder, or "latest" for the newest intact one of the run.
 
     None if the run has written none yet. Raises ValueError if there are some, but none to go on from.
     """

@@ -1,4 +1,4 @@
-"""Files: model folders, downloads, folders that are written as a whole, locks. Nothing here knows of ranks."""
+"""Files: model folders, downloads, atomic folders, locks. Nothing here knows of ranks."""
 
 import fcntl
 import json
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from runtime.progress_bar import progress_bar
 
-# What weights may be stored as, in safetensors' words; quantised ones are not understood.
+# The dtypes of weights that are supported, by safetensors' names; quantised checkpoints are not.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FILE_BYTES = 4 << 30
 NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
@@ -28,7 +28,7 @@ NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.jso
 
 @contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
-    """Whatever a library raises over a file of the user's becomes a ValueError that names it, of one line."""
+    """Turns any exception of a library about a user's file into a ValueError of one line that names the file."""
     try:
         yield
     except Exception as error:
@@ -39,7 +39,7 @@ def one_line_errors(what: str) -> Iterator[None]:
 
 
 def find_model(model: str) -> str:
-    """The local folder of a model: a folder as it is, a name of the hub downloaded once."""
+    """The local folder of a model: `model` if it is a folder, else the hub's model of that name, downloaded once."""
     if Path(model, "config.json").is_file():
         return model
     if Path(model).exists():
@@ -52,7 +52,7 @@ def find_model(model: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that a model's index names; without an index, all there are."""
+    """The safetensors files named by a model's index; without an index, all in the folder."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return sorted(folder.glob("*.safetensors"))
@@ -66,7 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator["safe_open"]:
-    """Opens a safetensors file; what is found wrong with it, here or within, is a ValueError that names it."""
+    """Opens a safetensors file. Errors in it, here or in the block, become a ValueError that names the file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -88,7 +88,7 @@ def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path) -> None:
-    """Writes a Hugging Face model folder, whole or not at all; all but the tensors is copied from the folder `like`."""
+    """Writes a Hugging Face model folder atomically; all files except weights are copied from the folder `like`."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists and is not empty")
     expected = sum(path.stat().st_size for path in weight_files(like))
@@ -107,20 +107,20 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
 
 
 def counted(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; the bar shows how many bytes have come."""
+    """The same tensors; the bar counts their bytes."""
     for name, tensor in tensors:
         yield name, tensor
         bar.update(tensor.nbytes)
 
 
 def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """What goes into each file: at most `FILE_BYTES`, or one larger tensor."""
+    """The tensors of each file: at most `FILE_BYTES`, or one larger tensor."""
     batch: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
         if batch and size + tensor.nbytes > FILE_BYTES:
             yield batch
-            batch.clear()  # before the next one is read
+            batch.clear()  # frees memory before the next tensor is read
             size = 0
         batch[name] = tensor.cpu().contiguous()
         size += tensor.nbytes
@@ -132,21 +132,21 @@ def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Gives a new folder, which becomes `target` when the block ends, and goes if it fails."""
+    """Yields a new folder, which is renamed to `target` when the block ends, and deleted if it fails."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(target)
-    except SafetensorError as error:  # its name for what the system says of the disk
+    except SafetensorError as error:  # safetensors' name for an OSError
         raise OSError(f"cannot write {str(target)!r}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
-    """Returns when a file's contents, or a folder's entries, are on the disk."""
+    """Flushes a file's contents or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -156,7 +156,7 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Within it, this is the only process that is, for that folder; others wait."""
+    """Holds an exclusive lock on the folder; other processes wait."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks

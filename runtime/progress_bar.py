@@ -1,4 +1,4 @@
-"""One line on the terminal while something takes long: what it is, how far it has come, how long it has taken.
+"""One line on the terminal during long work: its name, progress and time.
 
 The line is gone when the work is done. Where standard error is no terminal (a log file, a test), nothing is written;
 of several ranks, the first one writes.
@@ -11,8 +11,8 @@ from threading import Event, Thread
 
 from tqdm import tqdm
 
-SHOWN_AFTER = 2.0  # seconds: shorter work needs no line
-REDRAWN_EVERY = 1.0  # seconds: the clock goes on where one part takes long
+SHOWN_AFTER = 2.0  # seconds; shorter work shows no bar
+REDRAWN_EVERY = 1.0  # seconds; the clock also runs during a long part
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def progress_bar(label: str, total: int | None = None, unit: str = "", **options
 
 
 def redraw(bar: tqdm, done: Event) -> None:
-    """Draws the bar now and then, also while nobody calls its `update`."""
+    """Redraws the bar regularly, also while `update` is not called."""
     wait = SHOWN_AFTER
     while not done.wait(wait):
         wait, bar.delay = REDRAWN_EVERY, 0.0  # tqdm removes a bar only if it is past its delay

@@ -217,7 +217,7 @@ def check_prompts(config: Config, model: PretrainedConfig, prompts: list[Prompt]
     if config.max_model_len > longest and not stretched:  # vLLM checks stretched positions
         raise ValueError(
             f"max_prompt_length {config.max_prompt_length} and max_completion_length {config.max_completion_length} "
-            f"make {config.max_model_len} tokens, but the model supports at most {longest}; lower one of them"
+            f"make {config.max_model_len} tokens; model {config.model!r} supports at most {longest}: lower one"
         )
 
 

@@ -24,7 +24,7 @@ def first_on_host() -> bool:
 
 @contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A new folder in each host's memory, of one name everywhere, made by one rank of the host.
+    """A new folder in each host's memory, of the same name on all hosts; one rank per host makes it.
 
     All are done with it when the block ends, and it goes.
     """
@@ -44,9 +44,9 @@ def make_locked(folder: Path) -> int:
 
     Folders without a lock have been left by processes that were killed. They are removed.
     """
-    with folder_lock(folder.parent):  # or somebody else would find it when it is made and not yet locked
+    with folder_lock(folder.parent):  # otherwise another process could find it before it is locked
         for path in folder.parent.glob("lorl-*"):
-            with suppress(OSError):  # it is in use, or another user's
+            with suppress(OSError):  # in use, or another user's
                 lock = os.open(path, os.O_RDONLY)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +61,7 @@ def make_locked(folder: Path) -> int:
 
 @contextmanager
 def in_shared_memory(folder: str) -> Iterator[str]:
-    """A copy of a model's folder in the host's memory, which goes when the block ends.
+    """A copy of a model's folder in the host's memory, deleted when the block ends. Collective.
 
     Every rank and vLLM then read the files from memory instead of asking a slow disk many times.
     """

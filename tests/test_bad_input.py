@@ -264,7 +264,7 @@ def test_what_only_a_run_can_find_out(tmp_path):
         except AssertionError:
             wrong.append((options, words, line))
     assert not wrong, "\n".join(map(str, wrong))
-    after = {path for path in tmp_path.rglob("*") if not path.name.startswith("rank_")}
+    after = {path for path in tmp_path.rglob("*") if path.parent != tmp_path or not path.name.startswith("rank_")}
     assert after == set(before), "nothing is written before everything is right"
 
 
@@ -272,7 +272,7 @@ def bad_settings(bad: Path) -> list[Case]:
     """What contradicts the world, the task or the algorithm."""
     (bad / "file").write_text("")
     return [
-        (["--task", "sums"], ["'sums'", "there are: arithmetic, gsm8k"]),
+        (["--task", "sums"], ["'sums'", "there are: arithmetic, times_tables, gsm8k"]),
         (["--system_prompt", "Be brief."], ["no chat template", "system_prompt", "instruction"]),
         (["--algorithm", "gpro"], ["'gpro'", "there are: grpo"]),
         (["--algorithm", "ppo"], ["run train_ppo.py"]),
@@ -364,7 +364,7 @@ def bad_models(bad: Path) -> list[Case]:
     configured("vocabulary a word", [], vocab_size="many")
     configured("other vocabulary", ["embed_tokens", "1000"], vocab_size=1000)
     configured("small vocabulary", ["tokenizer", "only 10"], vocab_size=10)
-    configured("short", ["16", "24", "40", "bears 32"], max_position_embeddings=32)
+    configured("short", ["16", "24", "40", "at most 32"], max_position_embeddings=32)
     configured("other width", ["mlp", "999"], intermediate_size=999)
     configured("more layers", ["num_hidden_layers", "layer_types"], num_hidden_layers=4)
     layers = ["full_attention"] * 4
@@ -487,7 +487,7 @@ def bad_adapters(bad: Path) -> list[Case]:
 def bad_checkpoints(run: Path, bad: Path) -> list[Case]:
     """A run's checkpoint with one thing wrong, the run's only one or of another run."""
     now = parse_config([*ARITHMETIC, "--run_name", "r"], "")
-    progress = {"step": 1, "prompts_taken": 8}
+    progress = {"step": 1, "prompts_drawn": 8}
     state = {
         "progress": progress,
         "config": dataclasses.asdict(now),

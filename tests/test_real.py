@@ -294,11 +294,11 @@ def test_a_killed_run_of_a_real_model_resumes_bit_identically(smollm2, tmp_path)
     """As the tiny model's in test_resume.py; an entropy bonus teaches although no answer is right."""
     options = f"--model {smollm2} {SMALL_RUN} --steps 4 --save_every 1 --eval_every 0 --entropy_coef 0.01".split()
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
-    finish(start(quiet, tmp_path, *options))
-    process = start(killed, tmp_path, *options)
+    finish(start(quiet, *options))
+    process = start(killed, *options)
     await_step(process, killed, 2)
     time.sleep(1)  # into the third step, or a slow disk's save of the second
     kill(process)
-    assert "resumed after step" in finish(start(killed, tmp_path, *options, "--resume"))
+    assert "resumed after step" in finish(start(killed, *options, "--resume"))
     assert rows(killed) == rows(quiet) and sum(row.get("grad_norm", 0) for row in rows(quiet)) > 0
     assert rows(killed, "samples") == rows(quiet, "samples")
