@@ -45,7 +45,8 @@ def test_table_and_json_are_complete(checked):
     assert all(line in text for line in gpu_check.table(rows))
     for row in rows:
         assert row.value is not None or row.note, f"{row.what} has neither a number nor a reason"
-        assert row.value is None or row.value >= 0
+        difference = row.what == "LoRA's overhead"  # of two times that noise may exchange
+        assert row.value is None or row.value >= (-1 if difference else 0)
     assert {"device", "size", "date", "seconds", "environment"} <= record.keys()
 
 
