@@ -4,6 +4,7 @@ import fcntl
 import gzip
 import json
 import math
+import mmap
 import os
 import re
 import struct
@@ -33,7 +34,10 @@ def test_timeline(tmp_path, monkeypatch):
         time.sleep(0.05)
         log.phase("update")
         torch.ones(64, 64) @ torch.ones(64, 64)
-        torch.ones(100 << 18 if step == 2 else 1)  # 100 MiB
+        if step == 2:
+            with mmap.mmap(-1, 100 << 20) as fresh:  # malloc would reuse what earlier tests have freed
+                for _ in range(100):
+                    fresh.write(bytes(1 << 20))
         log.phase("rollout")
         time.sleep(0.05)
         log.step(step, {"reward/mean": 0.0, "completion/length_mean": 1.0, "rollout/tokens": 7})
