@@ -9,9 +9,10 @@ import runtime.quiet  # noqa: F401, I001  before torch
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -197,15 +198,15 @@ class Engine:
             yield name, tensor
             if tied and name.endswith("embed_tokens.weight"):
                 yield "lm_head.weight", tensor
+            del tensor  # this generator must not keep it while the next one is gathered
 
     def load_adapter(self, folder: str, name: str = lora.POLICY) -> None:
         """Loads a peft folder, in place of an earlier adapter of that name; vLLM has read it when this returns."""
         known = self.adapters.get(name)
         number = known.lora_int_id if known else len(self.adapters) + 1
         self.llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
-        self.adapters[name] = LoRARequest(
-            name, number, folder
-        )  # without load_inplace, which would read the folder for every request
+        # Without load_inplace, which would read the folder for every request.
+        self.adapters[name] = LoRARequest(name, number, folder)
         self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
@@ -221,9 +222,13 @@ class Engine:
 
     def adapter_slot(self, name: str) -> int:
         """The index of an adapter in vLLM's stacks of adapters."""
-        worker = self.llm.collective_rpc(lambda worker: worker)[0]
-        slots = worker.model_runner.lora_manager._adapter_manager.lora_index_to_id
-        return slots.index(self.adapters[name].lora_int_id)
+        return self.adapter_manager.lora_index_to_id.index(self.adapters[name].lora_int_id)
+
+    @cached_property
+    def adapter_manager(self) -> Any:
+        """vLLM's, which knows where in its stacks each adapter is."""
+        (worker,) = self.llm.collective_rpc(lambda worker: worker)
+        return worker.model_runner.lora_manager._adapter_manager
 
     def sleep(self) -> None:
         """Frees GPU memory for training: drops the KV cache, and moves (level 1) or drops (2) the weights."""

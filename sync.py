@@ -328,13 +328,18 @@ class Probe:
     def set_adapters(self, strength: float) -> None:
         """Overwrites the policy's adapters with a random update, `strength` times as large as each W."""
         generator = torch.Generator().manual_seed(0)
-        for _, layer in self.layers:
+        for (_, layer), rms in zip(self.layers, self.weight_sizes):
             adapter = layer.adapters[lora.POLICY]
             A = lora.fresh_A(adapter.rank, layer.in_features, generator)  # its entries have variance 1 / (3 in)
             B = torch.randn(adapter.lora_B.shape, generator=generator)
-            size = strength * weight_rms(layer) * (3 * layer.in_features / adapter.rank) ** 0.5 / adapter.scale
+            size = strength * rms * (3 * layer.in_features / adapter.rank) ** 0.5 / adapter.scale
             fsdp_utils.fill(adapter.lora_A, A)
             fsdp_utils.fill(adapter.lora_B, B * size)
+
+    @cached_property
+    def weight_sizes(self) -> list[float]:
+        """The root mean square of each layer's W, which never changes."""
+        return [weight_rms(layer) for _, layer in self.layers]
 
     def trainer_logprobs(self) -> Tensor:
         """Of the texts, by the trainer; needs as much memory as training."""

@@ -49,8 +49,8 @@ class HealthMonitor:
         self.count_useless(step, metrics, samples, progress)
         if self.config.lora_forward == "factored":  # merged: the trainer runs the rounded weights, too
             self.count_lost(metrics.get("sync/update_survival", 1.0), progress)
-        useless = reason_to_stop(progress.steps_useless, metrics, samples, self.config)
-        return useless or reason_of_losses(progress.syncs_lost, metrics, self.config)
+        useless = reason_of_useless_steps(progress.steps_useless, metrics, samples, self.config)
+        return useless or reason_of_lost_updates(progress.syncs_lost, metrics, self.config)
 
     def count_lost(self, survival: float, progress: Progress) -> None:
         """Counts syncs in a row whose merged weights kept too little of the update; explains the first loss."""
@@ -138,7 +138,7 @@ def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -
     return [*causes, "the problems are too hard for the model"]
 
 
-def reason_to_stop(steps: int, metrics: Metrics, samples: Sequence[Sample], config: Config) -> str | None:
+def reason_of_useless_steps(steps: int, metrics: Metrics, samples: Sequence[Sample], config: Config) -> str | None:
     """Why a run stops after `steps` steps in a row that taught nothing; None if it may go on."""
     if not 0 < config.max_useless <= steps:
         return None
@@ -149,9 +149,9 @@ def reason_to_stop(steps: int, metrics: Metrics, samples: Sequence[Sample], conf
     )
 
 
-def reason_of_losses(syncs: int, metrics: Metrics, config: Config) -> str | None:
+def reason_of_lost_updates(syncs: int, metrics: Metrics, config: Config) -> str | None:
     """Why a run stops after `syncs` syncs in a row that lost most of the update; None if it may go on."""
-    if not 0 < config.max_useless or syncs < SYNCS_LOST:
+    if not config.max_useless or syncs < SYNCS_LOST:
         return None
     return (
         f"for {syncs} syncs in a row the sampler got less of the update than {MIN_SURVIVAL:g} (cosine): "

@@ -19,7 +19,7 @@ from runtime.health import (
     describe_rewards,
     explain_survival,
     likely_causes,
-    reason_to_stop,
+    reason_of_useless_steps,
     rewards_differ,
 )
 from runtime.run import Run
@@ -66,13 +66,13 @@ def test_likely_causes_follow_from_describe_rewards(changes, samples, first, oth
 
 def test_when_to_stop():
     config = Config(max_useless=3)
-    assert reason_to_stop(2, NOTHING, [SAMPLE], config) is None
-    reason = reason_to_stop(3, NOTHING, [SAMPLE], config)
+    assert reason_of_useless_steps(2, NOTHING, [SAMPLE], config) is None
+    reason = reason_of_useless_steps(3, NOTHING, [SAMPLE], config)
     assert reason.startswith(
         "nothing to learn from in 3 steps in a row (max_useless): all rewards are 0. Likely causes: "
     )
     assert "See samples.jsonl" in reason and "\n" not in reason
-    assert reason_to_stop(1000, NOTHING, [SAMPLE], Config(max_useless=0)) is None
+    assert reason_of_useless_steps(1000, NOTHING, [SAMPLE], Config(max_useless=0)) is None
     assert "only the critic learns" in describe_rewards(NOTHING | {"critic/loss": 1.0})
 
 
