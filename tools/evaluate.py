@@ -186,7 +186,8 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
     """
     dtype, device = getattr(torch, config.compute_dtype), "cuda" if torch.cuda.is_available() else "cpu"
     model = meta_model(str(folder), dtype)
-    wanted = dict(lora.base_weights(model))  # the file of a model with a tied head may have both
+    # The file of a model with a tied head may have both.
+    wanted = {name for path, weight in lora.base_weights(model) for name, *_ in fsdp_utils.stored(path, weight)}
     quantized = {f"{path}.weight" for path in lora.base_linears(model)} if config.dtype == "nf4" else set()
 
     def base() -> Iterator[tuple[str, Tensor]]:
