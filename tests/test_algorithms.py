@@ -386,11 +386,11 @@ def test_schedule():
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler, config = make(optimizer), Config(steps=10, lr_schedule=name)
         for step in range(1, 11):
-            assert schedule(step, 10, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert schedule(step, config) == pytest.approx(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
     warm = Config(steps=10, warmup_steps=3, lr_schedule="linear")
-    assert [schedule(step, 10, warm) for step in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7])
+    assert [schedule(step, warm) for step in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7])
 
 
 @pytest.mark.parametrize(
