@@ -170,13 +170,12 @@ def train(run: Run) -> None:
 
         # 5. update
         log.phase("update")
-        warmup = config.critic_warmup_steps  # steps before the policy learns
         set_learning_rate(critic_optimizer, config.critic_learning_rate, step, config)
-        lr = set_learning_rate(run.optimizer, config.learning_rate, step, config, delay=warmup)
+        lr = set_learning_rate(run.optimizer, config.learning_rate, step, config)
         critic_sums, policy_sums = [], []
         for batches in updates * config.epochs_per_rollout:
             critic_sums.append(update_critic(run, batches, may_stop=not critic_sums))
-            if step > warmup:
+            if step > config.warmup_steps:  # until then only the critic learns
                 policy_sums.append(update_policy(run, batches, PPO.loss))
 
         # 6. sync
@@ -185,7 +184,8 @@ def train(run: Run) -> None:
 
         # 7. log, evaluate, save
         log.phase("eval")
-        metrics = rollout_metrics(completions, scores, group_size=None) | {"lr": lr, **sync_metrics}
+        metrics = rollout_metrics(completions, scores, group_size=None) | sync_metrics
+        metrics["lr"] = lr if policy_sums else 0.0
         metrics |= batch_metrics(updates, len(completions), world) | update_metrics(policy_sums)
         metrics |= {f"critic/{name}": value for name, value in update_metrics(critic_sums).items()}
         if step == config.steps or is_due(config.eval_every, step):

@@ -1,7 +1,8 @@
 """The configuration: one flat dataclass.
 
 Every field is an option of the command line, of the same name; its text here is its `--help`. wandb is configured by
-its own variables, WANDB_MODE and WANDB_PROJECT; PROFILE_STEP=N writes a trace of step N (runtime/tracking.py).
+its own variables, WANDB_MODE and WANDB_PROJECT. PROFILE_STEP=N writes a trace of step N (runtime/tracking.py), and
+USE_SHM=1 copies the model into memory before it is loaded, for slow disks (runtime/shared_memory.py).
 """
 
 import dataclasses
@@ -64,7 +65,6 @@ class Config:
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
-    max_num_seqs: int = option(256, "Sequences that one engine generates at a time.", least=1)
     sync: Literal["merged", "adapter"] | None = option(
         None, "adapter sends vLLM the adapter, merged new weights; default: adapter where possible."
     )
@@ -93,18 +93,18 @@ class Config:
 
     learning_rate: float = option(1e-5, "The peak learning rate of AdamW.", above=0, group="The update")
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
-    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", least=0)
+    warmup_steps: int = option(
+        0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0
+    )
     tokens_per_microbatch: int = option(16384, "Most tokens of a forward, unless one sequence is longer.", least=1)
     gradient_checkpointing: bool = option(True, "Recomputes activations in the backward, to save memory.")
     fsdp_size: int = option(0, "Ranks that share one copy of the weights; 0 means all ranks.", least=0)
     offload: Literal["none", "optimizer", "all"] = option(
         "none", "Keeps optimizer state, or all shards and gradients too, in host memory: slower."
     )
-    use_shm: bool = option(False, "Copies the model to /dev/shm before loading, for slow disks.")
 
     critic_learning_rate: float = option(1e-5, "The critic's peak learning rate.", above=0, group="PPO's critic")
     critic_lora_rank: int = option(0, "The rank of the critic's adapters; 0 trains all its weights.", least=0)
-    critic_warmup_steps: int = option(0, "First steps, in which only the critic is trained.", least=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for the first value that cannot be right."""

@@ -155,8 +155,3 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
             c.max_rollouts > 1,
             "max_rollouts > 1 looks for groups whose rewards differ, and ppo has no groups: set it to 1",
         )
-        refuse(
-            c.critic_warmup_steps + c.warmup_steps >= c.steps,
-            f"critic_warmup_steps {c.critic_warmup_steps} and warmup_steps {c.warmup_steps} must be fewer "
-            f"than the {c.steps} steps, or the policy never learns",
-        )

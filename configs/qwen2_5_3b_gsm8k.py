@@ -19,7 +19,6 @@ config = Config(
     updates_per_rollout=4,  # of 256 problems each
     group_size=5,
     kl_coef=0.001,
-    max_num_seqs=1024,  # vLLM's own choice for such GPUs; its KV cache holds 659 of full length, and few are as long
     gpu_memory_utilization=0.6,
     tokens_per_microbatch=32768,  # with checkpointing, activations of one block at a time
     eval_problems=1319,  # all of GSM8K's test set

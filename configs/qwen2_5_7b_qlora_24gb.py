@@ -15,7 +15,6 @@ config = Config(
     prompts_per_step=16,
     max_prompt_length=384,
     max_completion_length=640,
-    max_num_seqs=64,
     gpu_memory_utilization=0.8,
     sleep_level=1,  # vLLM's 15 GB move to the host while the update needs the GPU
     offload="all",  # and the four bits are there while vLLM generates

@@ -4,11 +4,11 @@ import json
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,7 +31,7 @@ from runtime.files import find_model, folder_lock, one_line_errors
 from runtime.optimize import make_optimizer
 from runtime.progress_bar import progress_bar
 from runtime.run import Prompt, Run
-from runtime.shared_memory import in_shared_memory
+from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
 
@@ -49,14 +49,14 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_prompts(config, model_config, train_prompts + test_prompts)
     saved = find_checkpoint(config) if config.resume else None
-    with in_shared_memory(folder) if config.use_shm else nullcontext(folder) as fast_folder:
+    with fast_folder(folder) as files:
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
-        policy = build_policy(start, fast_folder, world, prompt_head)
+        policy = build_policy(start, files, world, prompt_head)
         optimizer = make_optimizer(config, policy, config.learning_rate)
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, fast_folder)
+            engine = build_engine(config, files)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
     engine.sleep()  # the probe's forwards in the trainer need the memory
@@ -254,12 +254,25 @@ def build_engine(config: Config, folder: str) -> Engine:
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
         max_completion_length=config.max_completion_length,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=sequences_at_once(config, dist.get_world_size(), gpu_memory()),
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
         seed=config.seed,
     )
+
+
+def sequences_at_once(config: Config, ranks: int, gpu_bytes: float) -> int:
+    """Sequences that one engine generates at a time: its share of a rollout or evaluation, up to vLLM's own limits."""
+    engines = ranks // config.tensor_parallel_size
+    rollout = -(-config.prompts_per_step // engines) * config.group_size
+    evaluation = -(-config.eval_problems // engines) * (config.eval_samples + 1)
+    return min(max(rollout, evaluation), 1024 if gpu_bytes >= 70 * 2**30 else 256)
+
+
+def gpu_memory() -> int:
+    """Bytes of this rank's GPU; 0 without one."""
+    return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
 
 
 def build_policy(config: Config, folder: str, world: fsdp_utils.World, prompt_head: PromptHead | None = None) -> Policy:

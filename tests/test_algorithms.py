@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +12,12 @@ import torch
 from conftest import EPSILON, ROOT, torchrun
 
 import train_grpo
-import train_ppo
 from configs.base import Config
 from configs.checks import resolve_config
 from fsdp_utils import World
 from policy import FrozenHead
 from rollout import Completion
 from runtime.batching import MicroBatch, make_updates
-from runtime.command_line import read_config_file
 from runtime.optimize import schedule, update_metrics
 from train_grpo import (
     ALGORITHMS,
@@ -30,6 +30,7 @@ from train_grpo import (
 )
 
 NAMES = list(ALGORITHMS)
+PAGE = (ROOT / "docs/algorithms.md").read_text()
 F64 = torch.float64
 
 
@@ -386,11 +387,11 @@ def test_schedule():
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         scheduler, config = make(optimizer), Config(steps=10, lr_schedule=name)
         for step in range(1, 11):
-            assert schedule(step, 10, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert schedule(step, config) == pytest.approx(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
     warm = Config(steps=10, warmup_steps=3, lr_schedule="linear")
-    assert [schedule(step, 10, warm) for step in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7])
+    assert [schedule(step, warm) for step in range(1, 6)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 6 / 7])
 
 
 @pytest.mark.parametrize(
@@ -463,12 +464,11 @@ def test_metrics_are_means_over_tokens_but_for_those_of_an_update():
     assert update_metrics(updates) == {"loss": 2.0, "my/loss": 1.0}
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*_cpu*.py")), ids=lambda path: path.stem)
-def test_config_files_name_an_algorithm_and_are_complete(path):
-    config = read_config_file(str(path))
-    complete = resolve_config(config, train_ppo.PPO if config.algorithm == "ppo" else ALGORITHMS[config.algorithm])
-    assert not open_options(complete)
-    assert config.algorithm in path.stem or config.algorithm == "grpo"
+@pytest.mark.parametrize("line", re.findall(r"^\$train (--algorithm .*)", PAGE, re.MULTILINE))
+def test_command_lines_of_the_page_are_complete(line):
+    arguments = ["--config", str(ROOT / "configs/arithmetic_cpu.py"), *shlex.split(line, comments=True)]
+    config, algorithm = train_grpo.configure(arguments)
+    assert algorithm is ALGORITHMS[config.algorithm] and not open_options(config)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -192,7 +192,7 @@ def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_pa
     for files, copy, left, error in results:
         assert files == sizes and copy == results[0][1] and copy.startswith("/dev/shm/")
         assert left == [False, False]
-        assert "use_shm needs" in error
+        assert "USE_SHM needs" in error
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------

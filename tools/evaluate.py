@@ -50,7 +50,7 @@ from runtime.setup import (
     model_folder,
     read_model_config,
 )
-from runtime.shared_memory import in_shared_memory
+from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
 from tools.adapter import merge_all
@@ -160,12 +160,12 @@ def setup() -> tuple[Sampler, Path]:
     tokenizer = load_tokenizer(model)
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
     check_prompts(config, read_model_config(model), prompts)
-    with in_shared_memory(model) if config.use_shm else nullcontext(model) as fast_folder:
-        engine = build_engine(dataclasses.replace(config, sleep_level=0), fast_folder)
+    with fast_folder(model) as files:
+        engine = build_engine(dataclasses.replace(config, sleep_level=0), files)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
-            engine.load_weights(policy_weights(config, Path(fast_folder)))
+            engine.load_weights(policy_weights(config, Path(files)))
     sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], engine)
     if world.rank == 0:
         print_header(sampler)
