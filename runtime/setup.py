@@ -23,6 +23,7 @@ import fsdp_utils
 import lora
 import reward
 from configs.base import Config
+from configs.checks import default_rate
 from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
@@ -87,6 +88,9 @@ def print_header(run: Run) -> None:
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
         f"{engine.kv_cache_tokens:,} tokens of KV cache; tools/plan.py counts the rest"
     )
+    rule = " (the default: ten times that of full fine-tuning, see configs/checks.py)"
+    is_rule = config.lora_rank and config.learning_rate == default_rate(config)
+    log.print(f"rate   {config.learning_rate:g}{rule if is_rule else ''}, {config.lr_schedule}")
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
 
