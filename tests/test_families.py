@@ -4,10 +4,12 @@ The trainer, with shards' loading and packed rows, against transformers and peft
 against the trainer after a sync.
 """
 
+import shutil
+
 import peft
 import pytest
 import torch
-from conftest import EPSILON, on_ranks
+from conftest import EPSILON, TINY, on_ranks
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
@@ -17,7 +19,7 @@ from runtime import adapter_files, setup
 
 RANK, ALPHA = 4, 8.0
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -52,12 +54,10 @@ FAMILIES = {  # name -> transformers' name, and settings that make it differ
     "glm": ("glm", {"rope_parameters": PARTIAL, "attention_bias": True}),
     "glm4": ("glm4", {"rope_parameters": PARTIAL, "attention_bias": True}),
     "phi": ("phi", {"rope_parameters": PARTIAL}),
-    "nemotron": ("nemotron", {"rope_parameters": PARTIAL}),
-    "stablelm": ("stablelm", {"rope_parameters": PARTIAL, "use_qkv_bias": True}),
     "starcoder2": ("starcoder2", {}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
-    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40}),
-    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24}),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16}),
 }
 SIZES = [(9, 12), (7, 14), (13, 8), (5, 9), (3, 1)]  # prompts and completions: three of one length, two others
 PROMPTS, COMPLETIONS = (
@@ -73,7 +73,7 @@ def trainer(folder) -> Policy:
     """The policy as `setup.build_policy` makes it, on one rank, with a random adapter."""
     model = setup.meta_model(str(folder), torch.float32)
     lora.inject(model, ["all-linear"], RANK, ALPHA)
-    model.to_empty(device="cpu")
+    model.to_empty(device="cpu").tie_weights()
     fsdp_utils.compute_buffers(model, torch.device("cpu"))
     fsdp_utils.read_checkpoint(model, str(folder))
     randomise(model)
@@ -110,6 +110,8 @@ def test_logprobs_and_gradients_are_those_of_transformers_and_peft(family, model
     folder = model_folder(architecture, dtype=torch.float32, **settings)
     policy, packed = trainer(folder), pack(PROMPTS, COMPLETIONS, torch.device("cpu"))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    if "num_experts" in settings:
+        plain.set_experts_implementation("eager")  # one expert after the other
     for name, buffer in plain.named_buffers():
         assert torch.equal(policy.model.get_buffer(name), buffer), name
     with torch.no_grad(), lora.disabled(policy.model):
@@ -162,6 +164,8 @@ QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "adapter")]
 def test_vllm_is_the_trainer_after_a_sync(family, sync, model_folder, tmp_path):
     architecture, settings = FAMILIES[family]
     folder = model_folder(architecture, dtype=torch.float32, **settings)
+    for file in TINY.glob("tokenizer*"):  # vLLM asks for one
+        shutil.copy(file, folder)
     ((metrics, trained, sampled),) = on_ranks(1, arrives, folder, sync, folder=tmp_path)
     assert metrics["sync/read_back_frac"] == 1
     assert (trained - sampled).abs().max() < 1e-3
