@@ -244,6 +244,11 @@ def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoR
             yield path, module
 
 
+def target_names(model: nn.Module, name: str = POLICY) -> list[str]:
+    """The last names of the modules that hold an adapter of that name."""
+    return sorted({path.rpartition(".")[2] for path, _ in lora_layers(model, name)})
+
+
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:
     """The base's weights under their names in the checkpoint, in the model's order; tied parameters once."""
     quantized = {path: module for path, module in model.named_modules() if isinstance(module, NF4Weight)}

@@ -75,27 +75,18 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    s_aux=None,
-    softcap=None,
-    packed: Packed | None = None,
-    **_,
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, packed: Packed | None = None, **more
 ):
     """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out.
 
     A token sees the `sliding_window` last ones, itself included; None: all. Raises ValueError for what is not known
-    here: a model that does not pass `packed` on, attention sinks (`s_aux`), and scores that are capped (`softcap`).
+    here: a model that does not pass `packed` on, attention sinks, and scores that are capped by tanh.
     """
-    unknown = {"no packed rows": packed is None, "sinks": s_aux is not None, "capped scores": softcap is not None}
-    for what, is_so in unknown.items():
-        if is_so:
-            raise ValueError(f"{type(module).__name__} is not implemented here: {what}")
+    unknown = [
+        what for name, what in {"s_aux": "sinks", "softcap": "capped scores"}.items() if more.get(name) is not None
+    ]
+    if packed is None or unknown:
+        raise ValueError(f"{type(module).__name__} is not implemented here: {(unknown or ['no packed rows'])[0]}")
     if query.is_cuda and query.dtype != torch.float32:  # which the kernel does not know
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         of_queries_and_keys = (packed.starts, packed.starts, packed.lengths[0], packed.lengths[0])
@@ -183,18 +174,17 @@ class FrozenHead(torch.autograd.Function):
         directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         entropy_directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] and entropy_gradient else None
         for rows in chunks(len(hidden), len(weight)):
-            chosen = targets[rows, None]
             logits, tanh = head.logits(hidden[rows], temperature)  # (chunk, V), the largest thing here: few passes
             slope = None if tanh is None else tanh.square_().neg_().add_(1)
             p = logits.softmax(-1)
             log_norm = logits.amax(-1) - p.amax(-1).log()  # for p = exp(logits - log_norm)
-            logprobs[rows] = logits.gather(1, chosen)[:, 0] - log_norm
+            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_norm
             entropy[rows] = log_norm - torch.einsum("rv,rv->r", p, logits)
             if directions is not None:
-                towards, away = weight[chosen[:, 0]], p
+                up, down = weight[targets[rows]], p
                 if slope is not None:
-                    towards, away = towards * slope.gather(1, chosen), p * slope
-                directions[rows] = (towards - away.to(weight.dtype) @ weight) * gain
+                    up, down = up * slope.gather(1, targets[rows, None]), p * slope
+                directions[rows] = (up - down.to(weight.dtype) @ weight) * gain
             if entropy_directions is not None:
                 dlogits = p.mul_(logits.add_((entropy[rows] - log_norm)[:, None])).neg_()
                 dlogits = dlogits if slope is None else dlogits.mul_(slope)

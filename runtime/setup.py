@@ -57,7 +57,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, files)
+            engine = build_engine(config, files, lora.target_names(policy.model))
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
     engine.sleep()  # the probe's forwards in the trainer need the memory
@@ -250,8 +250,8 @@ def tokenize(
 # ---- The models and the engine --------------------------------------------------------------------------------
 
 
-def build_engine(config: Config, folder: str) -> Engine:
-    """The sampler, with the weights of the model's folder."""
+def build_engine(config: Config, folder: str, targets: list[str] | None = None) -> Engine:
+    """The sampler, with the weights of the model's folder, for adapters of these target modules (None: of any)."""
     return Engine(
         folder,
         dtype=config.compute_dtype,
@@ -262,6 +262,7 @@ def build_engine(config: Config, folder: str) -> Engine:
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
+        lora_targets=targets,
         seed=config.seed,
     )
 

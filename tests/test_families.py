@@ -4,12 +4,14 @@ The trainer, with shards' loading and packed rows, against transformers and peft
 against the trainer after a sync.
 """
 
+import json
 import shutil
 
 import peft
 import pytest
 import torch
 from conftest import EPSILON, TINY, on_ranks
+from test_docs import DOCS, table
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
@@ -18,6 +20,7 @@ from policy import Policy, pack
 from runtime import adapter_files, setup
 
 RANK, ALPHA = 4, 8.0
+ENDS = list(range(100, 130))  # tokens that end a completion
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10_000.0}
@@ -132,10 +135,15 @@ def test_logprobs_and_gradients_are_those_of_transformers_and_peft(family, model
             assert relative(getattr(layer.adapters[lora.POLICY], kind).grad, gradient) < 1e4 * EPSILON, (path, kind)
 
 
-def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
-    """A sync's metrics, and the logprobs of the texts by the trainer and by vLLM after it."""
+def test_the_page_has_every_family():
+    assert [row["family"].strip("`") for row in table(DOCS / "models.md", "family")] == list(FAMILIES)
+
+
+def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, list]:
+    """A sync's metrics, the logprobs of the texts by the trainer and by vLLM after it, and completions."""
     from benchmarks.gpu_shared import bare_run
     from configs.base import Config
+    from rollout import Request
 
     settings = dict(lora_rank=RANK, lora_alpha=ALPHA, dtype="float32", sync=sync)
     config = Config(max_prompt_length=60, max_completion_length=4, **settings)
@@ -147,7 +155,7 @@ def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Te
     sampled = [logprob for p, c in texts for logprob in run.engine.logprobs(p + c)[len(p) - 1 :]]
     with torch.no_grad():
         trained = run.policy(pack(PROMPTS, COMPLETIONS, run.world.device)).logprobs
-    return metrics, trained, torch.tensor(sampled)
+    return metrics, trained, torch.tensor(sampled), run.engine.generate([Request(PROMPTS[0], 16, 1.0, seed=3)])
 
 
 QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "adapter")]
@@ -166,6 +174,11 @@ def test_vllm_is_the_trainer_after_a_sync(family, sync, model_folder, tmp_path):
     folder = model_folder(architecture, dtype=torch.float32, **settings)
     for file in TINY.glob("tokenizer*"):  # vLLM asks for one
         shutil.copy(file, folder)
-    ((metrics, trained, sampled),) = on_ranks(1, arrives, folder, sync, folder=tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))  # the tokenizer has another
+    ((metrics, trained, sampled, completions),) = on_ranks(1, arrives, folder, sync, folder=tmp_path)
     assert metrics["sync/read_back_frac"] == 1
     assert (trained - sampled).abs().max() < 1e-3
+    for completion in completions:
+        *before, last = completion.token_ids
+        assert completion.truncated == (last not in ENDS) and not set(before) & set(ENDS)
+    assert len({completion.truncated for completion in completions}) == 2

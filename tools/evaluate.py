@@ -161,7 +161,9 @@ def setup() -> tuple[Sampler, Path]:
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
     check_prompts(config, read_model_config(model), prompts)
     with fast_folder(model) as files:
-        engine = build_engine(dataclasses.replace(config, sleep_level=0), files)
+        with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
+            targets = adapter and adapter.target_modules
+        engine = build_engine(dataclasses.replace(config, sleep_level=0), files, targets)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
