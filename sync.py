@@ -194,6 +194,8 @@ class HeldWeights:
             return None
         if kind == "weight":
             return linear.weight(columns)
+        if kind == "bias" and linear.linear.bias is None:
+            raise RuntimeError(f"vLLM has no {name}, which the model's checkpoint has: it runs another model")
         if kind == "bias":
             return linear.bias()
         return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)

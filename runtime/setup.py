@@ -340,7 +340,7 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
         experts, kind = name.split(".")[-2:]
         if parameter.ndim > 2 and (experts != "experts" or kind not in fsdp_utils.EXPERTS):  # convolutions
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
-    for name in model.state_dict().keys() & dict(model.named_buffers()):
+    for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
         raise ValueError(f"{what} is not implemented here: its checkpoint has {name}, which is no parameter")
     if head is None:
         raise ValueError(f"{what} has no head")

@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
+from configs.base import Config
 from policy import Policy, pack
 from runtime import adapter_files, setup
 
 RANK, ALPHA = 4, 8.0
+SHAPE = {"dtype": torch.float32, "hidden_size": 128}  # vLLM's attention on a CPU needs heads of 32, here 128 / 4
 ENDS = list(range(100, 130))  # tokens that end a completion
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -36,7 +38,7 @@ FAMILIES = {  # name -> transformers' name, and settings that make it differ
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "arcee": ("arcee", {}),
     "seed_oss": ("seed_oss", {"attention_bias": True}),
-    "ernie4_5": ("ernie4_5", {"use_bias": True}),
+    "ernie4_5": ("ernie4_5", {}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
     "exaone4": ("exaone4", WINDOW),
     "olmo2": ("olmo2", {}),
@@ -60,7 +62,7 @@ FAMILIES = {  # name -> transformers' name, and settings that make it differ
     "starcoder2": ("starcoder2", {}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
-    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32, "head_dim": 16}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
 }
 SIZES = [(9, 12), (7, 14), (13, 8), (5, 9), (3, 1)]  # prompts and completions: three of one length, two others
 PROMPTS, COMPLETIONS = (
@@ -110,7 +112,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_logprobs_and_gradients_are_those_of_transformers_and_peft(family, model_folder, tmp_path):
     """Without the adapter, and with it: peft reads what is written here, and differentiates the same function."""
     architecture, settings = FAMILIES[family]
-    folder = model_folder(architecture, dtype=torch.float32, **settings)
+    folder = model_folder(architecture, **SHAPE, **settings)
     policy, packed = trainer(folder), pack(PROMPTS, COMPLETIONS, torch.device("cpu"))
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     if "num_experts" in settings:
@@ -135,6 +137,19 @@ def test_logprobs_and_gradients_are_those_of_transformers_and_peft(family, model
             assert relative(getattr(layer.adapters[lora.POLICY], kind).grad, gradient) < 1e4 * EPSILON, (path, kind)
 
 
+def test_experts_are_frozen(model_folder):
+    """All-linear is attention; a shared expert has adapters where it is named; all weights are not trained."""
+    folder = model_folder("qwen2_moe", **SHAPE, **FAMILIES["qwen2_moe"][1])
+    for targets, names in ((["all-linear"], ["k_proj", "o_proj", "q_proj", "v_proj"]), (["down_proj"], ["down_proj"])):
+        model = setup.meta_model(str(folder), torch.bfloat16)
+        lora.inject(model, targets, RANK, ALPHA)
+        assert lora.target_names(model) == names
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert all(name in frozen for name, _ in lora.base_weights(model))
+    with pytest.raises(ValueError, match="learns by adapters alone"):
+        setup.shard(Policy(model), Config(lora_rank=0), 0, torch.device("cpu"))
+
+
 def test_the_page_has_every_family():
     assert [row["family"].strip("`") for row in table(DOCS / "models.md", "family")] == list(FAMILIES)
 
@@ -142,7 +157,6 @@ def test_the_page_has_every_family():
 def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, list]:
     """A sync's metrics, the logprobs of the texts by the trainer and by vLLM after it, and completions."""
     from benchmarks.gpu_shared import bare_run
-    from configs.base import Config
     from rollout import Request
 
     settings = dict(lora_rank=RANK, lora_alpha=ALPHA, dtype="float32", sync=sync)
@@ -158,7 +172,7 @@ def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Te
     return metrics, trained, torch.tensor(sampled), run.engine.generate([Request(PROMPTS[0], 16, 1.0, seed=3)])
 
 
-QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "adapter")]
+QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "merged"), ("qwen3_moe", "adapter")]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +185,7 @@ QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "adapter")]
 )
 def test_vllm_is_the_trainer_after_a_sync(family, sync, model_folder, tmp_path):
     architecture, settings = FAMILIES[family]
-    folder = model_folder(architecture, dtype=torch.float32, **settings)
+    folder = model_folder(architecture, **SHAPE, **settings)
     for file in TINY.glob("tokenizer*"):  # vLLM asks for one
         shutil.copy(file, folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))  # the tokenizer has another
