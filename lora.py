@@ -169,9 +169,12 @@ def factors(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Ten
     if dtype != torch.bfloat16:
         wide = torch.promote_types(dtype, A.dtype)
         return B.to(wide), A.to(wide)
-    A_high, B_high = A.to(dtype), B.to(dtype)
-    A_low, B_low = (A - A_high).to(dtype), (B - B_high).to(dtype)
-    return torch.cat([B_high, B_high, B_low], dim=1), torch.cat([A_high, A_low, A_high])
+    left = torch.empty(B.shape[0], 3, B.shape[1], dtype=dtype, device=B.device)
+    right = torch.empty(3, *A.shape, dtype=dtype, device=A.device)
+    left[:, :2], right[::2] = B[:, None], A
+    torch.sub(B, left[:, 0], out=left[:, 2])
+    torch.sub(A, right[0], out=right[1])
+    return left.flatten(1), right.flatten(0, 1)
 
 
 def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
