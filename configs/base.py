@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.checks import check_together, check_value
+from configs.checks import BASE, check_together, check_value
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -56,7 +56,9 @@ class Config:
         "factored", "merged computes the update with base + adapter rounded, the weight that vLLM runs."
     )
     lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
-    ref_adapter_path: str = option("", "An adapter folder that is the KL reference; empty takes the base.")
+    ref_adapter_path: str = option(
+        "", "The KL reference: an adapter folder, or 'base'; empty takes the adapter that the run starts from, if any."
+    )
 
     prompts_per_step: int = option(64, "P, the number of problems per step.", least=1, group="Rollout")
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
@@ -139,14 +141,20 @@ class Config:
         return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
 
     @property
+    def reference_adapter(self) -> str:
+        """The folder of the frozen adapter that is the KL reference; empty if it is the base, or there is none."""
+        return "" if self.ref_adapter_path == BASE else self.ref_adapter_path
+
+    @property
     def run_folder(self) -> Path:
         """The folder of everything that the run writes."""
         return Path(self.output_dir, self.run_name)
 
     @property
     def model_source(self) -> str:
-        """The model's folder, or its name on the hub; `tiny` is part of the repository."""
-        return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
+        """The model's folder, absolute, or its name on the hub; `tiny` is part of the repository."""
+        folder = Path(__file__).with_name("tiny") if self.model == "tiny" else Path(self.model)
+        return str(folder.absolute()) if folder.exists() else self.model
 
     @property
     def max_model_len(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 LIMITS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le), "below": ("less than", lt)}
 KINDS = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}  # what a field of each kind may hold
 MULTILINE = ("instruction", "system_prompt")  # texts for the model, which may have several lines
+BASE = "base"  # a ref_adapter_path: the model without adapters
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what torch and vLLM can count; neither NaN nor infinity is less
 
 
@@ -102,6 +103,8 @@ def resolve_config(config: Any, algorithm: Any) -> Any:
     tis_mode = "sequence" if algorithm.whole_sequences else "token"
     usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": tis_mode, "max_rollouts": 1}
     chosen = {option: value for option, value in (usual | settings).items() if getattr(config, option) is None}
+    if (config.kl_coef or algorithm.reference) and config.lora_rank and not config.ref_adapter_path:
+        chosen["ref_adapter_path"] = config.lora_adapter_path or BASE
     config = dataclasses.replace(config, **chosen)
     check_algorithm(config, algorithm)
     return config

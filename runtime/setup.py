@@ -27,7 +27,7 @@ from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
-from runtime.files import find_model, folder_lock, one_line_errors
+from runtime.files import check_tied_head, find_model, folder_lock, one_line_errors
 from runtime.optimize import make_optimizer
 from runtime.progress_bar import progress_bar
 from runtime.run import Prompt, Run
@@ -85,6 +85,8 @@ def print_header(run: Run) -> None:
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
         f"{engine.kv_cache_tokens:,} tokens of KV cache; tools/plan.py counts the rest"
     )
+    if config.ref_adapter_path:
+        log.print(f"KL     reference: {config.reference_adapter or 'the base, without adapters'}")
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
 
@@ -147,7 +149,14 @@ def read_saved(folder: Path, config: Config) -> Saved:
 
 def model_folder(config: Config) -> str:
     """The folder of the configured model; a model of the hub is downloaded if need be."""
-    return fsdp_utils.on_first_rank(lambda: find_model(config.model_source))
+
+    def find() -> str:
+        folder = find_model(config.model_source)
+        if getattr(read_model_config(folder), "tie_word_embeddings", False):
+            check_tied_head(Path(folder))
+        return folder
+
+    return fsdp_utils.on_first_rank(find)
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
@@ -340,10 +349,11 @@ def meta_policy(
     if config.lora_adapter_path:
         with adapter_files.open_adapter(config.lora_adapter_path):
             pass  # a bad folder is refused now, before the weights are read
-    if config.ref_adapter_path:
-        with adapter_files.open_adapter(config.ref_adapter_path) as file:
+    if config.reference_adapter:
+        with adapter_files.open_adapter(config.reference_adapter) as file:
             scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
-            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
+            options = {"merged": config.lora_forward == "merged", "trainable": False}
+            lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
         add_adapters(model, config, config.lora_rank)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
@@ -395,8 +405,8 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
 
 def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
     """Gives the policy's adapters their values: from folders, or B = 0."""
-    if config.ref_adapter_path:
-        adapter_files.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
+    if config.reference_adapter:
+        adapter_files.load_adapter(model, config.reference_adapter, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:
         lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
         return

@@ -427,6 +427,20 @@ def test_the_algorithm_fills_in_what_the_user_left_open():
     assert not open_options(config_of("grpo"))
 
 
+def test_the_reference_is_the_start_unless_another_is_named():
+    start = {"lora_adapter_path": "sft", "kl_coef": 0.1}
+    for settings, folder in (
+        (start, "sft"),
+        (start | {"ref_adapter_path": "other"}, "other"),
+        (start | {"ref_adapter_path": "base"}, ""),
+        ({"kl_coef": 0.1}, ""),
+    ):
+        config = config_of("grpo", **settings)
+        assert config.reference_adapter == folder and config.ref_adapter_path == (folder or "base")
+    assert config_of("flowrl", lora_adapter_path="sft", tis_mode=None).reference_adapter == "sft"
+    assert config_of("grpo", lora_adapter_path="sft").reference_adapter == "", "nothing reads a reference"
+
+
 def open_options(config: Config) -> set[str]:
     """What nobody has decided yet, of the options that are the algorithm's to decide."""
     others = {"instruction", "system_prompt", "sync"}  # the task, the chat template and `sends_adapter` decide these
