@@ -7,6 +7,7 @@ the same requests. Engines divide the requests among them; afterwards every rank
 import runtime.quiet  # noqa: F401, I001  before torch
 
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,7 @@ import vllm  # noqa: E402  loads most of itself on first use, so --help stays qu
 from vllm.lora.request import LoRARequest  # noqa: E402
 
 import lora  # noqa: E402
+from runtime.files import one_line_errors, other_weights  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 
 CPU_KV_CACHE = 1 << 30  # bytes
@@ -86,7 +88,7 @@ class Engine:
             from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
             PunicaWrapperCPU.add_lora_linear = add_lora_linear
-        self.llm = vllm.LLM(
+        self.llm = start_vllm(
             model,
             dtype=dtype,
             load_format="safetensors",  # never pickles, and never code that comes with a model
@@ -241,6 +243,19 @@ class Engine:
         if part in self.asleep:
             self.llm.wake_up([part])
             self.asleep.remove(part)
+
+
+def start_vllm(model: str, **options: Any) -> "vllm.LLM":
+    """vLLM with a model's folder. Raises ValueError, of one line, for a model or options that it refuses.
+
+    vLLM reads all safetensors files of a folder that has no index: if some are not the model's, it gets a folder of
+    links to the others.
+    """
+    others = other_weights(Path(model))
+    with tempfile.TemporaryDirectory(prefix="lorl-") as links, one_line_errors(f"model {model!r} in vLLM"):
+        for path in set(Path(model).iterdir()).difference(others) if others else ():
+            Path(links, path.name).symlink_to(path.absolute())
+        return vllm.LLM(links if others else model, **options)
 
 
 def add_lora_linear(
