@@ -202,6 +202,13 @@ def local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def local_rows(weight: Tensor | nf4.NF4Weight, rows: slice = slice(None), device: torch.device | None = None) -> Tensor:
+    """Some rows of this rank's shard of a weight, dequantised if it is stored in NF4; device None: where they are."""
+    parameters = weight.parameters() if isinstance(weight, nf4.NF4Weight) else [weight]
+    parts = [local(parameter)[rows].to(device) for parameter in parameters]
+    return nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, nf4.NF4Weight) else parts[0]
+
+
 def gather(parameter: Tensor) -> Tensor:
     """The whole tensor, gathered if it is sharded. Collective."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
@@ -367,12 +374,10 @@ class Gathering:
 
 def write_rows(weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats) -> None:
     """Writes this rank's rows of W or W + s·B A into `target`, in parts because float32 takes twice the memory."""
-    parameters = list(weight.parameters()) if isinstance(weight, nf4.NF4Weight) else [weight]
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)
     for rows in nf4.slices(target, MERGED_AT_ONCE):
-        parts = [local(parameter)[rows].to(target.device) for parameter in parameters]
-        W = nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, nf4.NF4Weight) else parts[0]
+        W = local_rows(weight, rows, target.device)
         if adapter:
             exact = lora.updated(W, A, B[rows].to(target.device), adapter.scale)
             target[rows] = exact

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import fsdp_utils
 import lora
-import nf4
 from configs.base import Config
 from policy import Policy, pack
 from rollout import Engine
@@ -363,11 +362,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def weight_rms(layer: lora.LoRALinear) -> float:
     """Root mean square of W, over the shards of all ranks. Collective."""
-    weight = layer.weight
-    if isinstance(weight, nf4.NF4Weight):
-        rows = nf4.dequantize(*map(fsdp_utils.local, weight.parameters()), weight.shape[1], weight.dtype)
-    else:
-        rows = fsdp_utils.local(weight)
+    rows = fsdp_utils.local_rows(layer.weight)
     sums = torch.stack([rows.float().square().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).sqrt().item()
