@@ -21,6 +21,7 @@ from runtime.progress_bar import progress_bar
 # The dtypes of weights that are supported, by safetensors' names; quantised checkpoints are not.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FILE_BYTES = 4 << 30
+LIBRARY_TALK = re.compile(r"^ValidationError: .{,60} Value error, | Supported architectures: .*| \[type=value_error.*")
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # of a model's folder, beside the weights
 NOT_THE_MODELS = ("*.index.json", "adapter_config.json")  # of these: of other weights
@@ -40,7 +41,8 @@ def one_line_errors(what: str) -> Iterator[None]:
             reason = f"its config.json lacks {error.name!r}, which must be there as its makers have it"
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is never run; use a model whose architecture transformers knows"
-        raise ValueError(f"{what} cannot be used: {' '.join(reason.split())[:300]}") from error
+        reason = LIBRARY_TALK.sub("", " ".join(reason.split()))[:300]
+        raise ValueError(f"{what} cannot be used: {reason}") from error
 
 
 def find_model(model: str) -> str:
