@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from fsdp_utils import fill, gather, reshard
+from fsdp_utils import fill, gather, on_every_rank, reshard
 from runtime.files import atomic_folder, fsync, one_line_errors, write_tensors
 
 KEPT = 2  # newest checkpoints of a run, beside the best one
@@ -89,6 +90,7 @@ def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
 def restore_state(folder: Path, learners: Learners) -> None:
     """Loads a checkpoint's tensors into modules and optimizers, however they are sharded."""
     where = f"checkpoint {str(folder)!r}"
+    on_every_rank(lambda: check_readable(folder))
     with one_line_errors(where), safe_open(folder / "state.safetensors", framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}
         for learner, (module, optimizer) in learners.items():
@@ -98,6 +100,15 @@ def restore_state(folder: Path, learners: Learners) -> None:
             if found.get(name) != list(tensor.shape):
                 raise ValueError(f"it has {name!r} of shape {found.get(name)}, not {list(tensor.shape)}")
             fill(tensor, file.get_tensor(name))
+
+
+def check_readable(folder: Path) -> None:
+    """Raises ValueError if this machine has no such checkpoint."""
+    if not (folder / "state.safetensors").exists():
+        raise ValueError(
+            f"{socket.gethostname()} cannot read checkpoint {str(folder)!r}: every machine needs it; "
+            "put output_dir on storage that they share, or copy the checkpoint"
+        )
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
