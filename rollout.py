@@ -68,9 +68,12 @@ class Engine:
         sleep_level: int = 0,
         max_lora_rank: int = 0,
         max_loras: int = 1,
+        lora_targets: list[str] | None = None,
         seed: int = 0,
     ):
-        """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none."""
+        """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none. They may have the
+        modules of these names; None: all that vLLM knows, experts included, for which it has no such kernel on a CPU.
+        """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if world_size % tensor_parallel_size:
             raise ValueError(
@@ -106,6 +109,7 @@ class Engine:
             enable_lora=max_lora_rank > 0,
             max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max_lora_rank),
             max_loras=max_loras,
+            lora_target_modules=lora_targets,
             logprobs_mode="processed_logprobs",  # at the sampling temperature, as the trainer's are
             disable_log_stats=True,
             use_tqdm_on_load=False,
@@ -190,13 +194,18 @@ class Engine:
         if self.copies_at_once:
             self.llm.apply_model(lambda model: model.load_weights(stream))
         else:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.with_tied_head(stream)})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.for_packing(stream)})
         self.reset_prefix_cache()
 
-    def with_tied_head(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The stream, with a tied embedding also under the head's name: on a CPU, vLLM packs a copy for the head."""
-        tied = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings
+    def for_packing(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The stream as vLLM needs it on a CPU, where it packs weights: a tied embedding comes under the head's name,
+        too, since it packs a copy; and before experts come, their kernels go, or vLLM would not pack experts again.
+        """
+        tied, has_kernels = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings, True
         for name, tensor in stream:
+            if has_kernels and ".experts." in name:
+                self.llm.apply_model(drop_expert_kernels)
+                has_kernels = False
             yield name, tensor
             if tied and name.endswith("embed_tokens.weight"):
                 yield "lm_head.weight", tensor
@@ -281,6 +290,13 @@ def add_lora_linear(
             else:
                 target.index_add_(0, rows, low @ B[slot, 0].T, alpha=scale)
             start += width
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Makes vLLM build the kernels of a mixture of experts anew when it has loaded weights for it."""
+    for layer in model.modules():
+        if hasattr(getattr(layer, "quant_method", None), "moe_kernel"):
+            layer.quant_method.moe_kernel = None
 
 
 def remove_stale_shared_memory() -> None:

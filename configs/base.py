@@ -92,7 +92,12 @@ class Config:
     updates_per_rollout: int = option(1, "Optimizer updates per rollout, each on a share of its prompts.", least=1)
     epochs_per_rollout: int = option(1, "Passes over a rollout, each of updates_per_rollout updates.", least=1)
 
-    learning_rate: float = option(1e-5, "The peak learning rate of AdamW.", above=0, group="The update")
+    learning_rate: float | None = option(
+        None,
+        "AdamW's peak learning rate; default: 3e-5 for adapters, of any rank, else 3e-6.",
+        above=0,
+        group="The update",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
     warmup_steps: int = option(
         0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0

@@ -23,6 +23,7 @@ import fsdp_utils
 import lora
 import reward
 from configs.base import Config
+from configs.checks import default_rate
 from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
@@ -36,7 +37,6 @@ from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
-UNSUPPORTED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
 
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
@@ -57,7 +57,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, files)
+            engine = build_engine(config, files, lora.target_names(policy.model))
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
     engine.sleep()  # the probe's forwards in the trainer need the memory
@@ -74,6 +74,9 @@ def print_header(run: Run) -> None:
     base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(run.policy.model)) / 1e6
     learned = sum(parameter.numel() for parameter in trained) / 1e6
     log.print(f"model  {config.model}, {base:,.1f}M parameters; {learned:,.2f}M ({learned / base:.1%}) are trained")
+    if lora.mixtures(run.policy.model):
+        active = active_parameters(run.policy.model) / 1e6
+        log.print(f"       {active:,.1f}M are active for a token; experts are frozen, all-linear is attention alone")
     log.print(
         f"task   {config.task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out"
     )
@@ -87,8 +90,18 @@ def print_header(run: Run) -> None:
     )
     if config.ref_adapter_path:
         log.print(f"KL     reference: {config.reference_adapter or 'the base, without adapters'}")
+    rule = " (the default: ten times that of full fine-tuning, see configs/checks.py)"
+    is_rule = config.lora_rank and config.learning_rate == default_rate(config)
+    log.print(f"rate   {config.learning_rate:g}{rule if is_rule else ''}, {config.lr_schedule}")
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
+
+
+def active_parameters(model: PreTrainedModel) -> float:
+    """Parameters of the base that one token passes through: of the experts of a layer, those that are chosen."""
+    sizes = ((math.prod(weight.shape), weight.shape) for _, weight in lora.base_weights(model))
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    return sum(size * chosen / shape[0] if len(shape) > 2 else size for size, shape in sizes)
 
 
 # ---- The run's folder -----------------------------------------------------------------------------------------
@@ -246,8 +259,8 @@ def tokenize(
 # ---- The models and the engine --------------------------------------------------------------------------------
 
 
-def build_engine(config: Config, folder: str) -> Engine:
-    """The sampler, with the weights of the model's folder."""
+def build_engine(config: Config, folder: str, targets: list[str] | None = None) -> Engine:
+    """The sampler, with the weights of the model's folder, for adapters of these target modules (None: of any)."""
     return Engine(
         folder,
         dtype=config.compute_dtype,
@@ -258,6 +271,7 @@ def build_engine(config: Config, folder: str) -> Engine:
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
+        lora_targets=targets,
         seed=config.seed,
     )
 
@@ -309,9 +323,8 @@ def read_model_config(folder: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(config, "vocab_size"):
         raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
-    for name in UNSUPPORTED_LOGITS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
+    if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
+        raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
@@ -333,13 +346,13 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 2:  # experts, convolutions
+        experts, kind = name.split(".")[-2:]
+        if parameter.ndim > 2 and (experts != "experts" or kind not in fsdp_utils.EXPERTS):  # convolutions
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
-    for name, _ in model.named_buffers():
-        if not hasattr(model.get_submodule(name.rpartition(".")[0]), "config"):
-            raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
+    for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
+        raise ValueError(f"{what} is not implemented here: its checkpoint has {name}, which is no parameter")
+    if head is None:
+        raise ValueError(f"{what} has no head")
 
 
 def meta_policy(
@@ -386,8 +399,13 @@ def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
 
 
 def shard(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
-    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute."""
+    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute.
+
+    Raises ValueError if that base has experts.
+    """
     model: PreTrainedModel = module.train().model
+    if not rank and lora.mixtures(model):
+        raise ValueError("a model with experts learns by adapters alone; set lora_rank (or critic_lora_rank) above 0")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fsdp_utils.shard(

@@ -169,7 +169,9 @@ def setup() -> tuple[Sampler, Path]:
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
     check_prompts(config, read_model_config(model), prompts)
     with fast_folder(model) as files:
-        engine = build_engine(dataclasses.replace(config, sleep_level=0), files)
+        with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
+            targets = adapter and adapter.target_modules
+        engine = build_engine(dataclasses.replace(config, sleep_level=0), files, targets)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
@@ -193,7 +195,9 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
     adapter merged.
     """
     dtype = getattr(torch, config.compute_dtype)
-    wanted = dict(lora.base_weights(meta_model(str(folder), dtype)))  # the files with a tied head may have both
+    model = meta_model(str(folder), dtype)
+    # The files of a model with a tied head may have both.
+    wanted = {name for path, weight in lora.base_weights(model) for name, *_ in fsdp_utils.stored(path, weight)}
     base = ((name, tensor.to(dtype)) for name, tensor in base_weights(folder, config.dtype) if name in wanted)
     with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
         yield from merge_all(base, adapter) if adapter else base
