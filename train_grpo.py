@@ -30,7 +30,7 @@ from configs.checks import resolve_config
 from rollout import Completion
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.command_line import parse_config
-from runtime.evaluation import compute_rewards, evaluate, log_samples
+from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, total_rewards
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
@@ -327,7 +327,7 @@ def train(run: Run) -> None:
     begin_training(run)
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
-        completions, scores = [], torch.empty(0, dtype=torch.float64)
+        completions, scored = [], []
         for attempt in range(config.max_rollouts):  # more than one: dynamic sampling, DAPO, arXiv 2503.14476, eq. 11
             # 1. rollout
             log.phase("rollout")
@@ -337,14 +337,16 @@ def train(run: Run) -> None:
 
             # 2. reward
             log.phase("reward")
-            rewards = compute_rewards(prompts, sampled, config, run.tokenizer, world)
+            rewards = compute_rewards(prompts, sampled, run.scorer, run.tokenizer, world)
             log_samples(run, step, "train", prompts, sampled, rewards)
-            scores = torch.cat([scores, rewards])  # (attempts * N,)
+            scored += rewards
+            scores = total_rewards(scored)  # (attempts * N,)
             kept = select_groups(scores, config)
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
         engine.sleep()  # until the sync
         metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
+        metrics |= part_metrics(scored)
         metrics["rollout/kept_frac"] = len(kept) / len(scores)
         completions = [completions[i] for i in kept]
 
