@@ -237,7 +237,7 @@ def load(spec: Spec) -> Callable:
             raise ValueError(f"reward file {str(spec.path)!r} {raised(error)}") from None
     function = getattr(sys.modules[name], spec.name, None)
     if not callable(function):
-        there = [key for key, value in vars(sys.modules[name]).items() if inspect.isfunction(value)]
+        there = [key for key, value in vars(sys.modules[name]).items() if getattr(value, "__module__", "") == name]
         raise ValueError(f"reward file {str(spec.path)!r} has no function {spec.name!r}; it has: {', '.join(there)}")
     return function
 
@@ -259,7 +259,7 @@ def serve(descriptor: int) -> None:
         connection.send(str(error))
         return
     connection.send([function.form for function in functions])
-    with asyncio.Runner() as runner, suppress(EOFError, BrokenPipeError):
+    with asyncio.Runner() as runner, suppress(EOFError, OSError):
         while True:
             job = connection.recv()
             random.seed(job.seed)

@@ -12,10 +12,12 @@ import torch
 from conftest import TINY, on_ranks
 from test_lora import saved_adapter
 from test_train import train
+from transformers import AutoTokenizer
 
 from configs.base import Config
 from runtime import files
 from runtime.evaluation import Evaluation, mean_and_stderr
+from runtime.user_rewards import Reward
 from tools import adapter, evaluate
 
 
@@ -40,11 +42,11 @@ def test_pass_at_k_of_large_n():
 
 def test_errors_count_problems_and_scores_below_one_are_wrong():
     """Four samples of each of two problems are two observations; 0.2 for good form is no fifth of a right answer."""
-    sampled = torch.tensor([[1.0, 1.2, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]], dtype=torch.float64)
-    metrics = Evaluation([], sampled, torch.tensor([[1.0], [0.2]]), 1.0).metrics()
+    scores = [1.0, 1.2, 0.2, 0.2] + [0.2] * 4 + [1.0, 0.2]
+    metrics = Evaluation([], [Reward(value, correct=value) for value in scores], problems=2, seconds=1.0).metrics()
     assert metrics["accuracy"] == 0.25 and metrics["reward"] == pytest.approx(3.4 / 8)
     assert metrics["accuracy_stderr"] == pytest.approx(0.25)  # of 0.5 and 0: standard deviation 0.354, over root 2
-    assert metrics["accuracy_greedy"] == 0.5
+    assert metrics["accuracy_greedy"] == 0.5 and metrics["reward_greedy"] == 0.6
     assert mean_and_stderr("x", torch.ones(1, 3)) == {"x": 1.0}, "one problem has no standard error"
 
 
@@ -52,7 +54,9 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 
 
 def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
-    """`evaluate.py --run RUN`; then completions of its adapter on the 16-bit base, of their export, and of the base."""
+    """`evaluate.py --run RUN`; then completions of its adapter on the 16-bit base, of their export, and of the base,
+    which is then stopped by a text and by a token.
+    """
     sys.argv = ["evaluate.py", *f"--run {run} --eval_problems 32 --out {out}".split()]
     sampler, folder = evaluate.setup()
     evaluate.evaluate(sampler, folder)
@@ -67,6 +71,11 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     for name, stream in streams.items():
         sampler.engine.load_weights(stream)
         found[name] = [completion.token_ids for completion in sampler.evaluate().completions]
+    for name, texts, token_ids in (("text", ["###"], []), ("token", [], sampler.tokenizer.encode("#"))):
+        sampler.engine.stop_texts, sampler.engine.stop_token_ids = texts, token_ids
+        completions = sampler.evaluate().completions
+        found[name] = [completion.token_ids for completion in completions]
+        assert all(len(c.logprobs) == len(c.token_ids) and not c.truncated for c in completions)
     return found
 
 
@@ -81,6 +90,10 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
     assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]
     assert found["merged"] == found["exported"] != found["base"]
+    mark = AutoTokenizer.from_pretrained(TINY).encode("#")
+    first = [ids.index(*mark) + 1 for ids in found["base"]]  # tokens are characters
+    assert found["token"] == [ids[:end] for ids, end in zip(found["base"], first)]
+    assert found["text"] == [ids[: end + 2] for ids, end in zip(found["base"], first)]
 
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]
