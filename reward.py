@@ -229,10 +229,13 @@ def times_tables_problems(split: str) -> list[Problem]:
 
 def gsm8k_problems(split: str) -> list[Problem]:
     """GSM8K from the folder `$GSM8K_DIR`, else downloaded once into .cache."""
-    folder = Path(os.environ.get("GSM8K_DIR") or Path(".cache", "gsm8k"))
-    for name in () if "GSM8K_DIR" in os.environ else ("train", "test"):
-        if not (folder / f"{name}.jsonl").exists():
-            download(GSM8K_URL.format(split=name), folder / f"{name}.jsonl")
+    given = os.environ.get("GSM8K_DIR", "")
+    folder = Path(given or ".cache/gsm8k")
+    for file in (folder / "train.jsonl", folder / "test.jsonl"):
+        if given and not file.exists():
+            raise FileNotFoundError(f"there is no file {str(file)!r}, and GSM8K_DIR is {given!r}")
+        if not file.exists():
+            download(GSM8K_URL.format(split=file.stem), file)
     return read_problems(Source(str(folder)), split, number_truth)
 
 

@@ -136,10 +136,9 @@ class Function:
                 f"reward {spec.text} must have a parameter `completion`, for one at a time, or `completions`, for many "
                 f"at once, and its parameters are: {', '.join(parameter.name for parameter in parameters) or 'none'}"
             )
-        is_async = inspect.iscoroutinefunction(self.call)
+        self.is_async = inspect.iscoroutinefunction(self.call)
         required = [parameter.name for parameter in named if parameter.default is parameter.empty]
-        self.form = Form(bool(batch), is_async and not batch, required)
-        self.is_async = is_async
+        self.form = Form(bool(batch), self.is_async and not batch, required)
 
     def run(self, rows: list[Row], timeout: float, runner: asyncio.Runner) -> list[Parts | None]:
         """The parts of each row's reward; None: a timeout. Raises ValueError of one line for all else."""
@@ -195,14 +194,14 @@ class Function:
         return {name: value for name, value in values.items() if name in self.names or (self.takes_all and name in row)}
 
     def batch_arguments(self, rows: list[Row]) -> dict[str, Any]:
-        columns = {
-            name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)
-        }
-        chats = [isinstance(prompt, list) for prompt in columns["prompt"]]
-        columns["prompts"] = columns.pop("prompt")
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns["prompts"] = [row["prompt"] for row in rows]
         columns["completions"] = [
-            [{"role": "assistant", "content": text}] if chat else text
-            for text, chat in zip(columns.pop("completion"), chats)
+            [{"role": "assistant", "content": row["completion"]}]
+            if isinstance(row["prompt"], list)
+            else row["completion"]
+            for row in rows
         ]
         return {name: value for name, value in columns.items() if self.takes_all or name in self.names}
 
@@ -286,15 +285,15 @@ class Worker:
         # A session of its own: Ctrl-C lets the run be saved first, and whatever a reward starts is killed with it.
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
-        self.connection.send(specs)
+        self.send(specs)
         if not self.connection.poll(START_SECONDS):
             self.kill()
             raise ValueError(f"{', '.join(spec.text for spec in specs)}: not imported within {START_SECONDS:.0f} s")
         self.forms: list[Form] = self.receive()
 
-    def send(self, job: Job) -> None:
+    def send(self, message: Any) -> None:
         with suppress(BrokenPipeError):  # it has died, which `receive` says
-            self.connection.send(job)
+            self.connection.send(message)
 
     def receive(self) -> Any:
         """An answer. Raises ValueError if it is a complaint, or if the process has died."""

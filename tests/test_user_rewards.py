@@ -5,6 +5,7 @@ import http.server
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -269,6 +270,16 @@ def test_the_judge(monkeypatch):
         server.shutdown()
     assert total_rewards(rewards).tolist() == [0.3, 0.0, 0.0, 1.0] and total_rewards(rewards).dtype == torch.float64
     assert [len(reward.timeouts) for reward in rewards] == [0, 0, 1, 0]
+
+
+def test_the_functions_in_the_page(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    (tmp_path / "page.py").write_text(code)
+    assert [r.total for r in score([f"{tmp_path}/page.py:score", f"{tmp_path}/page.py:lengths=10"])] == [
+        0.99,
+        -0.04,
+        -0.01,
+    ]
 
 
 def test_examples_are_short():
