@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node=8 train_grpo.py --config configs/qwen2_5_3b_gsm8k.py
     torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py --steps 20    # no GPU needed
+    torchrun --nproc-per-node=8 train_grpo.py --model MODEL --data problems.csv --reward my_reward.py:score
 
 One step: vLLM samples a group of completions per problem; each is scored and compared with its group; its logprobs are
 pushed up or down; the new weights go to vLLM. The loop is `train`; the table of algorithms is `ALGORITHMS`.
