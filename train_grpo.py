@@ -97,10 +97,7 @@ def beta_normalize(rewards: Tensor) -> Tensor:
 
 
 def clip_token(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
-    """PPO's clipped surrogate for each token, arXiv 1707.06347, equation 7: -min(A ρ, A clip(ρ)).
-
-    With `dual_clip`, the loss of a negative advantage is at most -A·dual_clip: arXiv 1912.09729, equation 5.
-    """
+    """PPO's clipped surrogate for each token, arXiv 1707.06347, equation 7: -min(A ρ, A clip(ρ))."""
     return clip(ratio_of(logprobs - old_logprobs), batch.advantages, config)
 
 
@@ -112,10 +109,7 @@ def clip_sequence(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, con
 def clip(ratio: Tensor, advantages: Tensor, config: Config) -> tuple[Tensor, Metrics]:
     """-min(A ρ, A clip(ρ)), and the tokens where the clip was active."""
     free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = torch.maximum(free, clipped)
-    if config.dual_clip:
-        loss = torch.where(advantages < 0, loss.minimum(-advantages * config.dual_clip), loss)
-    return loss, {"policy/clip_frac": (clipped > free).float()}
+    return torch.maximum(free, clipped), {"policy/clip_frac": (clipped > free).float()}
 
 
 def clip_weight(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
@@ -200,7 +194,6 @@ class Algorithm(NamedTuple):
     settings: dict[str, Any] = {}  # its paper's values for options that are None by default
     groups: bool = True  # compares the completions of a prompt
     unit_rewards: bool = False  # needs rewards from 0 to 1
-    dual_clip: bool = True  # its loss has the option dual_clip
     whole_sequences: bool = False  # its loss is sequence-level, so TIS must be, too
     needs_all: bool = False  # completions without advantage have a gradient, too
     reference: bool = False  # its loss reads ref_logprobs
@@ -214,17 +207,16 @@ ALGORITHMS = {
     "dapo": Algorithm(zscore, clip_token, all_tokens, {"clip_high": 0.28, "max_rollouts": 4}, overlong=0.2),
     "bnpo": Algorithm(beta_normalize, clip_token, all_tokens, unit_rewards=True),
     "gspo": Algorithm(zscore, clip_sequence, per_sequence, {"clip_low": 3e-4, "clip_high": 4e-4}, whole_sequences=True),
-    "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}, dual_clip=False),
+    "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}),
     "rloo": Algorithm(leave_one_out, clip_token, sum_of_tokens),  # TRL clips the ratio of whole completions
     "reinforce_pp": Algorithm(batch_zscore, clip_token, all_tokens, groups=False),
     "reinforce_pp_baseline": Algorithm(center_batch_zscore, clip_token, all_tokens),
-    "opmd": Algorithm(center, mirror_descent, per_sequence, dual_clip=False, whole_sequences=True, needs_all=True),
+    "opmd": Algorithm(center, mirror_descent, per_sequence, whole_sequences=True, needs_all=True),
     "flowrl": Algorithm(
         zscore,
         trajectory_balance,
         per_sequence,
         {"clip_high": 0.28},
-        dual_clip=False,
         whole_sequences=True,
         needs_all=True,
         reference=True,

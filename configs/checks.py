@@ -43,7 +43,6 @@ def refuse(wrong: Any, message: str) -> None:
 
 def check_together(c: Any) -> None:
     """Raises ValueError for values of a `Config` that contradict each other."""
-    refuse(0 < c.dual_clip <= 1, f"dual_clip must be more than 1, or 0 for none, not {c.dual_clip}")
     refuse(
         c.warmup_steps and c.warmup_steps >= c.steps,
         f"warmup_steps must be fewer than the {c.steps} steps, not {c.warmup_steps}",
@@ -133,10 +132,6 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     refuse(
         c.max_rollouts > 1 and c.group_size == 1,
         "max_rollouts > 1 looks for groups whose rewards differ: group_size must exceed 1",
-    )
-    refuse(
-        c.dual_clip and not algorithm.dual_clip,
-        f"{name} does not clip its loss: dual_clip must be 0, not {c.dual_clip!r}",
     )
     refuse(
         algorithm.reference and c.kl_coef,

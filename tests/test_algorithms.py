@@ -253,7 +253,7 @@ def test_gradients_do_not_depend_on_the_split(name, ranks, budget):
     torch.testing.assert_close(found, expected, rtol=0, atol=10 * EPSILON * expected.abs().max().item())
 
 
-# ---- KL, entropy, importance sampling, dual clip --------------------------------------------------------------
+# ---- KL, entropy, importance sampling ------------------------------------------------------------------------
 
 
 def test_overlong_penalties():
@@ -355,15 +355,6 @@ def test_importance_weights_undo_the_mismatch(monkeypatch):
     assert (sampler.exp() * info["mismatch/kl"]).sum() > 0
 
 
-def test_dual_clip():
-    """A = -1 at ratio 10: 10 without, 3 with a dual clip of 3 and then without gradient; A = 1 does not notice."""
-    logprobs = torch.tensor([math.log(10), math.log(10), math.log(2)], dtype=F64, requires_grad=True)
-    batch = micro_batch([1, 1, 1], [-1.0, 1.0, -1.0], old_logprobs=torch.zeros(3, dtype=F64))
-    loss, _ = train_grpo.clip_token(logprobs, batch.old_logprobs, batch, config_of(dual_clip=3.0))
-    assert loss.tolist() == pytest.approx([3.0, -1.2, 2.0])
-    assert torch.autograd.grad(loss.sum(), logprobs)[0].tolist() == pytest.approx([0.0, 0.0, 2.0])
-
-
 # ---- The loop's other parts -----------------------------------------------------------------------------------
 
 
@@ -401,10 +392,8 @@ def test_schedule():
         ({"algorithm": "dapo", "max_rollouts": 1}, "max_rollouts must exceed 1"),
         ({"algorithm": "reinforce_pp", "group_size": 1, "max_rollouts": 2}, "group_size must exceed 1"),
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
-        ({"algorithm": "cispo", "dual_clip": 3.0}, "dual_clip must be 0"),
         ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
         ({"algorithm": "reinforce_pp", "group_size": 1, "prompts_per_step": 1}, "prompts_per_step must exceed 1"),
-        ({"dual_clip": 0.5}, "dual_clip must be more than 1"),
         ({"kl_coef": 0.1, "kl_penalty": "k1_loss"}, "kl_penalty must be one of k2_loss, k3_loss, k1_reward"),
         ({"algorithm": "bnpo", "kl_coef": 0.1, "kl_penalty": "k2_reward"}, "rewards from 0 to 1"),
         ({"algorithm": "flowrl", "kl_coef": 0.1}, "kl_coef must be 0"),
@@ -507,7 +496,7 @@ def test_a_run_with_everything_on(tmp_path):
     options = {
         "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all",
         "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_penalty": "k2_reward",
-        "entropy_coef": 0.01, "tis_mode": "sequence_mask", "dual_clip": 3.0, "lr_schedule": "cosine", "warmup_steps": 1,
+        "entropy_coef": 0.01, "tis_mode": "sequence_mask", "lr_schedule": "cosine", "warmup_steps": 1,
         "tokens_per_microbatch": 2048, "eval_problems": 32, "group_size": 2,
     }  # fmt: skip
     arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
