@@ -8,7 +8,7 @@ import runtime.quiet  # noqa: F401, I001  before torch
 
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -47,7 +47,7 @@ class Request:
 class Completion:
     request: int  # index of the request it answers
     prompt_ids: list[int]  # of that request
-    token_ids: list[int]  # with the end-of-sequence token, if it was reached
+    token_ids: list[int]  # with the end token or the stop text, if it was reached
     logprobs: list[float]  # of those tokens, by the sampler, at the sampling temperature
     truncated: bool  # cut off at max_completion_length
 
@@ -62,6 +62,8 @@ class Engine:
         dtype: str,
         max_model_len: int,
         max_completion_length: int,
+        stop_texts: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
         tensor_parallel_size: int = 1,
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.4,
@@ -73,6 +75,8 @@ class Engine:
     ):
         """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none. They may have the
         modules of these names; None: all that vLLM knows, experts included, for which it has no such kernel on a CPU.
+
+        stop_texts, stop_token_ids: end a completion, of which they are the end, beside the model's own end tokens.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         if world_size % tensor_parallel_size:
@@ -80,6 +84,7 @@ class Engine:
                 f"tensor_parallel_size {tensor_parallel_size} does not divide the number of processes, {world_size}"
             )
         self.max_completion_length = max_completion_length
+        self.stop_texts, self.stop_token_ids = list(stop_texts), list(stop_token_ids)
         self.engines = world_size // tensor_parallel_size
         self.index, self.tensor_parallel_rank = divmod(rank, tensor_parallel_size)
         self.sleep_level, self.asleep, self.adapters = sleep_level, set(), {}
@@ -140,7 +145,9 @@ class Engine:
                 max_tokens=self.max_completion_length,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
-                detokenize=False,
+                stop=self.stop_texts,
+                stop_token_ids=self.stop_token_ids,
+                detokenize=bool(self.stop_texts),  # texts are looked for in text
             )
             for i in mine
         ]

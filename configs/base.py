@@ -39,8 +39,12 @@ class Config:
         20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
 
-    task: str = option("gsm8k", "The task, a row of reward.TASKS.", group="The task")
-    data_dir: str = option("", "A folder with train.jsonl and test.jsonl; empty uses the task's default.")
+    task: str = option("own", "A row of reward.TASKS; own: data and reward are yours.", group="The task")
+    data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
+    prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
+    answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
+    reward: list[str] = option([], "Functions FILE.py:NAME or FILE.py:NAME=WEIGHT; empty: the task's score.")
+    reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0)
     instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
     system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
 
@@ -64,6 +68,7 @@ class Config:
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
     max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
     max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
+    stop: list[str] = option([], "Texts or special tokens that end a completion, beside the model's end tokens.")
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)

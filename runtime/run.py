@@ -1,7 +1,7 @@
 """The state of a run. runtime/setup.py makes it; the training scripts and runtime/steps.py change it."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-import reward
 from configs.base import Config
+from data import Problem
 from fsdp_utils import World
 from policy import Policy
 from rollout import Engine, Request
@@ -19,14 +19,17 @@ from runtime.checkpoint import Progress, Saved
 from runtime.health import HealthMonitor
 from runtime.signals import StopRequest
 from runtime.tracking import RunLog
+from runtime.user_rewards import Reward
 from sync import WeightSync
+
+Scorer = Callable[[list[tuple[Problem, str]]], list[Reward]]  # of completions as texts, each with its problem
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A problem as the model sees it."""
 
-    problem: reward.Problem
+    problem: Problem
     token_ids: list[int]
 
 
@@ -37,6 +40,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train_prompts: list[Prompt]
     test_prompts: list[Prompt]
+    scorer: Scorer
     engine: Engine
     policy: Policy
     optimizer: torch.optim.Optimizer

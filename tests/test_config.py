@@ -126,8 +126,8 @@ def test_what_only_a_run_can_find_out(tmp_path):
         "tensor_parallel_size 3": ["--tensor_parallel_size", "3"],
         "fsdp_size 3": ["--fsdp_size", "3"],
         "max_prompt_length": ["--max_prompt_length", "2"],
-        "train.jsonl, line 1": ["--task", "gsm8k", "--data_dir", str(tmp_path)],
-        "test.jsonl": ["--task", "gsm8k", "--data_dir", str(tmp_path / "nowhere")],
+        "train.jsonl, line 1": ["--task", "gsm8k", "--data", str(tmp_path)],
+        "nothing can be held out": ["--task", "gsm8k", "--data", str(tmp_path / "nowhere")],
     }
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
