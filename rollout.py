@@ -45,11 +45,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
+    """What the model said; in a conversation of several turns, also what the environment replied."""
+
     request: int  # index of the request it answers
     prompt_ids: list[int]  # of that request
-    token_ids: list[int]  # with the end-of-sequence token, if it was reached
-    logprobs: list[float]  # of those tokens, by the sampler, at the sampling temperature
+    token_ids: list[int]  # with the end-of-sequence tokens that were reached, and the environment's replies
+    logprobs: list[float | None]  # of those tokens, by the sampler, at the sampling temperature; None: not sampled
     truncated: bool  # cut off at max_completion_length
+
+    @property
+    def trained(self) -> list[bool]:
+        """Which of `token_ids` the model sampled. It learns from these alone; the others are only read."""
+        return [logprob is not None for logprob in self.logprobs]
+
+    @property
+    def length(self) -> int:
+        """The number of trained tokens: what every mean over tokens divides by."""
+        return sum(self.trained)
 
 
 class Engine:
