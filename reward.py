@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
+Message = dict[str, str]  # of a chat: its "role" and its "content"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class Task:
     score: Callable[[str, str], float]  # (completion, answer) -> reward
     extract: Callable[[str], str | None] = lambda completion: extract_answer(completion)  # its answer, to be shown
     instruction: str = ""  # follows each problem, unless the configuration has another
+    # What the environment says to a conversation so far, such as a tool's result: the text of a user's message, or any
+    # message; None ends the conversation. Scored is what the model says last.
+    reply: Callable[[Problem, list[Message]], str | Message | None] | None = None
 
 
 def load_problems(task: str, split: str, data_dir: str = "", cache_dir: str = ".cache") -> list[Problem]:

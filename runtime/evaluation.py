@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 import reward
 from configs.base import Config
 from fsdp_utils import World, on_every_rank
-from rollout import Completion, Engine, Request
-from runtime.run import Prompt, Run, mix_seeds
+from rollout import Completion, Engine, mix_seeds
+from runtime.run import Prompt, Run, request_of
 
 SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 
@@ -60,8 +60,14 @@ def compute_reward(problem: reward.Problem, text: str, config: Config) -> float:
 
 
 def decode(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a completion, without its end-of-sequence token."""
-    return tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    """The text of a completion's last turn, which is what is scored, without its end-of-sequence token."""
+    return tokenizer.decode(completion.last_turn, skip_special_tokens=True)
+
+
+def transcript(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The whole conversation: all turns and replies, with the special tokens that divide them."""
+    earlier = completion.token_ids[: len(completion.token_ids) - len(completion.last_turn)]
+    return tokenizer.decode(earlier) + decode(completion, tokenizer)
 
 
 # ---- Held-out problems ----------------------------------------------------------------------------------------
@@ -95,10 +101,10 @@ def evaluate_prompts(
     The seeds do not depend on the step: two evaluations differ only by the policy.
     """
     sampled = [
-        Request(prompt.token_ids, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
+        request_of(prompt, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
         for i, prompt in enumerate(prompts)
     ]
-    greedy = [Request(prompt.token_ids, samples=1, temperature=0.0, seed=0) for prompt in prompts]
+    greedy = [request_of(prompt, samples=1, temperature=0.0, seed=0) for prompt in prompts]
     start = time.perf_counter()
     completions = engine.generate(sampled + greedy, label="evaluation")
     seconds = time.perf_counter() - start
@@ -158,8 +164,8 @@ def sample_records(
     return [
         {
             "prompt": prompts[completion.request].problem.prompt,
-            "completion": (text := decode(completion, tokenizer)),
-            "extracted": extract(text),
+            "completion": transcript(completion, tokenizer),
+            "extracted": extract(decode(completion, tokenizer)),
             "answer": prompts[completion.request].problem.answer,
             "reward": value,
             "truncated": completion.truncated,

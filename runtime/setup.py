@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
+from runtime.conversation import Environment
 from runtime.files import check_tied_head, find_model, folder_lock, one_line_errors
 from runtime.optimize import make_optimizer
 from runtime.progress_bar import progress_bar
@@ -190,6 +192,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
     check_system_prompt(config.system_prompt, tokenizer)
     with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
         prompts = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
+    prompts = [[in_environment(prompt, config, tokenizer) for prompt in split] for split in prompts]
     longest = config.max_prompt_length
     kept = [[prompt for prompt in split if len(prompt.token_ids) <= longest] for split in prompts]
     train, test = kept
@@ -254,6 +257,15 @@ def tokenize(
     else:
         ids = tokenizer(texts)["input_ids"]
     return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids)]
+
+
+def in_environment(prompt: Prompt, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt with what the task replies to the model; a task without replies has one turn."""
+    task = reward.find_task(config.task)
+    if not task.reply:
+        return prompt
+    messages = chat(prompt.problem.prompt, config.system_prompt)
+    return replace(prompt, environment=partial(Environment, task.reply, prompt.problem, messages, tokenizer))
 
 
 # ---- The models and the engine --------------------------------------------------------------------------------

@@ -1,15 +1,19 @@
 """Conversations of several turns: what the environment says is read, and in no loss, mean or metric."""
 
+import json
 import math
 import random
-from itertools import chain
+import sys
+from collections import Counter
+from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EPSILON, on_ranks
-from transformers import AutoModelForCausalLM
+from conftest import EPSILON, ROOT, TINY, on_ranks
+from test_resume import NOISE
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fsdp_utils
 import lora
@@ -18,9 +22,11 @@ import train_ppo
 from configs.base import Config
 from configs.checks import resolve_config
 from policy import Critic, Policy
-from rollout import Completion
+from reward import Problem
+from rollout import Completion, Engine, Request
 from runtime import setup
 from runtime.batching import batch_metrics, make_updates
+from runtime.conversation import Environment
 from runtime.optimize import update_metrics
 from train_grpo import ALGORITHMS
 
@@ -337,3 +343,226 @@ def test_gradients_and_metrics_are_those_of_a_plain_loop_over_sampled_tokens(mod
         measured = {key for key in metrics if key.startswith(("policy", "mismatch", "critic"))}
         assert measured <= expected.keys() | {"critic/skipped_updates"}, name
         assert math.isfinite(metrics["loss"])
+
+
+# ---- The engine -----------------------------------------------------------------------------------------------
+
+SUMS = ["47+85=", "12*34=", "99+99=", "31-18=", "60*61=", "10+10="]
+LONGEST = 48
+
+
+def random_reply(tokenizer):
+    """An environment with a will of its own: other ranks would reply something else."""
+    said = []
+
+    def reply(turn: list[int]) -> list[int] | None:
+        said.append(tokenizer(f"{random.randrange(10, 100)}+{random.randrange(10, 100)}=")["input_ids"])
+        return said[-1] if len(said) < 4 else None
+
+    return reply
+
+
+def fixed_reply(tokenizer):
+    """One that depends on the conversation alone, and lets some conversations be longer than others."""
+    turns = []
+
+    def reply(turn: list[int]) -> list[int] | None:
+        turns.append(turn)
+        return tokenizer(f"{10 + sum(turn) % 90}+11=")["input_ids"] if sum(turn) % 5 and len(turns) < 4 else None
+
+    return reply
+
+
+def converse(tensor_parallel_size: int) -> dict:
+    """Conversations of the tiny model, at once and alone, and how often the engine stepped."""
+    world = fsdp_utils.init_world()
+    random.seed(world.rank)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    engine = Engine(
+        str(TINY), dtype="float32", max_model_len=64, max_completion_length=LONGEST,
+        tensor_parallel_size=tensor_parallel_size,
+    )  # fmt: skip
+
+    def requests(reply):
+        prompts = [tokenizer(text)["input_ids"] for text in SUMS]
+        return [
+            Request(ids, 3, 1.0, seed=10 * i, environment=lambda: reply(tokenizer)) for i, ids in enumerate(prompts)
+        ]
+
+    steps, step = Counter(), engine.llm.llm_engine.step
+    engine.llm.llm_engine.step = lambda: steps.update(["done"]) or step()
+    together = engine.generate(requests(fixed_reply))
+    found = {"together": together, "steps": steps["done"]}
+    found["alone"] = [completion for request in requests(fixed_reply) for completion in engine.generate([request])]
+    found["single turns"] = engine.generate(
+        [Request(request.prompt_ids, 3, 1.0, seed=10 * i) for i, request in enumerate(requests(None))]
+    )
+    found["random"] = engine.generate(requests(random_reply))
+    found["logprobs"] = [engine.logprobs(c.prompt_ids + c.token_ids)[len(c.prompt_ids) - 1 :] for c in together]
+    try:
+        engine.generate(requests(lambda tokenizer: [].index))
+    except ValueError as error:
+        found["error"] = str(error)
+    return found
+
+
+def spans(completion: Completion) -> list[tuple[bool, list[int]]]:
+    """Turns of the model (True) and replies (False), one after the other."""
+    marked = groupby(zip(completion.trained, completion.token_ids), key=lambda pair: pair[0])
+    return [(trained, [token for _, token in part]) for trained, part in marked]
+
+
+def as_lists(completions: list[Completion]) -> list[tuple]:
+    return [(c.prompt_ids, c.token_ids, c.trained, c.truncated) for c in completions]
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
+def test_conversations_depend_on_their_seeds_alone_and_keep_the_engine_full(tmp_path, tensor_parallel_size):
+    """On two engines, and on two ranks of one."""
+    first, second = on_ranks(2, converse, tensor_parallel_size, folder=tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    end = tokenizer.eos_token_id
+    for name in ("together", "random"):
+        assert as_lists(first[name]) == as_lists(second[name]), "every rank has the same"
+    together = first["together"]
+    assert as_lists(together) == as_lists(first["alone"])
+    assert len({len(spans(completion)) for completion in together}) > 2
+    for completion, single in zip(together, first["single turns"]):
+        turns = [tokens for trained, tokens in spans(completion) if trained]
+        assert turns[0] == single.token_ids, "the first turn is that of a task without replies"
+        assert all(turn[-1] == end and turn.count(end) == 1 for turn in turns[:-1])
+        assert spans(completion)[-1][0], "the model has the last word"
+        assert len(completion.token_ids) <= LONGEST and completion.last_turn == turns[-1]
+        reply = fixed_reply(tokenizer)
+        for turn, (_, said) in zip(turns, spans(completion)[1::2]):
+            assert said == reply(turn)
+    for completion, logprobs in zip(together, first["logprobs"]):
+        assert [x is not None for x in completion.logprobs] == completion.trained
+        pairs = [(a, b) for a, b in zip(completion.logprobs, logprobs) if a is not None]
+        assert all(a == pytest.approx(b, abs=1e-3) for a, b in pairs), "of the whole conversation, read at once"
+    cut = [completion for completion in first["random"] if completion.truncated]
+    assert cut and all(LONGEST - 6 <= len(completion.token_ids) <= LONGEST for completion in cut)
+    longest = max(completion.length for completion in together)
+    assert first["steps"] <= longest + 5, "nobody has waited for another's turn"
+    assert "is not in list" in first["error"] and first["error"] == second["error"]
+
+
+# ---- The chat template ----------------------------------------------------------------------------------------
+
+MESSAGE, NEXT = "[{{ m.role }}]{{ m.content }}<eos>\n", "{% if add_generation_prompt %}[assistant]{% endif %}"
+CHATML = "{% for m in messages %}" + MESSAGE + "{% endfor %}" + NEXT
+TRIMS = CHATML.replace("m.content", "m.content | trim")
+BEGINS = CHATML.replace("<eos>\n", "").replace("[", "<eos>[")  # the end of a turn is the beginning of the next
+REFUSES = CHATML + "{% if messages[-1].role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+DROPS = CHATML.replace(MESSAGE, "{% if m.role != 'tool' %}" + MESSAGE + "{% endif %}")
+
+
+def talk(template: str | None, reply, turns=("5 ", "7")) -> tuple[list[int], str, list[dict]]:
+    """The tokens of a conversation in which the model says these turns, their text, and its messages."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = template
+    seen = []
+    asked = lambda problem, messages: seen.append(messages) or reply(problem, messages)  # noqa: E731
+    messages = setup.chat("2*3=", None)
+    environment = Environment(asked, Problem("2*3=", "6"), messages, tokenizer)
+    (prompt,) = setup.tokenize([Problem("2*3=", "6")], tokenizer)
+    ids = list(prompt.token_ids)
+    for turn in turns:
+        said = tokenizer(turn + "<eos>", add_special_tokens=False)["input_ids"]
+        ids += said + (environment(said) or [])
+    return ids, tokenizer.decode(ids), seen[-1]
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMS, BEGINS])
+def test_replies_stand_where_the_template_puts_them(template):
+    """The tokens are those of the whole conversation, rendered at once; the reply sees all that was said."""
+    replies = iter(["wrong, again", None])
+    ids, text, messages = talk(template, lambda problem, messages: next(replies))
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    roles = ["user", "assistant", "user", "assistant"]
+    assert messages == [{"role": r, "content": c} for r, c in zip(roles, ["2*3=", "5 ", "wrong, again", "7"])]
+    tokenizer.chat_template = template
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if template == TRIMS:  # what the model has sampled is kept, also what the template would leave out
+        assert "5 <eos>" in text and "5<eos>" in whole
+        whole = whole.replace("5<eos>", "5 <eos>")
+    assert text.removesuffix("<eos>") == whole.removesuffix("<eos>\n")
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_replies_without_a_template_follow_as_they_are():
+    replies = iter(["6;", None])
+    assert talk(None, lambda problem, messages: next(replies))[1] == "2*3=5 <eos>6;7<eos>"
+
+
+def tool(problem, messages):
+    return {"role": "tool", "content": "6"}
+
+
+def test_a_message_keeps_its_role():
+    assert talk(CHATML, tool)[1].startswith("[user]2*3=<eos>\n[assistant]5 <eos>\n[tool]6<eos>\n[assistant]7<eos>\n")
+
+
+@pytest.mark.parametrize(
+    "template, reply, words",
+    [
+        (None, lambda problem, messages: 1 / 0, ["raised ZeroDivisionError", "test_turns.py, line"]),
+        (None, lambda problem, messages: sys.exit("bye"), ["raised SystemExit: bye"]),
+        (None, lambda problem, messages: 6, ["is 6, and must be a text, a message"]),
+        (CHATML, lambda problem, messages: {"role": "tool"}, ["is {'role': 'tool'}, and must be"]),
+        (None, lambda problem, messages: "", ["'content': ''}", "is not seen by the model"]),
+        (REFUSES, tool, ["of role 'tool' is refused by the chat template (no tools)"]),
+        (DROPS, tool, ["'tool', 'content': '6'} is not seen by the model"]),
+    ],
+)
+def test_what_is_wrong_with_a_reply_is_said_in_a_line(template, reply, words):
+    with pytest.raises(ValueError) as error:
+        talk(template, reply)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert message.startswith("the reply ") and "\n" not in message
+    assert "on Problem(prompt='2*3=', answer='6') and turn '5 '" in message
+
+
+# ---- Whole runs -----------------------------------------------------------------------------------------------
+
+
+def calculator_runs(out: Path) -> None:
+    """GRPO straight through, the same in two parts, and PPO; on two ranks of one engine."""
+    small = "--prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
+    ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
+    runs = [
+        (train_grpo.setup_grpo, train_grpo.train, f"--run_name whole --steps 2 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--run_name parts --steps 1 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--run_name parts --steps 2 {small} --resume"),
+        (train_ppo.setup_ppo, train_ppo.train, f"--run_name ppo {ppo}"),
+    ]
+    alive = []
+    for prepare, train, options in runs:
+        given = f"--config {ROOT}/examples/calculator_tool.py --output_dir {out} --tensor_parallel_size 2 {options}"
+        sys.argv[1:] = given.split()
+        alive.append(prepare())  # an engine takes the process groups with it when it goes
+        train(alive[-1])
+
+
+def test_the_example_of_a_tool(tmp_path):
+    """Runs are resumed bit by bit; samples show the whole conversation, and score its last turn."""
+    on_ranks(2, calculator_runs, tmp_path, folder=tmp_path, timeout=600)
+
+    def rows(run: str, name: str) -> list[dict]:
+        lines = (tmp_path / run / f"{name}.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if not k.startswith(NOISE)} for line in lines]
+
+    assert rows("whole", "metrics") == rows("parts", "metrics") and rows("whole", "samples") == rows("parts", "samples")
+    called = Counter()
+    for run in ("whole", "ppo"):
+        assert all(row["mismatch/kl"] < 1e-5 for row in rows(run, "metrics") if "mismatch/kl" in row)
+        for sample in rows(run, "samples"):
+            first, *rest = sample["completion"].split("<eos>")
+            called[run] += len(rest)
+            assert len(rest) <= 1
+            if rest:
+                a, b = map(int, sample["prompt"].removesuffix("/10=").split("*"))
+                assert "####" not in first and rest[0][0] == str(a * b // 10 % 10) == sample["answer"]
+            assert sample["reward"] == (sample["extracted"] == sample["answer"])
+    assert called["whole"] and called["ppo"]
