@@ -59,15 +59,17 @@ def init_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and broadcasts its result. Its ValueError or OSError is raised on all ranks. Collective."""
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs `work` on the first rank of a group (None: all ranks) and broadcasts its result. Its ValueError or OSError
+    is raised on all of them. Collective.
+    """
     outcome: list = [None, None]
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         try:
             outcome[0] = work()
         except (ValueError, OSError) as error:
             outcome[1] = str(error) or type(error).__name__
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]

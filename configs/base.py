@@ -85,7 +85,7 @@ class Config:
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
     kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
-        "k3_loss", "The KL estimator, and whether it is added to the loss or subtracted from the reward."
+        "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
     )
     entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
@@ -146,7 +146,9 @@ class Config:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether there is a KL penalty, and it is part of the reward."""
+        """Whether there is a KL penalty, and it is part of the reward: of each token's in PPO, which has such rewards;
+        elsewhere of a completion's, summed over its tokens, which is the same total.
+        """
         return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
 
     @property

@@ -236,7 +236,7 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
         for k in sorted({2**power for power in range(n.bit_length())} | {n}):
             metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(sampled, k))
     completions = evaluation.completions
-    tokens = sum(len(completion.token_ids) for completion in completions)
+    tokens = sum(completion.length for completion in completions)
     return metrics | {
         "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
         "length_mean": tokens / len(completions),
