@@ -250,7 +250,7 @@ def plan(rows: Rows, size: Size, work: Path) -> None:
         report_plan(rows, what, foreseen, measured)
     if ON_GPU:
         total = torch.cuda.mem_get_info()[1]
-        foreseen = sum(planner.phases(config, shape, trainer, total)["rollout"].values()) - 2 * policy.trained
+        foreseen = sum(planner.phases(config, shape, trainer, 1, total)["rollout"].values()) - 2 * policy.trained
         report_plan(rows, "with vLLM", foreseen, rows.found("sync", "memory in use, with vLLM"))
     else:
         rows.unable("with vLLM", "its share of a GPU, and there is none")

@@ -31,7 +31,7 @@ def start(folder: Path, name: str, options: list[str]) -> subprocess.Popen:
     command += ["--config", "configs/arithmetic_cpu.py", "--output_dir", str(folder), "--run_name", name]
     command += ["--lr_schedule", "constant", "--learning_rate", "1e-4", *options]
     log = open(folder / f"{name}.log", "w")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_SHM": "1"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
@@ -111,13 +111,13 @@ def main() -> None:
         flat, clean = judge(notes), left_behind() <= before
         print(f"/dev/shm after {options.steps} steps: {'clean' if clean else sorted(left_behind() - before)}")
 
-        victim = start(folder, "victim", ["--steps", "1000", "--use_shm", "true", "--eval_every", "0", *shared])
+        victim = start(folder, "victim", ["--steps", "1000", "--eval_every", "0", *shared])
         wait_for_step(victim, folder, "victim", 2)
         os.killpg(victim.pid, signal.SIGKILL)
         victim.wait()
         for pid in orphans("victim"):
             os.kill(pid, signal.SIGKILL)
-        heir = start(folder, "heir", ["--steps", "2", "--use_shm", "true", *shared])
+        heir = start(folder, "heir", ["--steps", "2", *shared])
         code = heir.wait()
         clean_after_kill = code == 0 and left_behind() <= before
         print(f"/dev/shm after a kill and a run: {'clean' if clean_after_kill else sorted(left_behind() - before)}")

@@ -211,7 +211,6 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         group_size=GROUP,
         max_prompt_length=scale.longest_prompt,
         max_completion_length=scale.longest_completion,
-        max_num_seqs=scale.prompts * GROUP,
         gpu_memory_utilization=GPU_SHARE,
         lora_rank=RANK,
         lora_alpha=ALPHA,

@@ -18,5 +18,4 @@ config = Config(
     sync="merged",  # at this rate merging keeps over 0.9 of every update, and vLLM generates faster
     eval_samples=4,
     gradient_checkpointing=False,  # nothing here is large
-    max_num_seqs=512,
 )

@@ -12,6 +12,6 @@ config = dataclasses.replace(
     prompts_per_step=512,  # as many completions per step, each of another problem
     group_size=1,
     critic_learning_rate=1e-3,
-    critic_warmup_steps=2,
+    warmup_steps=2,  # the critic learns first
     updates_per_rollout=2,  # the clipped ratio is there to be used
 )

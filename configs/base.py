@@ -1,14 +1,15 @@
 """The configuration: one flat dataclass.
 
 Every field is an option of the command line, of the same name; its text here is its `--help`. wandb is configured by
-its own variables, WANDB_MODE and WANDB_PROJECT; PROFILE_STEP=N writes a trace of step N (runtime/tracking.py).
+its own variables, WANDB_MODE and WANDB_PROJECT. PROFILE_STEP=N writes a trace of step N (runtime/tracking.py), and
+USE_SHM=1 copies the model into memory before it is loaded, for slow disks (runtime/shared_memory.py).
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.checks import check_together, check_value
+from configs.checks import BASE, check_together, check_value
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -38,8 +39,12 @@ class Config:
         20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
 
-    task: str = option("gsm8k", "The task, a row of reward.TASKS.", group="The task")
-    data_dir: str = option("", "A folder with train.jsonl and test.jsonl; empty uses the task's default.")
+    task: str = option("own", "A row of reward.TASKS; own: data and reward are yours.", group="The task")
+    data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
+    prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
+    answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
+    reward: list[str] = option([], "Functions FILE.py:NAME or FILE.py:NAME=WEIGHT; empty: the task's score.")
+    reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0)
     instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
     system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
 
@@ -55,16 +60,18 @@ class Config:
         "factored", "merged computes the update with base + adapter rounded, the weight that vLLM runs."
     )
     lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
-    ref_adapter_path: str = option("", "An adapter folder that is the KL reference; empty takes the base.")
+    ref_adapter_path: str = option(
+        "", "The KL reference: an adapter folder, or 'base'; empty takes the adapter that the run starts from, if any."
+    )
 
     prompts_per_step: int = option(64, "P, the number of problems per step.", least=1, group="Rollout")
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
     max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
     max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
+    stop: list[str] = option([], "Texts or special tokens that end a completion, beside the model's end tokens.")
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
-    max_num_seqs: int = option(256, "Sequences that one engine generates at a time.", least=1)
     sync: Literal["merged", "adapter"] | None = option(
         None, "adapter sends vLLM the adapter, merged new weights; default: adapter where possible."
     )
@@ -76,10 +83,9 @@ class Config:
     algorithm: str = option("grpo", "A row of train_grpo.ALGORITHMS, or ppo (train_ppo.py).", group="The algorithm")
     clip_low: float | None = option(None, "Lower clip, ratio >= 1 - clip_low; default mostly 0.2.", least=0, most=1)
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
-    dual_clip: float = option(0.0, "Bounds the loss of negative advantages, e.g. 3; 0 does not.", least=0)
     kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
-        "k3_loss", "The KL estimator, and whether it is added to the loss or subtracted from the reward."
+        "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
     )
     entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
@@ -91,20 +97,25 @@ class Config:
     updates_per_rollout: int = option(1, "Optimizer updates per rollout, each on a share of its prompts.", least=1)
     epochs_per_rollout: int = option(1, "Passes over a rollout, each of updates_per_rollout updates.", least=1)
 
-    learning_rate: float = option(1e-5, "The peak learning rate of AdamW.", above=0, group="The update")
+    learning_rate: float | None = option(
+        None,
+        "AdamW's peak learning rate; default: 3e-5 for adapters, of any rank, else 3e-6.",
+        above=0,
+        group="The update",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
-    warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", least=0)
+    warmup_steps: int = option(
+        0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0
+    )
     tokens_per_microbatch: int = option(16384, "Most tokens of a forward, unless one sequence is longer.", least=1)
     gradient_checkpointing: bool = option(True, "Recomputes activations in the backward, to save memory.")
     fsdp_size: int = option(0, "Ranks that share one copy of the weights; 0 means all ranks.", least=0)
     offload: Literal["none", "optimizer", "all"] = option(
         "none", "Keeps optimizer state, or all shards and gradients too, in host memory: slower."
     )
-    use_shm: bool = option(False, "Copies the model to /dev/shm before loading, for slow disks.")
 
     critic_learning_rate: float = option(1e-5, "The critic's peak learning rate.", above=0, group="PPO's critic")
     critic_lora_rank: int = option(0, "The rank of the critic's adapters; 0 trains all its weights.", least=0)
-    critic_warmup_steps: int = option(0, "First steps, in which only the critic is trained.", least=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for the first value that cannot be right."""
@@ -135,8 +146,15 @@ class Config:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether there is a KL penalty, and it is part of the reward."""
+        """Whether there is a KL penalty, and it is part of the reward: of each token's in PPO, which has such rewards;
+        elsewhere of a completion's, summed over its tokens, which is the same total.
+        """
         return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
+
+    @property
+    def reference_adapter(self) -> str:
+        """The folder of the frozen adapter that is the KL reference; empty if it is the base, or there is none."""
+        return "" if self.ref_adapter_path == BASE else self.ref_adapter_path
 
     @property
     def run_folder(self) -> Path:
@@ -145,8 +163,9 @@ class Config:
 
     @property
     def model_source(self) -> str:
-        """The model's folder, or its name on the hub; `tiny` is part of the repository."""
-        return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
+        """The model's folder, absolute, or its name on the hub; `tiny` is part of the repository."""
+        folder = Path(__file__).with_name("tiny") if self.model == "tiny" else Path(self.model)
+        return str(folder.absolute()) if folder.exists() else self.model
 
     @property
     def max_model_len(self) -> int:

@@ -13,5 +13,4 @@ config = Config(
     max_completion_length=64,
     eval_problems=16,
     gradient_checkpointing=False,
-    max_num_seqs=64,
 )

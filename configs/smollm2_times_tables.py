@@ -18,5 +18,4 @@ config = Config(
     tokens_per_microbatch=2048,  # activations of so many tokens are kept, see the next line
     gradient_checkpointing=False,
     save_every=10,
-    max_num_seqs=128,
 )

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fsdp_utils import fill, gather, reshard
-from runtime.files import atomic_folder, fsync, one_line_errors
+from fsdp_utils import fill, gather, on_every_rank, reshard
+from runtime.files import atomic_folder, fsync, one_line_errors, write_tensors
 
 KEPT = 2  # newest checkpoints of a run, beside the best one
 
 # Settings that a resumed run must keep, because the checkpoint's tensors or its place in the data depend on them.
 FIXED = (
-    "model task dtype target_modules lora_rank lora_alpha algorithm seed prompts_per_step "
+    "model task dtype target_modules lora_rank lora_alpha lora_adapter_path algorithm seed prompts_per_step "
     "group_size max_prompt_length instruction system_prompt critic_lora_rank"
 ).split()
 
@@ -90,6 +90,7 @@ def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
 def restore_state(folder: Path, learners: Learners) -> None:
     """Loads a checkpoint's tensors into modules and optimizers, however they are sharded."""
     where = f"checkpoint {str(folder)!r}"
+    on_every_rank(lambda: check_readable(folder))
     with one_line_errors(where), safe_open(folder / "state.safetensors", framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}
         for learner, (module, optimizer) in learners.items():
@@ -99,6 +100,15 @@ def restore_state(folder: Path, learners: Learners) -> None:
             if found.get(name) != list(tensor.shape):
                 raise ValueError(f"it has {name!r} of shape {found.get(name)}, not {list(tensor.shape)}")
             fill(tensor, file.get_tensor(name))
+
+
+def check_readable(folder: Path) -> None:
+    """Raises ValueError if this machine has no such checkpoint."""
+    if not (folder / "state.safetensors").exists():
+        raise ValueError(
+            f"{socket.gethostname()} cannot read checkpoint {str(folder)!r}: every machine needs it; "
+            "put output_dir on storage that they share, or copy the checkpoint"
+        )
 
 
 def allocate_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
@@ -122,7 +132,7 @@ def write(
     """
     target = run / "checkpoints" / f"step_{step:06d}"
     with atomic_folder(target) as partial:
-        save_file(tensors, partial / "state.safetensors")
+        write_tensors(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state) + "\n")
         export(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())

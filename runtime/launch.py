@@ -8,7 +8,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -19,10 +21,12 @@ from runtime.steps import finish_stopped
 T = TypeVar("T")
 ROOT_CAUSE = 3.0  # seconds that other ranks wait before they exit: torchrun reports the first exit as the root cause
 EXIT_TIMEOUT = 20.0  # seconds that a failing process may take to exit
+WATCH_EVERY = 2.0  # seconds between two looks at whether another rank has failed
 
 
 def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     """Runs `train(prepare())`. A user's error in `prepare` is one line and exit code 2; later ones exit with 1."""
+    Thread(target=watch_other_ranks, daemon=True).start()
     try:
         run = prepare()
     except (ValueError, OSError) as error:
@@ -61,4 +65,24 @@ def first_to_fail() -> bool:
     """True on the first rank that calls this, False on all others."""
     if not dist.is_initialized():
         return os.environ.get("RANK", "0") == "0"
-    return dist.distributed_c10d._get_default_store().add("first_to_fail", 1) == 1
+    try:
+        return dist.distributed_c10d._get_default_store().add("first_to_fail", 1) == 1
+    except RuntimeError:  # the machine that keeps the store is gone
+        return True
+
+
+def watch_other_ranks() -> None:
+    """Ends this process when another rank has failed and this one waits for it all the same.
+
+    torchrun does that for the ranks of one machine. A rank of another one may wait for hours where no connection is
+    open that could break: for a new process group that the failed rank never joins.
+    """
+    while not dist.is_initialized():
+        time.sleep(WATCH_EVERY)
+    store = dist.distributed_c10d._get_default_store().clone()  # a waiting rank keeps the store's own connection busy
+    with suppress(RuntimeError):  # the machine that keeps the store is gone
+        while not store.check(["first_to_fail"]):
+            time.sleep(WATCH_EVERY)
+    time.sleep(EXIT_TIMEOUT)  # a rank that notices by itself says more, and exits before
+    print("error: another rank has failed, or its machine is gone", file=sys.stderr, flush=True)
+    os._exit(1)

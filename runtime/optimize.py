@@ -25,19 +25,17 @@ def make_optimizer(config: Config, module: nn.Module, learning_rate: float) -> t
     return optimizer
 
 
-def schedule(step: int, steps: int, config: Config) -> float:
+def schedule(step: int, config: Config) -> float:
     """The factor of the learning rate in step 1, 2, ...: a linear warm-up, then constant, linear or cosine."""
     if step <= config.warmup_steps:
         return step / (config.warmup_steps + 1)
-    done = (step - 1 - config.warmup_steps) / (steps - config.warmup_steps)  # from 0, and 1 after the last step
+    done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)  # from 0, and 1 after the last step
     return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[config.lr_schedule]
 
 
-def set_learning_rate(
-    optimizer: torch.optim.Optimizer, peak: float, step: int, config: Config, delay: int = 0
-) -> float:
-    """Sets and returns the learning rate of a step; it is 0 for the first `delay` steps, then the schedule begins."""
-    rate = peak * schedule(max(step - delay, 0), config.steps - delay, config)
+def set_learning_rate(optimizer: torch.optim.Optimizer, peak: float, step: int, config: Config) -> float:
+    """Sets and returns the learning rate of a step."""
+    rate = peak * schedule(step, config)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate

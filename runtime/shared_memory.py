@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -59,6 +59,16 @@ def make_locked(folder: Path) -> int:
         return lock
 
 
+def fast_folder(folder: str) -> AbstractContextManager[str]:
+    """The folder itself or, with USE_SHM, a copy in memory. Collective."""
+    return in_shared_memory(folder) if use_shm() else nullcontext(folder)
+
+
+def use_shm() -> bool:
+    """Whether the environment sets USE_SHM."""
+    return os.environ.get("USE_SHM", "0") != "0"
+
+
 @contextmanager
 def in_shared_memory(folder: str) -> Iterator[str]:
     """A copy of a model's folder in the host's memory, deleted when the block ends. Collective.
@@ -73,7 +83,7 @@ def in_shared_memory(folder: str) -> Iterator[str]:
             needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(SHARED_MEMORY).free
             if needed > free:
                 raise ValueError(
-                    f"use_shm needs {needed / 2**30:.1f} GiB in {SHARED_MEMORY}, which has {free / 2**30:.1f} GiB free"
+                    f"USE_SHM needs {needed / 2**30:.1f} GiB in {SHARED_MEMORY}, which has {free / 2**30:.1f} GiB free"
                 )
             with progress_bar("copying the model", needed, "bytes", unit_scale=True) as bar:
                 for path in files:

@@ -42,6 +42,7 @@ from runtime import checkpoint, setup
 from runtime.command_line import parse_config
 from runtime.optimize import make_optimizer
 from runtime.setup import PromptHead
+from runtime.shared_memory import use_shm
 
 GB = 1e9
 HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
@@ -55,6 +56,7 @@ SIZES = (
     *("vocab_size", "tie_word_embeddings"),
 )
 SHAPES = {  # from the models' config.json
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 4864, 24, 14, 2, 151936, True),
     "Qwen/Qwen2.5-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
     "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
     "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
@@ -69,7 +71,7 @@ KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
     "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
     "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
-    "vLLM working memory": "a smaller max_num_seqs",
+    "vLLM working memory": "a smaller prompts_per_step or group_size, if an engine has fewer than 1,024 sequences",
     "vLLM CUDA graphs": "nothing",
     "KV cache": "a smaller gpu_memory_utilization; outside of the rollout: sleep_level 1",
     "streamed weights": "sleep_level 1 in place of 2",
@@ -107,6 +109,7 @@ class Trainer:
     policy: Learner
     critic: Learner | None  # with PPO
     model: float  # whole, as vLLM has it
+    active: float  # of that, what a token passes through: some of the experts, and all else
     engine: float  # one GPU's share of that
     streamed: float  # by a sync
     streamed_peak: float  # of that, at a time
@@ -170,6 +173,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     return Trainer(
         *learners,
         model=sum(whole.values()),
+        active=setup.active_parameters(policy.model) * width,
         engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
         streamed=sum(sent),
         streamed_peak=max(sent),
@@ -189,7 +193,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     module.model.to_empty(device=HERE)
     fsdp_utils.compute_buffers(module.model, HERE)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(config, module, config.learning_rate)
+    optimizer = make_optimizer(config, module, 0.0)
     checkpoint.allocate_state(optimizer, trained)  # it is there in every step but the first
     batch = full_batch(config)
     with Tracker(module, optimizer) as forward, torch.no_grad():
@@ -269,12 +273,12 @@ def engine_share(name: str, config: Config, shape: PretrainedConfig) -> float:
     return 1 / (min(ranks, shape.num_key_value_heads) if keys else ranks)
 
 
-def working_memory(config: Config, shape: PretrainedConfig, gpu: float) -> float:
+def working_memory(config: Config, shape: PretrainedConfig, gpus: int, gpu: float) -> float:
     """vLLM's activations of one block and its logits, which it sets aside when it starts. An estimate."""
     width, ranks = getattr(torch, config.compute_dtype).itemsize, config.tensor_parallel_size
     tokens = 16384 if gpu >= 70 * 2**30 else 8192  # that it pushes through the model at once
     block = tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size / ranks) * width
-    logits = config.max_num_seqs * shape.vocab_size * (width + 3 * 4)  # and float32 for sampling
+    logits = setup.sequences_at_once(config, gpus, gpu) * shape.vocab_size * (width + 3 * 4)  # and float32 for sampling
     return block + logits
 
 
@@ -285,9 +289,9 @@ def bytes_per_token(config: Config, shape: PretrainedConfig) -> float:
     return 2 * shape.num_hidden_layers * heads * head * getattr(torch, config.compute_dtype).itemsize
 
 
-def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpu: float) -> dict[str, Ledger]:
+def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int, gpu: float) -> dict[str, Ledger]:
     """What one GPU of `gpu` bytes holds at the peak of each phase."""
-    working, graphs = working_memory(config, shape, gpu), CUDA_GRAPHS
+    working, graphs = working_memory(config, shape, gpus, gpu), CUDA_GRAPHS
     own = trainer.engine + working + graphs
     kv_cache = config.gpu_memory_utilization * gpu - own
     engine = {"vLLM weights": trainer.engine, "KV cache": max(kv_cache, 0.0)}
@@ -353,11 +357,14 @@ def report(
     if gpus % config.tensor_parallel_size:
         raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
     trainer = plan_trainer(config, shape, gpus, prompt_head)
-    ledgers = phases(config, shape, trainer, gpu_gb * GB)
+    ledgers = phases(config, shape, trainer, gpus, gpu_gb * GB)
+    width = getattr(torch, config.compute_dtype).itemsize
+    total, active = trainer.model / width / GB, trainer.active / width / GB
+    of_them = f", of which {active:.1f}B are active for a token" if active < total else ""
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
     lines = [
-        f"{config.model}, {trainer.model / getattr(torch, config.compute_dtype).itemsize / GB:.1f}B parameters, "
-        f"on {gpus} x {gpu_gb:g} GB; at its peak, each GPU holds (GB)",
+        f"{config.model}, {total:.1f}B parameters{of_them}, on {gpus} x {gpu_gb:g} GB; "
+        "at its peak, each GPU holds (GB)",
         "",
         f"{'':<22}" + "".join(f"{phase:>10}" for phase in ledgers),
     ]
@@ -370,9 +377,10 @@ def report(
     sequences = ledgers["rollout"]["KV cache"] / bytes_per_token(config, shape) / config.max_model_len
     moved = trainer.streamed * (1 - 1 / (config.fsdp_size or gpus))
     host = host_memory(config, trainer, gpus)
+    at_once = setup.sequences_at_once(config, gpus, gpu_gb * GB)
     lines += [
         "",
-        f"KV cache  holds {sequences:,.0f} sequences of {config.max_model_len:,} tokens; {config.max_num_seqs} at once",
+        f"KV cache  holds {sequences:,.0f} sequences of {config.max_model_len:,} tokens; {at_once:,} at once",
         f"sync      streams {trainer.streamed / GB:.2f} GB, of which {moved / GB:.2f} come from other GPUs: "
         f"{moved / GB / bandwidth_gb:.1f} s at {bandwidth_gb:g} GB/s",
         f"host      {host / GB:.0f} GB for what is offloaded, asleep, or copied to /dev/shm",
@@ -398,7 +406,7 @@ def host_memory(config: Config, trainer: Trainer, gpus: int) -> float:
     shards = sum(each.base + each.adapters + each.trained for each in learners) * (config.offload == "all")
     state = sum(2 * each.trained for each in learners) * (config.offload != "none")
     asleep = trainer.engine * (config.sleep_level == 1)
-    return gpus * (shards + state + asleep) + trainer.model * config.use_shm
+    return gpus * (shards + state + asleep) + trainer.model * use_shm()
 
 
 def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig:
