@@ -56,17 +56,19 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 
 
 def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
-    """`evaluate.py --run_folder RUN`; then completions of its adapter as trained, of its export, and of it on the base
-    in 16 bits, which is then stopped by a text and by a token.
+    """`evaluate.py --run_folder RUN`; then completions of its adapter as trained, of its export, of it on the base in
+    16 bits, and of that base alone, which is then stopped by a text and by a token.
     """
     sys.argv = ["evaluate.py", *f"--run_folder {run} --eval_problems 32 --out {out}".split()]
     sampler, folder = evaluate.setup()
     evaluate.evaluate(sampler, folder)
     adapter.export(str(TINY), sampler.config.lora_adapter_path, f"{out}/model")
+    plain = dataclasses.replace(sampler.config, dtype="bfloat16")
     streams = {
         "trained": evaluate.policy_weights(sampler.config, TINY),
         "exported": files.read_model(out / "model"),
-        "16-bit": evaluate.policy_weights(dataclasses.replace(sampler.config, dtype="bfloat16"), TINY),
+        "16-bit": evaluate.policy_weights(plain, TINY),
+        "base": evaluate.policy_weights(dataclasses.replace(plain, lora_adapter_path=""), TINY),
     }
     found = {}
     for name, stream in streams.items():
@@ -99,7 +101,7 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     assert found["trained"] == found["exported"] != found["16-bit"]
     mark = AutoTokenizer.from_pretrained(TINY).encode("#")  # tokens are characters
     for name, stop in (("token", mark), ("text", mark * 3)):
-        assert found[name] == [until(stop, ids) for ids in found["16-bit"]] != found["16-bit"]
+        assert found[name] == [until(stop, ids) for ids in found["base"]] != found["base"]
 
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]
