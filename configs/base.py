@@ -39,8 +39,12 @@ class Config:
         20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
 
-    task: str = option("gsm8k", "The task, a row of reward.TASKS.", group="The task")
-    data_dir: str = option("", "A folder with train.jsonl and test.jsonl; empty uses the task's default.")
+    task: str = option("own", "A row of reward.TASKS; own: data and reward are yours.", group="The task")
+    data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
+    prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
+    answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
+    reward: list[str] = option([], "Functions FILE.py:NAME or FILE.py:NAME=WEIGHT; empty: the task's score.")
+    reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0)
     instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
     system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
 
@@ -64,6 +68,7 @@ class Config:
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
     max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
     max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
+    stop: list[str] = option([], "Texts or special tokens that end a completion, beside the model's end tokens.")
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
@@ -80,7 +85,7 @@ class Config:
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
     kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
-        "k3_loss", "The KL estimator, and whether it is added to the loss or subtracted from the reward."
+        "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
     )
     entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
@@ -92,7 +97,12 @@ class Config:
     updates_per_rollout: int = option(1, "Optimizer updates per rollout, each on a share of its prompts.", least=1)
     epochs_per_rollout: int = option(1, "Passes over a rollout, each of updates_per_rollout updates.", least=1)
 
-    learning_rate: float = option(1e-5, "The peak learning rate of AdamW.", above=0, group="The update")
+    learning_rate: float | None = option(
+        None,
+        "AdamW's peak learning rate; default: 3e-5 for adapters, of any rank, else 3e-6.",
+        above=0,
+        group="The update",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
     warmup_steps: int = option(
         0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0
@@ -136,7 +146,9 @@ class Config:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether there is a KL penalty, and it is part of the reward."""
+        """Whether there is a KL penalty, and it is part of the reward: of each token's in PPO, which has such rewards;
+        elsewhere of a completion's, summed over its tokens, which is the same total.
+        """
         return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
 
     @property

@@ -10,33 +10,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import fsdp_utils
 import lora
 import reward
 from configs.base import Config
+from configs.checks import default_rate
 from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
+from runtime.evaluation import make_scorer
 from runtime.files import check_tied_head, find_model, folder_lock, one_line_errors
 from runtime.optimize import make_optimizer
 from runtime.progress_bar import progress_bar
-from runtime.run import Prompt, Run
+from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
+from runtime.run import Run
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
-UNSUPPORTED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
 
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
@@ -49,6 +44,9 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     tokenizer = load_tokenizer(folder)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_prompts(config, model_config, train_prompts + test_prompts)
+    stops = find_stops(config, tokenizer, model_config)
+    first = [train_prompts[0].problem, test_prompts[0].problem]
+    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, first))
     saved = find_checkpoint(config) if config.resume else None
     with fast_folder(folder) as files:
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
@@ -57,9 +55,9 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, files)
+            engine = build_engine(config, files, stops, lora.target_names(policy.model))
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
+    run = Run(config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, saved)
     engine.sleep()  # the probe's forwards in the trainer need the memory
     listen(run.stop.handle)  # from here on a signal lets the run be saved; until here it ends the process
     run.weight_sync.update_weights(verify=True, everything=config.dtype == "nf4")  # vLLM has the 16-bit base
@@ -74,9 +72,11 @@ def print_header(run: Run) -> None:
     base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(run.policy.model)) / 1e6
     learned = sum(parameter.numel() for parameter in trained) / 1e6
     log.print(f"model  {config.model}, {base:,.1f}M parameters; {learned:,.2f}M ({learned / base:.1%}) are trained")
-    log.print(
-        f"task   {config.task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out"
-    )
+    if lora.mixtures(run.policy.model):
+        active = active_parameters(run.policy.model) / 1e6
+        log.print(f"       {active:,.1f}M are active for a token; experts are frozen, all-linear is attention alone")
+    task = " ".join(filter(None, (config.task, config.data, *config.reward)))
+    log.print(f"task   {task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out")
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
     log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s)")
     weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
@@ -87,8 +87,18 @@ def print_header(run: Run) -> None:
     )
     if config.ref_adapter_path:
         log.print(f"KL     reference: {config.reference_adapter or 'the base, without adapters'}")
+    rule = " (the default: ten times that of full fine-tuning, see configs/checks.py)"
+    is_rule = config.lora_rank and config.learning_rate == default_rate(config)
+    log.print(f"rate   {config.learning_rate:g}{rule if is_rule else ''}, {config.lr_schedule}")
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
+
+
+def active_parameters(model: PreTrainedModel) -> float:
+    """Parameters of the base that one token passes through: of the experts of a layer, those that are chosen."""
+    sizes = ((math.prod(weight.shape), weight.shape) for _, weight in lora.base_weights(model))
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    return sum(size * chosen / shape[0] if len(shape) > 2 else size for size, shape in sizes)
 
 
 # ---- The run's folder -----------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def read_saved(folder: Path, config: Config) -> Saved:
     return Saved(folder, progress, log)
 
 
-# ---- Prompts --------------------------------------------------------------------------------------------------
+# ---- The models and the engine --------------------------------------------------------------------------------
 
 
 def model_folder(config: Config) -> str:
@@ -159,105 +169,21 @@ def model_folder(config: Config) -> str:
     return fsdp_utils.on_first_rank(find)
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    with one_line_errors(f"the tokenizer of model {folder!r}"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
-    """Training and held-out prompts of at most `max_prompt_length` tokens; rank 0 reads or downloads the problems."""
-    instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
-    ending = f"\n{instruction}" if instruction else ""
-
-    def load(split: str) -> list[reward.Problem]:
-        problems = reward.load_problems(config.task, split, config.data_dir)
-        return [replace(problem, prompt=problem.prompt + ending) for problem in problems]
-
-    splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
-    check_system_prompt(config.system_prompt, tokenizer)
-    with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
-        prompts = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
-    longest = config.max_prompt_length
-    kept = [[prompt for prompt in split if len(prompt.token_ids) <= longest] for split in prompts]
-    train, test = kept
-    if not (train and test):
-        raise ValueError(f"no prompt fits in max_prompt_length, {longest} tokens")
-    if kept != prompts:
-        counts = [f"{len(before) - len(after):,} of {len(before):,}" for before, after in zip(prompts, kept)]
-        line = "prompts over max_prompt_length, {} tokens, are left out: {} to train on, {} held out"
-        fsdp_utils.on_first_rank(lambda: print(line.format(longest, *counts), flush=True))
-    return [train, test[: config.eval_problems]]
-
-
-def check_system_prompt(system_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the chat template does not show the system prompt to the model."""
-    if system_prompt is None:
-        return
-    name, fix = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of model {name!r} has no chat template for a system turn; {fix}")
-    try:
-        text = tokenizer.apply_chat_template(chat("?", system_prompt), tokenize=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the chat template of model {name!r} refuses a system turn ({reason}); {fix}") from error
-    if system_prompt.strip() not in text:
-        raise ValueError(f"the chat template of model {name!r} leaves a system turn out; {fix}")
-
-
-def chat(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
-    """A conversation with the model's turn next."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": prompt}]
-
-
-def check_prompts(config: Config, model: PretrainedConfig, prompts: list[Prompt]) -> None:
-    """Raises ValueError for prompts without tokens, with unknown tokens, or too long for the model."""
-    for prompt in prompts:
-        if not prompt.token_ids:
-            raise ValueError(f"the tokenizer of {config.model!r} makes no token of prompt {prompt.problem.prompt!r}")
-        if max(prompt.token_ids) >= model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {config.model!r} makes token {max(prompt.token_ids)} of prompt "
-                f"{prompt.problem.prompt!r}, but the model has only {model.vocab_size}"
-            )
-    longest = getattr(model, "max_position_embeddings", None) or math.inf
-    stretched = (getattr(model, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if config.max_model_len > longest and not stretched:  # vLLM checks stretched positions
-        raise ValueError(
-            f"max_prompt_length {config.max_prompt_length} and max_completion_length {config.max_completion_length} "
-            f"make {config.max_model_len} tokens; model {config.model!r} supports at most {longest}: lower one"
-        )
-
-
-def tokenize(
-    problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
-) -> list[Prompt]:
-    """Applies the tokenizer's chat template, if it has one, to each problem."""
-    texts = [problem.prompt for problem in problems]
-    if tokenizer.chat_template:
-        chats = [chat(text, system_prompt) for text in texts]
-        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(texts)["input_ids"]
-    return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids)]
-
-
-# ---- The models and the engine --------------------------------------------------------------------------------
-
-
-def build_engine(config: Config, folder: str) -> Engine:
-    """The sampler, with the weights of the model's folder."""
+def build_engine(config: Config, folder: str, stops: Stops, targets: list[str] | None = None) -> Engine:
+    """The sampler, with the weights of the model's folder, for adapters of these target modules (None: of any)."""
     return Engine(
         folder,
         dtype=config.compute_dtype,
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
         max_completion_length=config.max_completion_length,
+        stop_texts=stops.texts,
+        stop_token_ids=stops.token_ids,
         max_num_seqs=sequences_at_once(config, dist.get_world_size(), gpu_memory()),
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
+        lora_targets=targets,
         seed=config.seed,
     )
 
@@ -309,9 +235,8 @@ def read_model_config(folder: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(config, "vocab_size"):
         raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
-    for name in UNSUPPORTED_LOGITS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
+    if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
+        raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
@@ -333,13 +258,13 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 2:  # experts, convolutions
+        experts, kind = name.split(".")[-2:]
+        if parameter.ndim > 2 and (experts != "experts" or kind not in fsdp_utils.EXPERTS):  # convolutions
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
-    for name, _ in model.named_buffers():
-        if not hasattr(model.get_submodule(name.rpartition(".")[0]), "config"):
-            raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
+    for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
+        raise ValueError(f"{what} is not implemented here: its checkpoint has {name}, which is no parameter")
+    if head is None:
+        raise ValueError(f"{what} has no head")
 
 
 def meta_policy(
@@ -386,8 +311,13 @@ def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
 
 
 def shard(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
-    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute."""
+    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute.
+
+    Raises ValueError if that base has experts.
+    """
     model: PreTrainedModel = module.train().model
+    if not rank and lora.mixtures(model):
+        raise ValueError("a model with experts learns by adapters alone; set lora_rank (or critic_lora_rank) above 0")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fsdp_utils.shard(

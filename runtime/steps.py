@@ -15,7 +15,7 @@ from runtime.checkpoint import Progress
 from runtime.evaluation import evaluate
 from runtime.files import write_model
 from runtime.run import Run, is_due
-from runtime.tracking import format_accuracy
+from runtime.tracking import format_held_out
 
 
 def begin_training(run: Run) -> None:
@@ -23,7 +23,7 @@ def begin_training(run: Run) -> None:
     if not run.saved:
         metrics = evaluate(run, step=0)
         run.log.record({"step": 0, **metrics})
-        run.log.print("before training: held-out " + format_accuracy(metrics))
+        run.log.print("before training: held-out " + format_held_out(metrics))
     run.complete_step(run.progress.step)
     if run.progress.step >= run.config.steps:
         run.log.print(f"all {run.config.steps} steps are done; to go on, add --steps to the command")
@@ -40,7 +40,7 @@ def finish_step(run: Run, step: int, metrics: dict[str, float]) -> None:
     run.complete_step(step)
     run.log.phase("save")  # its time counts in the next step
     if last or reason or is_due(config.save_every, step):
-        save_checkpoint(run, metrics.get("eval/accuracy"))
+        save_checkpoint(run, metrics.get("eval/accuracy", metrics.get("eval/reward")))
     if reason:
         raise RuntimeError(f"{reason}; the last step that was saved is {run.saved_step}")
     if not last:
@@ -73,7 +73,8 @@ def finish_stopped(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, accuracy: float | None = None) -> None:
-    """Saves all finished steps. `accuracy`: of an evaluation of this step, which may make it the best one. Collective.
+    """Saves all finished steps. `accuracy`: of an evaluation of this step, which may make it the best one; or, where
+    nothing says which answers are right, the mean reward. Collective.
 
     A full disk is reported, and the run goes on.
     """

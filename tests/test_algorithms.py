@@ -15,7 +15,6 @@ import train_grpo
 from configs.base import Config
 from configs.checks import resolve_config
 from fsdp_utils import World
-from policy import FrozenHead
 from rollout import Completion
 from runtime.batching import MicroBatch, make_updates
 from runtime.optimize import schedule, update_metrics
@@ -293,25 +292,6 @@ def test_kl_in_the_loss():
         logprobs, torch.zeros(3), batch, ALGORITHMS["grpo"].loss, config_of(kl_coef=0.1, kl_penalty="k3_reward")
     )
     assert loss.item() == 0.0
-
-
-@pytest.mark.parametrize("entropy_gradient", [True, False])
-def test_head_gradients(entropy_gradient, monkeypatch):
-    """Against autograd through all logits, in chunks of three rows here."""
-    monkeypatch.setattr("policy.LOGITS_AT_ONCE", 3 * 11)
-    generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(8, 5, generator=generator, requires_grad=True)
-    weight, targets = torch.randn(11, 5, generator=generator), torch.randint(0, 11, (8,), generator=generator)
-    a, b = torch.randn(8, generator=generator), torch.randn(8, generator=generator) * entropy_gradient
-
-    logp = (hidden @ weight.T / 0.7).log_softmax(-1)
-    expected = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-    (expected_gradient,) = torch.autograd.grad((a * expected[0] + b * expected[1]).sum(), hidden)
-    found = FrozenHead.apply(hidden, weight, targets, 0.7, entropy_gradient)
-    assert found[1].requires_grad == entropy_gradient
-    (found_gradient,) = torch.autograd.grad((a * found[0] + b * found[1]).sum(), hidden)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found_gradient, expected_gradient)
 
 
 def test_entropy_bonus():

@@ -15,10 +15,12 @@ from conftest import TINY, on_ranks
 from safetensors.torch import load_file, save_file
 from test_lora import saved_adapter
 from test_train import train
+from transformers import AutoTokenizer
 
 from configs.base import Config
 from runtime import adapter_files, files
 from runtime.evaluation import Evaluation, mean_and_stderr
+from runtime.user_rewards import Reward
 from tools import adapter, evaluate
 
 
@@ -43,11 +45,11 @@ def test_pass_at_k_of_large_n():
 
 def test_errors_count_problems_and_scores_below_one_are_wrong():
     """Four samples of each of two problems are two observations; 0.2 for good form is no fifth of a right answer."""
-    sampled = torch.tensor([[1.0, 1.2, 0.2, 0.2], [0.2, 0.2, 0.2, 0.2]], dtype=torch.float64)
-    metrics = Evaluation([], sampled, torch.tensor([[1.0], [0.2]]), 1.0).metrics()
+    scores = [1.0, 1.2, 0.2, 0.2] + [0.2] * 4 + [1.0, 0.2]
+    metrics = Evaluation([], [Reward(value, correct=value) for value in scores], problems=2, seconds=1.0).metrics()
     assert metrics["accuracy"] == 0.25 and metrics["reward"] == pytest.approx(3.4 / 8)
     assert metrics["accuracy_stderr"] == pytest.approx(0.25)  # of 0.5 and 0: standard deviation 0.354, over root 2
-    assert metrics["accuracy_greedy"] == 0.5
+    assert metrics["accuracy_greedy"] == 0.5 and metrics["reward_greedy"] == 0.6
     assert mean_and_stderr("x", torch.ones(1, 3)) == {"x": 1.0}, "one problem has no standard error"
 
 
@@ -56,7 +58,7 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 
 def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     """`evaluate.py --run_folder RUN`; then completions of its adapter as trained, of its export, and of it on the base
-    in 16 bits.
+    in 16 bits, which is then stopped by a text and by a token.
     """
     sys.argv = ["evaluate.py", *f"--run_folder {run} --eval_problems 32 --out {out}".split()]
     sampler, folder = evaluate.setup()
@@ -71,7 +73,18 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     for name, stream in streams.items():
         sampler.engine.load_weights(stream)
         found[name] = [completion.token_ids for completion in sampler.evaluate().completions]
+    for name, texts, token_ids in (("text", ["###"], []), ("token", [], sampler.tokenizer.encode("#"))):
+        sampler.engine.stop_texts, sampler.engine.stop_token_ids = texts, token_ids
+        completions = sampler.evaluate().completions
+        found[name] = [completion.token_ids for completion in completions]
+        assert all(len(completion.logprobs) == len(completion.token_ids) for completion in completions)
     return found
+
+
+def until(stop: list[int], ids: list[int]) -> list[int]:
+    """The tokens up to the first place where these stand, with them."""
+    ends = [i for i in range(len(stop), len(ids) + 1) if ids[i - len(stop) : i] == stop]
+    return ids[: ends[0]] if ends else ids
 
 
 def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path):
@@ -85,6 +98,9 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
     assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]
     assert found["trained"] == found["exported"] != found["16-bit"]
+    mark = AutoTokenizer.from_pretrained(TINY).encode("#")  # tokens are characters
+    for name, stop in (("token", mark), ("text", mark * 3)):
+        assert found[name] == [until(stop, ids) for ids in found["16-bit"]] != found["16-bit"]
 
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]

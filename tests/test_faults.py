@@ -23,7 +23,7 @@ from rollout import Completion
 from runtime import signals
 from runtime.batching import make_updates
 from runtime.checkpoint import Progress
-from runtime.evaluation import compute_reward
+from runtime.evaluation import task_reward
 from runtime.health import HealthMonitor
 
 WITHIN = 60  # seconds in which one rank's failure must end all
@@ -171,7 +171,7 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
 
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
     with pytest.raises(ValueError) as error:
-        compute_reward(reward.Problem("1+1=", "2"), "it is 3", Config(task="mine"))
+        task_reward("mine", reward.Problem("1+1=", "2"), "it is 3")
     assert "\n" not in str(error.value) and words in str(error.value)
     assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
 
@@ -200,7 +200,8 @@ def test_a_process_that_a_reward_forks_can_be_stopped(tmp_path):
 @pytest.mark.parametrize("value", [True, 1, 0.5, -3])
 def test_what_a_reward_may_return(monkeypatch, value):
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, lambda *_: value))
-    assert compute_reward(reward.Problem("1+1=", "2"), "3", Config(task="mine")) == value
+    found = task_reward("mine", reward.Problem("1+1=", "2"), "3")
+    assert found.total == found.correct == value
 
 
 def test_a_mismatch_stops_a_run():
@@ -262,7 +263,7 @@ def test_fewer_problems_than_a_batch(tmp_path):
         rows = [json.dumps({"question": question, "answer": "#### 4"}) for question in questions]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     done = torchrun(
-        2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data_dir", str(tmp_path), "--steps", "2",
+        2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data", str(tmp_path), "--steps", "2",
         "--output_dir", str(tmp_path), "--run_name", "r",
         "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
     )  # fmt: skip

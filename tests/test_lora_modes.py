@@ -154,10 +154,11 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     from configs.arithmetic_cpu import config as base
     from configs.checks import resolve_config
     from runtime import run, setup
+    from runtime.prompts import Stops
     from train_grpo import ALGORITHMS
 
     base = dataclasses.replace(base, lora_rank=8)
-    world, engine, results = fsdp_utils.init_world(), setup.build_engine(base, model), {}
+    world, engine, results = fsdp_utils.init_world(), setup.build_engine(base, model, Stops()), {}
     batch = policy.pack([TOKENS[:1]], [TOKENS[1:]], world.device)
     for mode, changes in MODES.items():
         changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
@@ -167,7 +168,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )
         tokenizer = setup.AutoTokenizer.from_pretrained(model)
-        session = run.Run(config, world, tokenizer, [], [], engine, trained, optimizer, None)
+        session = run.Run(config, world, tokenizer, [], [], None, engine, trained, optimizer, None)
 
         @torch.no_grad()
         def difference(trained=trained) -> float:

@@ -90,16 +90,19 @@ def vllm_linear(weight, rows, sizes, columns, rank, **more):
 
 
 def test_a_ranks_share_of_a_weight_is_read_in_its_place():
-    """Of 4 ranks: queries by heads, keys by heads that two ranks share, and a linear that is split by columns."""
+    """Of 4 ranks: queries by heads, keys by heads that two ranks share, both as one matrix of a checkpoint that fuses
+    them, and a linear that is split by columns.
+    """
     q, k, everything = torch.randn(8, 6), torch.randn(4, 6), range(6)
     for rank in range(4):
         rows = [*range(2 * rank, 2 * rank + 2), *range(8 + rank // 2 * 2, 10 + rank // 2 * 2)]
-        fused = vllm_linear(torch.cat([q, k]), rows, [2, 2], everything, rank, output_size=16, num_kv_head_replicas=2)
-        for index, whole in enumerate((q, k)):
-            held = HeldLinear(fused, index).weight([5, 0, 3])
+        more = {"output_size": 16, "num_kv_head_replicas": 2, "tp_size": 4}
+        fused = vllm_linear(torch.cat([q, k]), rows, [2, 2], everything, rank, **more)
+        for parts, whole in ((range(1), q), (range(1, 2), k), (range(2), torch.cat([q, k]))):
+            held = HeldLinear(fused, parts).weight([5, 0, 3])
             assert held.places == [0, 1, 2] and torch.equal(held.values, whole[held.rows][:, [5, 0, 3]])
     for rank in range(3):
         split = vllm_linear(q, range(8), [8], range(2 * rank, 2 * rank + 2), rank)
-        held = HeldLinear(split, 0).weight([3, 5, 2])
+        held = HeldLinear(split, range(1)).weight([3, 5, 2])
         assert held.places == [[], [0, 2], [1]][rank]
         assert torch.equal(held.values, q[:, [[3, 5, 2][place] for place in held.places]])

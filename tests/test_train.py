@@ -58,9 +58,31 @@ def test_gsm8k_runs(tmp_path, ranks, tensor_parallel_size):
         pytest.skip(f"no GSM8K at {GSM8K}; set GSM8K_DIR")
     for rank in range(2) if tensor_parallel_size == 2 else ():  # what a killed engine leaves must not be in the way
         Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").write_bytes(bytes(64))
-    options = ["--steps", "2", "--data_dir", str(GSM8K), "--tensor_parallel_size", str(tensor_parallel_size)]
+    options = ["--steps", "2", "--data", str(GSM8K), "--tensor_parallel_size", str(tensor_parallel_size)]
     metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, *options)
     assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert all(sample["prompt"].endswith("put your final answer within \\boxed{}.") for sample in samples)
+
+
+def test_your_own_data_and_rewards(tmp_path):
+    """The command of the README, without a config file: the weighted sum of the parts is what is learned from."""
+    sizes = "--steps 2 --prompts_per_step 8 --max_prompt_length 16 --max_completion_length 24 --learning_rate 2e-3"
+    own = "--data examples/sums.csv --prompt_field question --answer_field label"
+    rewards = "--reward examples/rewards.py:score examples/rewards.py:short=0.5"
+    options = f"--model tiny {own} {rewards} {sizes} --output_dir {tmp_path} --run_name own"
+    done = torchrun(2, "train_grpo.py", *options.split())
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "54 problems to train on, 6 held out" in done.stdout
+    _, *metrics = [json.loads(line) for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()]
+    for row in metrics:
+        parts = row["reward/correct"] + row["reward/form"] + 0.5 * row["reward/short"]
+        assert row["reward/mean"] == pytest.approx(parts, abs=1e-12) and row["reward/timeouts"] == 0
+        assert row["reward/correct_std"] > 0 and row["reward/form"] <= 0.2
+        assert -0.15 < row["reward/short"] < -0.05, "a sum and its end are 13 characters or fewer"
+    samples = [json.loads(line) for line in (tmp_path / "own" / "samples.jsonl").read_text().splitlines()]
+    for sample in samples:
+        right = sample["completion"].strip().endswith(f"#### {eval(sample['prompt'].rstrip('='))}")
+        assert sample["parts"]["correct"] == right and sample["answer"] == str(eval(sample["prompt"].rstrip("=")))
+    assert metrics[-1]["eval/accuracy"] <= 1 < metrics[-1]["eval/reward"] + 1, "a part of form is no accuracy"

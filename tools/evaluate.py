@@ -35,19 +35,11 @@ from rollout import Engine
 from runtime import checkpoint
 from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.command_line import OneLineParser, parse_over, read_config_file
-from runtime.evaluation import Evaluation, evaluate_prompts, is_correct, mean_and_stderr, sample_records
+from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, sample_records
 from runtime.launch import launch
-from runtime.run import Prompt
-from runtime.setup import (
-    build_engine,
-    check_prompts,
-    check_writable,
-    load_prompts,
-    load_tokenizer,
-    meta_model,
-    model_folder,
-    read_model_config,
-)
+from runtime.prompts import check_prompts, find_stops, load_prompts, load_tokenizer
+from runtime.run import Prompt, Scorer
+from runtime.setup import build_engine, check_writable, meta_model, model_folder, read_model_config
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
@@ -149,11 +141,12 @@ class Sampler(NamedTuple):
     world: fsdp_utils.World
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
+    scorer: Scorer
     engine: Engine
     doubts: list[str]  # see above
 
     def evaluate(self) -> Evaluation:
-        return evaluate_prompts(self.engine, self.prompts, self.config, self.tokenizer, self.world)
+        return evaluate_prompts(self.engine, self.prompts, self.config, self.scorer, self.tokenizer, self.world)
 
 
 def setup() -> tuple[Sampler, Path]:
@@ -167,14 +160,19 @@ def setup() -> tuple[Sampler, Path]:
     model = model_folder(config)
     tokenizer = load_tokenizer(model)
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
-    check_prompts(config, read_model_config(model), prompts)
+    model_config = read_model_config(model)
+    check_prompts(config, model_config, prompts)
+    stops = find_stops(config, tokenizer, model_config)
+    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompts[0].problem]))
     with fast_folder(model) as files:
-        engine = build_engine(dataclasses.replace(config, sleep_level=0), files)
+        with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
+            targets = adapter and adapter.target_modules
+        engine = build_engine(dataclasses.replace(config, sleep_level=0), files, stops, targets)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(files)))
-    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], engine, told)
+    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine, told)
     if world.rank == 0:
         print_header(sampler)
     return sampler, folder
@@ -193,7 +191,9 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
     adapter merged.
     """
     dtype = getattr(torch, config.compute_dtype)
-    wanted = dict(lora.base_weights(meta_model(str(folder), dtype)))  # the files with a tied head may have both
+    model = meta_model(str(folder), dtype)
+    # The files of a model with a tied head may have both.
+    wanted = {name for path, weight in lora.base_weights(model) for name, *_ in fsdp_utils.stored(path, weight)}
     base = ((name, tensor.to(dtype)) for name, tensor in base_weights(folder, config.dtype) if name in wanted)
     with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
         yield from merge_all(base, adapter) if adapter else base
@@ -229,11 +229,14 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
     """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n, and what the completions took."""
-    n, metrics = evaluation.sampled.shape[1], evaluation.metrics()
-    for k in sorted({2**power for power in range(n.bit_length())} | {n}):
-        metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(is_correct(evaluation.sampled), k))
+    metrics = evaluation.metrics()
+    if evaluation.right:
+        sampled, _ = evaluation.right
+        n = sampled.shape[1]
+        for k in sorted({2**power for power in range(n.bit_length())} | {n}):
+            metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(sampled, k))
     completions = evaluation.completions
-    tokens = sum(len(completion.token_ids) for completion in completions)
+    tokens = sum(completion.length for completion in completions)
     return metrics | {
         "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
         "length_mean": tokens / len(completions),
@@ -253,13 +256,13 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
             shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
             print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    scores = evaluation.scores
-    records = sample_records(prompts + prompts, evaluation.completions, scores, sampler.config, sampler.tokenizer)
+    rewards = evaluation.rewards
+    records = sample_records(prompts + prompts, evaluation.completions, rewards, sampler.config, sampler.tokenizer)
     with open(folder / "samples.jsonl", "w", errors="backslashreplace") as file:
         for completion, record in zip(evaluation.completions, records):
             kind = "sampled" if completion.request < len(prompts) else "greedy"
             record = {"problem": completion.request % len(prompts), "kind": kind} | record
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
     results = {"metrics": metrics, "problems": len(prompts), "processes": sampler.world.size}
     results |= {"config": dataclasses.asdict(sampler.config), "environment": environment()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
