@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.run
 from conftest import TINY, on_ranks
+from safetensors.torch import load_file, save_file
 from test_lora import saved_adapter
 from test_train import train
 from transformers import AutoTokenizer
@@ -131,6 +132,10 @@ def test_what_is_evaluated(model_folder, tmp_path):
     given = ["--lora_adapter_path", str(tmp_path / "other" / "adapter"), "--model", "tiny", "--dtype", "bfloat16"]
     config, _, doubts = evaluate.parse(given)
     assert config.lora_rank == 16 and "elsewhere" in doubts[0] and "nf4" in doubts[1]
+    assert config.sends_adapter
+    file = tmp_path / "other" / "adapter" / "adapter_model.safetensors"
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in load_file(file).items()}, file)
+    assert not evaluate.parse(given)[0].sends_adapter, "vLLM would not find its keys"
 
 
 def test_torchrun_takes_none_of_its_options_for_its_own():
