@@ -75,7 +75,7 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     for name, stream in streams.items():
         sampler.engine.load_weights(stream)
         found[name] = [completion.token_ids for completion in sampler.evaluate().completions]
-    for name, texts, token_ids in (("text", ["###"], []), ("token", [], sampler.tokenizer.encode("#"))):
+    for name, texts, token_ids in (("text", ["## "], []), ("token", [], sampler.tokenizer.encode("####"))):
         sampler.engine.stop_texts, sampler.engine.stop_token_ids = texts, token_ids
         completions = sampler.evaluate().completions
         found[name] = [completion.token_ids for completion in completions]
@@ -100,8 +100,8 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
     assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]
     assert found["trained"] == found["exported"] != found["16-bit"]
-    mark = AutoTokenizer.from_pretrained(TINY).encode("#")  # tokens are characters
-    for name, stop in (("token", mark), ("text", mark * 3)):
+    encode = AutoTokenizer.from_pretrained(TINY).encode
+    for name, stop in (("token", encode("####")), ("text", encode("#### "))):  # one token, and another one after it
         assert found[name] == [until(stop, ids) for ids in found["base"]] != found["base"]
 
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
