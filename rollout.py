@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,8 +34,10 @@ import lora  # noqa: E402
 from fsdp_utils import on_every_rank, on_first_rank  # noqa: E402
 from runtime.files import one_line_errors, other_weights  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
+from runtime.signals import StopRequest  # noqa: E402
 
 CPU_KV_CACHE = 1 << 30  # bytes
+STEPS_ALIKE = 16  # engine steps between two agreements of the ranks of one engine whether to stop
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
 
 # What the environment says to a turn of the model: from the turn's tokens to those that follow it; None: nothing more.
@@ -180,8 +182,10 @@ class Engine:
         self.max_completion_length = max_completion_length
         self.stop_texts, self.stop_token_ids = list(stop_texts), list(stop_token_ids)
         self.engines = world_size // tensor_parallel_size
+        self.tensor_parallel_size = tensor_parallel_size
         self.index, self.tensor_parallel_rank = divmod(rank, tensor_parallel_size)
         self.sleep_level, self.asleep, self.adapters = sleep_level, set(), {}
+        self.stop = StopRequest()  # a signal ends a rollout that is under way
         on_cpu = not torch.cuda.is_available()
         self.copies_at_once = not on_cpu  # see load_weights
         if on_cpu and tensor_parallel_size > 1:
@@ -232,7 +236,8 @@ class Engine:
     def generate(self, requests: list[Request], label: str = "rollout") -> list[Completion]:
         """All ranks pass the same requests and get all completions, in the order of the requests.
 
-        label: of the progress bar. Raises ValueError on every rank if an environment does on one.
+        label: of the progress bar. On every rank, raises ValueError if an environment does on one, and Stopped if a
+        signal came meanwhile.
         """
         mine = range(self.index, len(requests), self.engines)
         conversations = [
@@ -241,13 +246,14 @@ class Engine:
             for sample in range(requests[i].samples)
         ]
         on_every_rank(lambda: self.converse(conversations, label))
+        self.stop.check()
         completions = [conversation.completion() for conversation in conversations]
         shares: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, completions if self.tensor_parallel_rank == 0 else [])
         return sorted(chain.from_iterable(shares), key=lambda completion: completion.request)
 
     def converse(self, conversations: list[Conversation], label: str) -> None:
-        """Runs the engine until all conversations have ended.
+        """Runs the engine until all conversations have ended, or a signal drops those that have not.
 
         Each goes on as soon as its own turn is done, beside the others, so the engine stays full.
         """
@@ -256,7 +262,9 @@ class Engine:
             running = {conversation.name: conversation for conversation in conversations}
             for conversation in conversations:
                 self.start_turn(conversation)
-            while running:
+            for step in count():
+                if not running or self.stopped_before(step):
+                    break
                 outputs = [output for output in self.llm.llm_engine.step() if output.finished]
                 for output in outputs:
                     running[output.request_id].add_turn(output.outputs[0])
@@ -268,6 +276,7 @@ class Engine:
                         bar.update()
                     else:
                         self.start_turn(conversation)
+            self.llm.llm_engine.abort_request(list(running))
 
     def start_turn(self, conversation: Conversation) -> None:
         """Gives the engine the conversation's next turn to do."""
@@ -293,6 +302,12 @@ class Engine:
             replies = on_first_rank(lambda: [conversation.reply() for conversation in conversations], self.group)
             for conversation, reply in zip(conversations, replies):
                 conversation.add_reply(reply)
+
+    def stopped_before(self, step: int) -> bool:
+        """Whether a signal has come. The ranks of one engine must make the same steps, so they agree now and then."""
+        if self.tensor_parallel_size == 1:
+            return self.stop.came
+        return step % STEPS_ALIKE == 0 and self.stop.asked(self.group)
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, by the weights in vLLM, at temperature 1."""

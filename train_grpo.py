@@ -435,6 +435,7 @@ def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = Fa
     batches = list(chain.from_iterable(updates))
     with progress_bar("logprobs", len(batches), "micro-batches") as bar:
         for batch in batches:
+            run.stop.check()
             if reference:
                 with lora.reference(policy):
                     batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
@@ -452,6 +453,7 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     batches = list(chain.from_iterable(updates))
     with progress_bar("reference", len(batches), "micro-batches") as bar:
         for batch in batches:
+            run.stop.check()
             with lora.reference(run.policy):
                 ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
             penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)

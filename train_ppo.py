@@ -98,6 +98,7 @@ def compute_advantages(run: Run, batches: list[MicroBatch]) -> None:
     config, (critic, _) = run.config, run.learners["critic"]
     with progress_bar("values", len(batches), "micro-batches") as bar:
         for batch in batches:
+            run.stop.check()
             values = batch.values = critic(batch.packed)  # (R,)
             rewards = batch.rewards
             if config.kl_in_reward:

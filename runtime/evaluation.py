@@ -17,6 +17,7 @@ from data import Problem
 from fsdp_utils import World, on_every_rank
 from rollout import Completion, Engine, mix_seeds
 from runtime.run import Prompt, Run, Scorer, request_of
+from runtime.signals import Stopped
 from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised
 
 SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
@@ -172,9 +173,15 @@ def evaluate_prompts(
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Evaluates the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics."""
+    """Evaluates the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics.
+
+    A signal ends it without metrics: the weights have changed, so the run can stop only when the step is finished.
+    """
     prompts = run.test_prompts
-    evaluation = evaluate_prompts(run.engine, prompts, run.config, run.scorer, run.tokenizer, run.world)
+    try:
+        evaluation = evaluate_prompts(run.engine, prompts, run.config, run.scorer, run.tokenizer, run.world)
+    except Stopped:
+        return {}
     log_samples(run, step, "eval", prompts + prompts, evaluation.completions, evaluation.rewards)
     release_free_memory()
     return {f"eval/{name}": value for name, value in evaluation.metrics().items()}

@@ -133,8 +133,6 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> No
 
 def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path) -> None:
     """Writes a Hugging Face model folder atomically; configuration and tokenizer are copied from the folder `like`."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{str(folder)!r} exists and is not empty")
     expected = sum(path.stat().st_size for path in weight_files(like))
     with atomic_folder(folder) as partial, progress_bar("writing the model", expected, "bytes", unit_scale=True) as bar:
         weight_map, total = {}, 0
@@ -172,6 +170,22 @@ def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 
 # ---- Folders -------------------------------------------------------------------------------------------------------
+
+
+def check_parent(folder: Path) -> None:
+    """Raises ValueError if the folder cannot be made or written."""
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise ValueError(f"cannot write to {str(folder)!r}: {str(parent)!r} is not a writable directory")
+
+
+def new_folder(out: str) -> Path:
+    """The absolute path of a folder to write. Raises ValueError unless it can be made, or is there and empty."""
+    folder = Path(out).resolve()
+    check_parent(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{out!r} exists and is not empty")
+    return folder
 
 
 @contextmanager

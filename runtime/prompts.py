@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +19,14 @@ from runtime.run import Prompt
 Chat = list[dict[str, Any]]
 
 
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, now: str = "") -> PreTrainedTokenizerBase:
+    """A model's tokenizer. now: the ISO time for chat templates that show a date ("": the clock's)."""
     with one_line_errors(f"the tokenizer of model {folder!r}"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if now:  # a run's prompts stay the same, also when it is resumed on another day
+        clock = datetime.fromisoformat(now).strftime
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=clock)
+    return tokenizer
 
 
 def say(line: str) -> None:

@@ -45,17 +45,18 @@ class Run:
     policy: Policy
     optimizer: torch.optim.Optimizer
     log: RunLog
+    progress: Progress = field(default_factory=Progress)
     saved: Saved | None = None  # the checkpoint from which the run resumes
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         self.learners = {"policy": (self.policy, self.optimizer)}  # what a checkpoint saves; PPO adds its critic
-        self.progress = self.saved.progress if self.saved else Progress()
         self.saved_step = self.progress.step if self.saved else None
         self.prompts_drawn = self.progress.prompts_drawn
         self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.prompts_drawn, None)
         self.samples: list[dict[str, Any]] = []  # the logged ones of the last training rollout
-        self.log_position: dict[str, Any] = {}  # at the end of the last finished step
+        self.log_position: dict[str, Any] | None = None  # at the end of the last finished step; None: before the first
+        self.engine.stop = self.stop  # a signal also ends a rollout
         self.health = HealthMonitor(self.config, self.log)
         prompts = [prompt.token_ids for prompt in self.test_prompts]
         self.weight_sync = WeightSync(self.policy, self.engine, self.config, prompts, self.world.device)

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +23,14 @@ from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
-from runtime.files import check_tied_head, find_model, folder_lock, one_line_errors
-from runtime.optimize import make_optimizer
+from runtime.files import check_parent, check_tied_head, find_model, folder_lock, one_line_errors
+from runtime.optimize import make_optimizer, schedule
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Run
 from runtime.shared_memory import fast_folder
-from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
+from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
 
@@ -39,15 +40,17 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
+    fsdp_utils.on_first_rank(choose_mode)
     folder = model_folder(config)
     model_config = read_model_config(folder)
-    tokenizer = load_tokenizer(folder)
+    saved = find_checkpoint(config) if config.resume else None
+    progress = fsdp_utils.on_first_rank(lambda: saved.progress if saved else Progress())
+    tokenizer = load_tokenizer(folder, progress.started)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_prompts(config, model_config, train_prompts + test_prompts)
     stops = find_stops(config, tokenizer, model_config)
     first = [train_prompts[0].problem, test_prompts[0].problem]
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, first))
-    saved = find_checkpoint(config) if config.resume else None
     with fast_folder(folder) as files:
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
         policy = build_policy(start, files, world, prompt_head)
@@ -57,9 +60,11 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         with progress_bar("starting vLLM"):
             engine = build_engine(config, files, stops, lora.target_names(policy.model))
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, saved)
+    run = Run(
+        config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
+    )
     engine.sleep()  # the probe's forwards in the trainer need the memory
-    listen(run.stop.handle)  # from here on a signal lets the run be saved; until here it ends the process
+    run.stop.listen()  # from here on a signal lets the run be saved; until here it ends the process
     run.weight_sync.update_weights(verify=True, everything=config.dtype == "nf4")  # vLLM has the 16-bit base
     print_header(run)
     return run
@@ -106,9 +111,7 @@ def active_parameters(model: PreTrainedModel) -> float:
 
 def check_writable(folder: Path) -> None:
     """Raises ValueError if the run's folder cannot be made or written, or if another run is writing it."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"cannot write to {str(folder)!r}: {str(parent)!r} is not a writable directory")
+    check_parent(folder)
     if in_use(folder):
         raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another run_name")
 
@@ -133,7 +136,11 @@ def find_checkpoint(config: Config) -> Saved | None:
         folder = checkpoint.find(config.run_folder, config.resume, say=print)
         if folder is None:
             print(f"{str(config.run_folder)!r} has no checkpoint to resume from: this run starts at the beginning")
-        return folder and read_saved(folder, config)
+            return None
+        saved = read_saved(folder, config)
+        if changes := changed_options(saved.settings, config, saved.progress.step):
+            print(f"changed since the checkpoint: {changes}", flush=True)
+        return saved
 
     return fsdp_utils.on_first_rank(find)
 
@@ -151,7 +158,23 @@ def read_saved(folder: Path, config: Config) -> Saved:
             raise ValueError(f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep")
     if progress.best_step not in checkpoint.written(config.run_folder):  # deleted in favour of a later, better one
         progress = replace(progress, best_step=-1, best_accuracy=-1.0)
-    return Saved(folder, progress, log)
+    return Saved(folder, progress, log, settings)
+
+
+def changed_options(before: dict[str, Any], config: Config, step: int) -> str:
+    """Options that differ from the settings of the checkpoint of a step, and what that does to the learning rate.
+
+    >>> changed_options({"steps": 10, "seed": 0}, Config(steps=20, lr_schedule="linear", learning_rate=0.5), step=10)
+    'steps 10 -> 20; the learning rate of step 11 is then 0.25, not 0'
+    """
+    now = asdict(config)
+    before = now | {name: value for name, value in before.items() if name in now}
+    changed = [name for name in now if before[name] != now[name] and name not in ("resume", "output_dir", "run_name")]
+    changes = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
+    old, new = (c.learning_rate * schedule(step + 1, c) for c in (SimpleNamespace(**before), config))
+    if step < config.steps and old != new:
+        changes += f"; the learning rate of step {step + 1} is then {new:g}, not {old:g}"
+    return changes
 
 
 # ---- The models and the engine --------------------------------------------------------------------------------

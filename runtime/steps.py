@@ -22,6 +22,7 @@ def begin_training(run: Run) -> None:
     """Evaluates before the first step, unless the run is resumed."""
     if not run.saved:
         metrics = evaluate(run, step=0)
+        run.stop.check()
         run.log.record({"step": 0, **metrics})
         run.log.print("before training: held-out " + format_held_out(metrics))
     run.complete_step(run.progress.step)
@@ -39,7 +40,8 @@ def finish_step(run: Run, step: int, metrics: dict[str, float]) -> None:
     reason = run.health.reason_to_stop(step, metrics, run.samples, run.progress)
     run.complete_step(step)
     run.log.phase("save")  # its time counts in the next step
-    if last or reason or is_due(config.save_every, step):
+    asked = run.stop.take_save()
+    if last or reason or asked or is_due(config.save_every, step):
         save_checkpoint(run, metrics.get("eval/accuracy", metrics.get("eval/reward")))
     if reason:
         raise RuntimeError(f"{reason}; the last step that was saved is {run.saved_step}")
@@ -61,12 +63,14 @@ def finish_training(run: Run) -> None:
 
 
 def finish_stopped(run: Run) -> None:
-    """Saves a run that a signal has stopped, if its last step is not saved yet."""
-    if run.saved_step != run.progress.step:
+    """Saves a run that a signal has stopped, if its last step is not saved yet. Before step 1, there is nothing yet."""
+    begun = run.log_position is not None
+    if begun and run.saved_step != run.progress.step:
         save_checkpoint(run)
-    run.log.close()
     saved = "saved" if run.saved_step == run.progress.step else "could not save"
-    run.log.print(f"stopped after step {run.progress.step}, and {saved}. To go on, add --resume to the command.")
+    where = f"after step {run.progress.step}, and {saved}" if begun else "before the first step"
+    run.log.print(f"stopped {where}. To go on, add --resume to the command.")
+    run.log.close()
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------

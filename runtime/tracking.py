@@ -13,7 +13,6 @@ import fcntl
 import itertools
 import json
 import math
-import netrc
 import os
 import platform
 import resource
@@ -26,10 +25,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-import wandb
+
+from runtime.wandb_run import WandbRun
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
 LINE = (  # of a step on the console; parts whose metrics were not measured are left out
@@ -72,15 +71,13 @@ class RunLog:
                 file.truncate(min(position[name], file.tell()))  # steps after the checkpoint are run again
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `in_use`
-        self.wandb = wandb.init(
+        self.wandb = WandbRun(
+            self.folder,
+            position and position["wandb"],
+            self.print,
             project=os.environ.get("WANDB_PROJECT", "lorl"),
             name=config.run_name,
-            id=position["wandb"] if position else None,
-            resume="allow",
             config=record,
-            dir=self.folder,
-            mode=wandb_mode(),
-            settings=wandb.Settings(silent=True, console="off"),
         )
 
     def position(self) -> dict[str, Any]:
@@ -111,7 +108,10 @@ class RunLog:
     def print(self, text: str = "") -> None:
         """Prints a line, from one rank."""
         if self.write:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # the terminal or the pipe is gone, which also fails the flush at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def traced(self, steps: Iterable[int]) -> Iterator[int]:
         """The same steps; the one in PROFILE_STEP is profiled and its trace written."""
@@ -123,8 +123,11 @@ class RunLog:
                 yield step
                 self.phase("")
             path = self.folder / f"trace_{step}.json.gz"
-            profiler.export_chrome_trace(str(path))
-            self.print(f"trace    {path}")
+            try:
+                profiler.export_chrome_trace(str(path))
+                self.print(f"trace    {path}")
+            except (OSError, RuntimeError) as error:
+                self.print(f"no trace of step {step}: {error}. The run goes on.")
 
     def phase(self, name: str) -> None:
         """Ends the current phase and starts this one ("": none); it becomes `time/NAME` and `memory/NAME_gib`."""
@@ -187,7 +190,7 @@ class RunLog:
         except OSError as error:
             self.print(f"no table of samples: {error}. The run goes on.")
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
-        self.wandb.log({"eval/samples": wandb.Table(columns=list(COLUMNS), data=texts)}, step=step)
+        self.wandb.log_table("eval/samples", list(COLUMNS), texts, step)
         shown = shorten(f"{first['prompt']} {first['completion']}")
         answer = f"answer {first['extracted']}, " if first["extracted"] is not None else ""
         self.print(f"  sample: {shown}  ({answer}truth {first['answer']}, reward {first['reward']:g})")
@@ -267,18 +270,6 @@ def reset_peak_memory() -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-
-
-def wandb_mode() -> str:
-    """$WANDB_MODE, else online if the user is logged in to wandb, else offline."""
-    if "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"]
-    try:
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        logged_in = "WANDB_API_KEY" in os.environ or host in netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        logged_in = False
-    return "online" if logged_in else "offline"
 
 
 def environment() -> dict[str, Any]:

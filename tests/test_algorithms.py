@@ -438,7 +438,8 @@ def test_a_row_may_not_set_what_the_user_has_set(option):
 def test_the_policy_that_sampled_is_asked_where_the_update_cannot_tell(updates, settings, asked):
     batches = [[SimpleNamespace(packed=i, old_logprobs=None)] for i in range(updates)]
     policy = lambda packed, temperature: SimpleNamespace(logprobs=packed)  # noqa: E731
-    add_logprobs(SimpleNamespace(config=Config(**settings), policy=policy), batches)
+    stop = SimpleNamespace(check=lambda: None)
+    add_logprobs(SimpleNamespace(config=Config(**settings), policy=policy, stop=stop), batches)
     assert [batch.old_logprobs for (batch,) in batches] == [i if asked else None for i in range(updates)]
 
 

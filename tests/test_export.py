@@ -154,8 +154,13 @@ def test_mistakes_are_one_line_and_exit_code_2(model_folder, tmp_path, monkeypat
     (tmp_path / "full" / "something").touch()
     for message, arguments in {
         "has no adapter_config.json": ["inspect", base],
-        "exists and is not empty": ["export", "--base", base, "--adapter", adapter, "--out", full],
-    }.items():
+        f"error: {full!r} exists and is not empty": ["export", "--base", base, "--adapter", adapter, "--out", full],
+        "error: '.' exists and is not empty": ["export", "--base", base, "--adapter", adapter, "--out", "."],
+        f"error: cannot write to '{full}/something/model': '{full}/something' is not a writable directory": [
+            "export", "--base", base, "--adapter", adapter, "--out", f"{full}/something/model"
+        ],
+    }.items():  # fmt: skip
+        monkeypatch.chdir(full)
         monkeypatch.setattr(sys, "argv", ["adapter.py", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:

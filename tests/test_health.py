@@ -86,7 +86,7 @@ def unfinished_run(said: list[str], progress: Progress, config: Config) -> Run:
     run.log = SimpleNamespace(print=said.append, step=lambda *_: None, phase=lambda _: None)
     run.health = HealthMonitor(config, run.log)
     run.complete_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
-    run.stop = SimpleNamespace(check=lambda: None)
+    run.stop = SimpleNamespace(check=lambda: None, take_save=lambda: False)
     return run
 
 

@@ -1,6 +1,8 @@
 """What a model is asked: the problem, an instruction, a system turn; and what is too long is said."""
 
 import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import fsdp_utils
 import reward
 from configs.base import Config
 from runtime import prompts
+from runtime.checkpoint import Progress
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}|{{ m.content | trim }}]{% endfor %}"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
@@ -63,6 +66,18 @@ def test_prompts_that_are_too_long_are_counted(asked, capsys):
     assert capsys.readouterr().out == line
     with pytest.raises(ValueError, match="no prompt fits in max_prompt_length, 8 tokens"):
         asked(max_prompt_length=8)
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_runs_start(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}|" + TEMPLATE)
+    for now, date in (
+        (Progress(started="2024-02-29T23:59:59").started, "29 Feb 2024"),
+        ("", f"{datetime.now():%d %b %Y}"),
+    ):
+        tokenizer = prompts.load_tokenizer(str(tmp_path / "model"), now)
+        (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
+        assert tokenizer.decode(prompt.token_ids) == f"{date}|[user|2+2?]"
 
 
 # ---- Chat messages of the data ----------------------------------------------------------------------------------

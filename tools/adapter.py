@@ -24,7 +24,7 @@ import lora
 import nf4
 from lora import merge
 from runtime.adapter_files import AdapterFile, open_adapter
-from runtime.files import FLOATS, check_tied_head, find_model, read_model, write_model
+from runtime.files import FLOATS, check_tied_head, find_model, new_folder, read_model, write_model
 from runtime.setup import load_tokenizer, meta_model, read_model_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,17 +81,17 @@ def export(base: str, adapter: str, out: str, into: str = "trained") -> None:
 
     into: "trained", the base as the adapter was trained on it; "nf4", what NF4 makes of the base; "files", as it is.
     """
-    source = Path(find_model(base))
+    source, target = Path(find_model(base)), new_folder(out)
     with open_adapter(adapter) as file:
         dtype = file.base_dtype if into == "trained" else into
         if getattr(read_model_config(str(source)), "tie_word_embeddings", False):
             check_tied_head(source)
             if any(path.endswith("lm_head") for path in file.paths):
                 raise ValueError(f"{adapter!r} changes lm_head, which {base!r} ties to its embedding; untie it first")
-        write_model(merge_all(base_weights(source, dtype), file), Path(out), like=source)
+        write_model(merge_all(base_weights(source, dtype), file), target, like=source)
         print(f"wrote {out}" + (", merged into what NF4 makes of the base, in bfloat16" if dtype == "nf4" else ""))
         if file.base_dtype == "nf4" and dtype != "nf4":
-            print_difference(Path(out), merge_all(base_weights(source, "nf4"), file))
+            print_difference(target, merge_all(base_weights(source, "nf4"), file))
 
 
 @torch.no_grad()
