@@ -1,15 +1,16 @@
 """The model as RL sees it: packed tokens in, logprobs or values out. No padding, and no (tokens, vocabulary) matrix.
 
 Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
-layer works on tokens and never notices. Only the positions that predict a completion token reach the head.
+layer works on tokens and never notices. Only the positions that predict a trained token reach the head, so nothing
+that follows needs a mask.
 
-Shapes: T tokens of a packed row, R of them predicted (the completions' tokens), S sequences, D hidden, V vocabulary.
+Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary.
 """
 
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import compress, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
-# Elements of the logits that the head holds at a time, in float32: 128 MiB on a GPU, whose GEMMs need many rows;
+# Elements of the logits that the head holds at a time, in float32: 256 MiB on a GPU, where reading W for fewer rows
+# takes longer than multiplying;
 # 64 MiB on a CPU, which is 110 rows of Qwen2.5's vocabulary and was the fastest of 16 to 512 MiB there.
-LOGITS_AT_ONCE = 1 << (25 if torch.cuda.is_available() else 24)
+LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 24)
 
 # Fewer heads of keys and values than of queries: torch 2.11 takes them as they are, later ones want to be told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -39,23 +41,31 @@ class Packed:
     lengths: list[int]  # of the sequences; their sum is T
     starts: Tensor  # (S + 1,) int32, the first position of each sequence, then T
     prompt_ends: Tensor  # (S,) position of the last token of each prompt
-    rows: Tensor  # (R,) positions whose next token is a completion token
+    rows: Tensor  # (R,) positions whose next token is a trained token of a completion
     targets: Tensor  # (R,) those tokens
 
 
-def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+def pack(
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    device: torch.device,
+    trained: list[list[bool]] | None = None,
+) -> Packed:
     """Packs prompt + completion of each sequence. What is predicted follows from lengths, never from token ids.
+
+    trained: which tokens of each completion are predicted; None: all. The others are only read.
 
     >>> packed = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], torch.device("cpu"))
     >>> packed.input_ids.tolist(), packed.rows.tolist(), packed.targets.tolist()
     ([1, 2, 3, 5, 6, 4, 7, 8], [2, 3, 5, 6], [5, 6, 7, 8])
     """
     input_ids, position_ids, starts, prompt_ends, rows, targets = [], [], [0], [], [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
+    trained = trained or [[True] * len(completion) for completion in completions]
+    for prompt, completion, chosen in zip(prompts, completions, trained, strict=True):
         first = len(input_ids) + len(prompt) - 1  # the prompt's last token predicts the completion's first
         prompt_ends.append(first)
-        rows += range(first, first + len(completion))
-        targets += completion
+        rows += compress(range(first, first + len(completion)), chosen)
+        targets += compress(completion, chosen)
         input_ids += prompt + completion
         position_ids += range(len(prompt) + len(completion))
         starts.append(len(input_ids))

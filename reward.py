@@ -1,8 +1,9 @@
-"""Tasks: problems in, prompt text out, completion text in, score out. Strings only.
+"""Tasks: problems in, completion text in, score out. Strings only.
 
-A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. To train on
-your own data, write those two functions and add the row.
+A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. Rows of your
+own (data.py) take the place of its problems, functions of your own (runtime/user_rewards.py) that of its score.
 
+    own          problems from files of yours, scored by functions of yours
     arithmetic   two-digit sums, generated; what the tiny model of `tools/tiny_model.py` has learned, badly
     times_tables products of two small numbers, which a small pretrained model half knows
     gsm8k        grade-school mathematics (Cobbe et al. 2021, arXiv 2110.14168), downloaded once
@@ -10,12 +11,9 @@ your own data, write those two functions and add the row.
     math         problems with any expression for an answer, from files of yours, compared by math-verify
 """
 
-import importlib.util
-import json
 import os
 import random
 import re
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import MAX_EMAX, MIN_EMIN, Context, Decimal, Inexact
@@ -24,32 +22,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data import NO_SOURCE, Problem, Source, download, optional_package, read_problems
+
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
-
-
-@dataclass(frozen=True)
-class Problem:
-    prompt: str  # what the model is asked; an instruction may follow it, and a chat template be put around both
-    answer: str  # the truth, in the form that the task's `extract` returns
+Message = dict[str, str]  # of a chat: its "role" and its "content"
 
 
 @dataclass(frozen=True)
 class Task:
-    problems: Callable[[str, str, str], list[Problem]]  # (split "train" or "test", data_dir, cache_dir) -> problems
-    score: Callable[[str, str], float]  # (completion, answer) -> reward
+    problems: Callable[[str], list[Problem]] | None  # of the split "train" or "test"; None: the data is yours
+    # (completion, answer) -> how right it is, 1 for right; or a dict of parts, summed, of which "correct" says that
+    score: Callable[[str, Any], float | dict[str, float]] | None
     extract: Callable[[str], str | None] = lambda completion: extract_answer(completion)  # its answer, to be shown
     instruction: str = ""  # follows each problem, unless the configuration has another
+    truth: Callable[[Any, str], Any] | None = lambda answer, field: number_truth(answer, field)  # see `read_problems`
+    # What the environment says to a conversation so far, such as a tool's result: the text of a user's message, or any
+    # message; None ends the conversation. Scored is what the model says last.
+    reply: Callable[[Problem, list[Message]], str | Message | None] | None = None
 
 
-def load_problems(task: str, split: str, data_dir: str = "", cache_dir: str = ".cache") -> list[Problem]:
-    """The "train" or "test" problems of a task. Raises ValueError or OSError (one line) on a bad name or file."""
-    problems = find_task(task).problems(split, data_dir, cache_dir)
+def load_problems(task: str, split: str, source: Source = NO_SOURCE) -> list[Problem]:
+    """The "train" or "test" problems: rows of `source`, else the task's own.
+
+    Raises ValueError or OSError (one line) on a bad name, file or row.
+    """
+    row = find_task(task)
+    if not source.data and not row.problems:
+        raise ValueError(f"task {task!r} has no problems of its own: add --data FILE, a folder or a name on the hub")
+    problems = read_problems(source, split, row.truth) if source.data else row.problems(split)
     if not problems:
-        raise ValueError(f"task {task!r} has no {split} problems (data_dir={data_dir!r})")
+        raise ValueError(f"task {task!r} has no {split} problems (data={source.data!r})")
     return problems
 
 
-def score(task: str, completion: str, answer: str) -> float:
+def score(task: str, completion: str, answer: Any) -> float | dict[str, float]:
     """The reward of one completion.
 
     >>> score("gsm8k", "#### 72", "72"), score("gsm8k", "It is 72.", "72"), score("gsm8k_flexible", "It is 72.", "72")
@@ -197,10 +203,10 @@ def arithmetic_pairs(split: str) -> list[tuple[int, int]]:
     return pairs[:HELD_OUT] if split == "test" else pairs[HELD_OUT:]
 
 
-def arithmetic_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
+def arithmetic_problems(split: str) -> list[Problem]:
     """`47+85=`, to be answered by `12 13 #### 132`; only the number after #### is scored.
 
-    >>> arithmetic_problems("test", "", "")[0]
+    >>> arithmetic_problems("test")[0]
     Problem(prompt='25+60=', answer='85')
     """
     return [Problem(f"{a}+{b}=", str(a + b)) for a, b in arithmetic_pairs(split)]
@@ -209,10 +215,10 @@ def arithmetic_problems(split: str, data_dir: str, cache_dir: str) -> list[Probl
 # ---- times_tables ---------------------------------------------------------------------------------------------
 
 
-def times_tables_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
+def times_tables_problems(split: str) -> list[Problem]:
     """Products of 2 to 20 with 2 to 12, a third of them held out; 7 times 8 is on the side of 8 times 7.
 
-    >>> times_tables_problems("test", "", "")[0]
+    >>> times_tables_problems("test")[0]
     Problem(prompt='What is 2 times 3?', answer='6')
     """
     pairs = [(a, b) for a in range(2, 21) for b in range(2, 13)]
@@ -222,45 +228,41 @@ def times_tables_problems(split: str, data_dir: str, cache_dir: str) -> list[Pro
     return [Problem(f"What is {a} times {b}?", str(a * b)) for a, b in chosen]
 
 
-# ---- gsm8k and math, from files of one JSON object a line --------------------------------------------------------
+# ---- gsm8k and math -------------------------------------------------------------------------------------------
 
 
-def gsm8k_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
-    """GSM8K from `data_dir`, else from the folder `$GSM8K_DIR`, else downloaded once into `cache_dir`."""
-    folder = data_dir or os.environ.get("GSM8K_DIR", "")
-    path = Path(folder or Path(cache_dir) / "gsm8k") / f"{split}.jsonl"
-    if not folder and not path.exists():
-        download(GSM8K_URL.format(split=split), path)
-    return [gsm8k_problem(row, where) for row, where in read_jsonl(path)]
+def gsm8k_problems(split: str) -> list[Problem]:
+    """GSM8K from the folder `$GSM8K_DIR`, else downloaded once into .cache."""
+    given = os.environ.get("GSM8K_DIR", "")
+    folder = Path(given or ".cache/gsm8k")
+    for file in (folder / "train.jsonl", folder / "test.jsonl"):
+        if given and not file.exists():
+            raise FileNotFoundError(f"there is no file {str(file)!r}, and GSM8K_DIR is {given!r}")
+        if not file.exists():
+            download(GSM8K_URL.format(split=file.stem), file)
+    return read_problems(Source(str(folder)), split, number_truth)
 
 
-def gsm8k_problem(row: Any, where: str) -> Problem:
-    """From the texts `question` and `answer`, which ends in `#### N`; ValueError unless N is one number."""
-    question, answer = text_field(row, where, "question"), text_field(row, where, "answer")
-    _, mark, end = answer.rpartition("####")
-    number = plain(end).strip().rstrip("%.")
-    truth = normal_form(number) if mark and re.fullmatch(NUMBER, number) else None
+def number_truth(answer: Any, field: str) -> str:
+    r"""A row's answer, which is one number, or a text that ends in `#### N`, as in GSM8K; ValueError for all else.
+
+    >>> number_truth("3 + 4 = 7\n#### 7", "answer"), number_truth("1,080", "answer"), number_truth(2.5, "answer")
+    ('7', '1080', '2.5')
+    """
+    number = plain(str(answer).rpartition("####")[2]).strip().rstrip("%.")
+    truth = normal_form(number) if re.fullmatch(NUMBER, number) and not isinstance(answer, bool) else None
     if truth is None:
-        raise ValueError(f"{where}: the answer must end in '#### N', N one number, found {answer[-80:]!r}")
-    return Problem(question, truth)
+        raise ValueError(f"{field!r} must be one number, or end in '#### N', N one number, found {str(answer)[-80:]!r}")
+    return truth
 
 
-def math_problems(split: str, data_dir: str, cache_dir: str) -> list[Problem]:
-    """Problems as MATH has them (Hendrycks et al. 2021, arXiv 2103.03874), from `data_dir`."""
-    if not importlib.util.find_spec("math_verify"):
-        raise ValueError("task 'math' compares answers with math-verify, which is missing: pip install math-verify")
-    if not data_dir:
-        raise ValueError("task 'math' needs data_dir, a folder with train.jsonl and test.jsonl")
-    return [math_problem(row, where) for row, where in read_jsonl(Path(data_dir, f"{split}.jsonl"))]
-
-
-def math_problem(row: Any, where: str) -> Problem:
-    """From the texts `problem` or `question`, and `answer` or `solution`, which ends in `\\boxed{...}`."""
-    question, answer = text_field(row, where, "problem", "question"), text_field(row, where, "answer", "solution")
-    truth = last_boxed(answer) or (answer.strip() if "answer" in row else "")
+def math_truth(answer: Any, field: str) -> str:
+    """A row's answer, any expression, or what the last `\\boxed{...}` of its solution holds; ValueError without one."""
+    optional_package("math_verify", "math-verify", "task 'math' compares answers with math-verify")
+    truth = last_boxed(str(answer)) or (str(answer).strip() if field != "solution" else "")
     if not truth:
-        raise ValueError(f"{where}: the solution must end in '\\boxed{{...}}', found {answer[-80:]!r}")
-    return Problem(question, truth)
+        raise ValueError(f"{field!r} must end in '\\boxed{{...}}', found {str(answer)[-80:]!r}")
+    return truth
 
 
 def math_score(completion: str, answer: str) -> float:
@@ -270,44 +272,6 @@ def math_score(completion: str, answer: str) -> float:
     return float(math_verify.verify(math_verify.parse(f"\\boxed{{{answer}}}"), math_verify.parse(completion)))
 
 
-def download(url: str, path: Path) -> None:
-    """Fetches a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    try:
-        urllib.request.urlretrieve(url, unfinished)
-    except OSError as error:
-        way_out = f"set data_dir or GSM8K_DIR to a folder with {path.name}"
-        raise OSError(f"cannot download {url} ({error}); {way_out}") from None
-    unfinished.replace(path)
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    """What each line that is not empty holds, and where that is, for messages."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path}, line {number}"
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 ({error.reason}, byte {error.start + 1})") from None
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{where}: not JSON ({error})") from None
-            if text:
-                yield row, where
-
-
-def text_field(row: Any, where: str, *names: str) -> str:
-    """The text under the first of those names that a line has; ValueError saying `where` there is none."""
-    name = next((name for name in names if isinstance(row, dict) and name in row), names[0])
-    if not isinstance(row, dict) or not isinstance(row.get(name), str):
-        raise ValueError(f"{where}: needs a text field {' or '.join(map(repr, names))}, found {str(row)[:80]!r}")
-    if any("\ud800" <= character <= "\udfff" for character in row[name]):
-        raise ValueError(f"{where}: {name!r} holds half a surrogate pair, which is no character")
-    return row[name]
-
-
 FLEXIBLE = partial(exact_match, flexible=True), partial(extract_answer, flexible=True)  # score and extract
 
 TASKS = {
@@ -315,5 +279,6 @@ TASKS = {
     "times_tables": Task(times_tables_problems, *FLEXIBLE, "Answer with the number alone."),
     "gsm8k": Task(gsm8k_problems, exact_match, instruction=BOXED),
     "gsm8k_flexible": Task(gsm8k_problems, *FLEXIBLE, BOXED),
-    "math": Task(math_problems, math_score, last_boxed, BOXED),
+    "math": Task(None, math_score, last_boxed, BOXED, math_truth),
+    "own": Task(None, None, lambda completion: None, truth=None),
 }

@@ -31,13 +31,13 @@ from torch import Tensor, nn
 
 import fsdp_utils
 import lora
-import nf4
 from configs.base import Config
 from policy import Policy, pack
 from rollout import Engine
 from runtime.adapter_files import save_adapter
 from runtime.shared_memory import first_on_host, shared_folder
 
+HEADERS = 1 << 20  # bytes of an adapter's folder beside its tensors, and some
 VERIFY_EVERY = 50  # steps between checks with the probe
 COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
 DENORMAL = 1e-30  # below this, bfloat16 instructions of some CPUs take a value for zero
@@ -115,11 +115,12 @@ def send_adapter(policy: Policy, engine: Engine, read_back: "ReadBack") -> dict[
         read_back.record(name, rounded * adapter.scale if name.endswith("lora_B") else rounded)
         return whole
 
-    with shared_folder() as folder:
+    size = sum(parameter.nbytes for parameter in names)
+    with shared_folder(size + HEADERS) as folder:
         save_adapter(policy.model, folder, gather=gather, write=first_on_host())
         dist.barrier()  # written
         engine.load_adapter(str(folder))
-    return {"sync/bytes": sum(parameter.nbytes for parameter in names)}
+    return {"sync/bytes": size}
 
 
 # ---- Read back ------------------------------------------------------------------------------------------------
@@ -375,11 +376,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def weight_rms(layer: lora.LoRALinear) -> float:
     """Root mean square of W, over the shards of all ranks. Collective."""
-    weight = layer.weight
-    if isinstance(weight, nf4.NF4Weight):
-        rows = nf4.dequantize(*map(fsdp_utils.local, weight.parameters()), weight.shape[1], weight.dtype)
-    else:
-        rows = fsdp_utils.local(weight)
+    rows = fsdp_utils.local_rows(layer.weight)
     sums = torch.stack([rows.float().square().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).sqrt().item()

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node=8 train_grpo.py --config configs/qwen2_5_3b_gsm8k.py
     torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py --steps 20    # no GPU needed
+    torchrun --nproc-per-node=8 train_grpo.py --model MODEL --data problems.csv --reward my_reward.py:score
 
 One step: vLLM samples a group of completions per problem; each is scored and compared with its group; its logprobs are
 pushed up or down; the new weights go to vLLM. The loop is `train`; the table of algorithms is `ALGORITHMS`.
@@ -10,7 +11,7 @@ It departs from the paper (GRPO: DeepSeekMath, arXiv 2402.03300) in two ways tha
 `kl_coef` is set, and importance weights that correct the sampler-trainer logprob mismatch (TIS). It is deliberately not
 a framework: to change the algorithm, change this file, or add a row to ALGORITHMS in a config file.
 
-Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R completion tokens.
+Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R trained completion tokens.
 """
 
 import runtime.quiet  # noqa: F401, I001  before torch
@@ -30,7 +31,7 @@ from configs.checks import resolve_config
 from rollout import Completion
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.command_line import parse_config
-from runtime.evaluation import compute_rewards, evaluate, log_samples
+from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, total_rewards
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
@@ -319,7 +320,7 @@ def train(run: Run) -> None:
     begin_training(run)
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
-        completions, scores = [], torch.empty(0, dtype=torch.float64)
+        completions, scored = [], []
         for attempt in range(config.max_rollouts):  # more than one: dynamic sampling, DAPO, arXiv 2503.14476, eq. 11
             # 1. rollout
             log.phase("rollout")
@@ -329,14 +330,16 @@ def train(run: Run) -> None:
 
             # 2. reward
             log.phase("reward")
-            rewards = compute_rewards(prompts, sampled, config, run.tokenizer, world)
+            rewards = compute_rewards(prompts, sampled, run.scorer, run.tokenizer, world)
             log_samples(run, step, "train", prompts, sampled, rewards)
-            scores = torch.cat([scores, rewards])  # (attempts * N,)
+            scored += rewards
+            scores = total_rewards(scored)  # (attempts * N,)
             kept = select_groups(scores, config)
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
         engine.sleep()  # until the sync
         metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
+        metrics |= part_metrics(scored)
         metrics["rollout/kept_frac"] = len(kept) / len(scores)
         completions = [completions[i] for i in kept]
 
@@ -399,7 +402,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
         metrics |= {"rollout/groups": len(differ), "reward/mixed_groups_frac": differ.double().mean().item()}
     if len(scores) > 1:
         metrics["reward/std"] = scores.std().item()
-    lengths = [len(completion.token_ids) for completion in completions]
+    lengths = [completion.length for completion in completions]
     return metrics | {
         "reward/mean": scores.mean().item(),
         "reward/min": scores.min().item(),
@@ -413,7 +416,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
 def overlong_penalties(completions: list[Completion], config: Config, share: float) -> Tensor:
     """(N,) penalty of each completion's length: 0, but over the last `share` of the limit linear to -1 at the limit.
 
-    DAPO, arXiv 2503.14476, equation 13. With share 0, all are 0.
+    DAPO, arXiv 2503.14476, equation 13. Replies count, as in the limit. With share 0, all are 0.
     """
     limit, buffer = config.max_completion_length, share * config.max_completion_length
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
@@ -432,6 +435,7 @@ def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = Fa
     batches = list(chain.from_iterable(updates))
     with progress_bar("logprobs", len(batches), "micro-batches") as bar:
         for batch in batches:
+            run.stop.check()
             if reference:
                 with lora.reference(policy):
                     batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
@@ -449,6 +453,7 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     batches = list(chain.from_iterable(updates))
     with progress_bar("reference", len(batches), "micro-batches") as bar:
         for batch in batches:
+            run.stop.check()
             with lora.reference(run.policy):
                 ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
             penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)

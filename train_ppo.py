@@ -32,7 +32,7 @@ from configs.checks import resolve_config
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.checkpoint import restore_state
 from runtime.command_line import parse_config
-from runtime.evaluation import compute_rewards, evaluate, log_samples
+from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, total_rewards
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, make_optimizer, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
@@ -98,6 +98,7 @@ def compute_advantages(run: Run, batches: list[MicroBatch]) -> None:
     config, (critic, _) = run.config, run.learners["critic"]
     with progress_bar("values", len(batches), "micro-batches") as bar:
         for batch in batches:
+            run.stop.check()
             values = batch.values = critic(batch.packed)  # (R,)
             rewards = batch.rewards
             if config.kl_in_reward:
@@ -158,8 +159,9 @@ def train(run: Run) -> None:
 
         # 2. reward
         log.phase("reward")
-        scores = compute_rewards(prompts, completions, config, run.tokenizer, world)
-        log_samples(run, step, "train", prompts, completions, scores)
+        scored = compute_rewards(prompts, completions, run.scorer, run.tokenizer, world)
+        log_samples(run, step, "train", prompts, completions, scored)
+        scores = total_rewards(scored)
 
         # 3. advantage, from values; and 4. logprobs, before it because the reward may need those of the reference
         log.phase("logprobs")
@@ -186,7 +188,7 @@ def train(run: Run) -> None:
         log.phase("eval")
         metrics = rollout_metrics(completions, scores, group_size=None) | sync_metrics
         metrics["lr"] = lr if policy_sums else 0.0
-        metrics |= batch_metrics(updates, len(completions), world) | update_metrics(policy_sums)
+        metrics |= part_metrics(scored) | batch_metrics(updates, len(completions), world) | update_metrics(policy_sums)
         metrics |= {f"critic/{name}": value for name, value in update_metrics(critic_sums).items()}
         if step == config.steps or is_due(config.eval_every, step):
             metrics |= evaluate(run, step)

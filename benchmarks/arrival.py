@@ -142,7 +142,7 @@ def main():
 
     from benchmarks.gpu_shared import bare_run
     from configs.base import Config
-    from runtime.setup import load_prompts
+    from runtime.prompts import load_prompts
 
     settings = {name: getattr(arguments, name) for name in ("model", "sync", "lora_forward", "dtype")}
     config = Config(task="times_tables", lora_rank=16, max_prompt_length=100, max_completion_length=28, **settings)

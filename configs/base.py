@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.checks import check_together, check_value
+from configs.checks import BASE, check_together, check_value
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -39,8 +39,12 @@ class Config:
         20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
 
-    task: str = option("gsm8k", "The task, a row of reward.TASKS.", group="The task")
-    data_dir: str = option("", "A folder with train.jsonl and test.jsonl; empty uses the task's default.")
+    task: str = option("own", "A row of reward.TASKS; own: data and reward are yours.", group="The task")
+    data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
+    prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
+    answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
+    reward: list[str] = option([], "Functions FILE.py:NAME or FILE.py:NAME=WEIGHT; empty: the task's score.")
+    reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0)
     instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
     system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
 
@@ -56,12 +60,15 @@ class Config:
         "factored", "merged computes the update with base + adapter rounded, the weight that vLLM runs."
     )
     lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
-    ref_adapter_path: str = option("", "An adapter folder that is the KL reference; empty takes the base.")
+    ref_adapter_path: str = option(
+        "", "The KL reference: an adapter folder, or 'base'; empty takes the adapter that the run starts from, if any."
+    )
 
     prompts_per_step: int = option(64, "P, the number of problems per step.", least=1, group="Rollout")
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
     max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
     max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
+    stop: list[str] = option([], "Texts or special tokens that end a completion, beside the model's end tokens.")
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
@@ -78,7 +85,7 @@ class Config:
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
     kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
-        "k3_loss", "The KL estimator, and whether it is added to the loss or subtracted from the reward."
+        "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
     )
     entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
@@ -139,8 +146,15 @@ class Config:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether there is a KL penalty, and it is part of the reward."""
+        """Whether there is a KL penalty, and it is part of the reward: of each token's in PPO, which has such rewards;
+        elsewhere of a completion's, summed over its tokens, which is the same total.
+        """
         return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
+
+    @property
+    def reference_adapter(self) -> str:
+        """The folder of the frozen adapter that is the KL reference; empty if it is the base, or there is none."""
+        return "" if self.ref_adapter_path == BASE else self.ref_adapter_path
 
     @property
     def run_folder(self) -> Path:
@@ -149,8 +163,9 @@ class Config:
 
     @property
     def model_source(self) -> str:
-        """The model's folder, or its name on the hub; `tiny` is part of the repository."""
-        return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
+        """The model's folder, absolute, or its name on the hub; `tiny` is part of the repository."""
+        folder = Path(__file__).with_name("tiny") if self.model == "tiny" else Path(self.model)
+        return str(folder.absolute()) if folder.exists() else self.model
 
     @property
     def max_model_len(self) -> int:

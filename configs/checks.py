@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 LIMITS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le), "below": ("less than", lt)}
 KINDS = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}  # what a field of each kind may hold
 MULTILINE = ("instruction", "system_prompt")  # texts for the model, which may have several lines
+BASE = "base"  # a ref_adapter_path: the model without adapters
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what torch and vLLM can count; neither NaN nor infinity is less
 
 
@@ -25,6 +26,8 @@ def check_value(field: dataclasses.Field, value: Any) -> None:
     text = value.replace("\n", "") if field.name in MULTILINE else value
     if kind is str and not text.isprintable():
         raise ValueError(f"{field.name} must be printable text, not {value!r}")
+    if kind == list[str] and not (isinstance(value, list) and all(isinstance(text, str) and text for text in value)):
+        raise ValueError(f"{field.name} must be a list of texts, none of them empty, not {value!r}")
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     if choices and value not in choices:
         raise ValueError(f"{field.name} must be one of {', '.join(map(str, choices))}, not {value!r}")
@@ -51,15 +54,13 @@ def check_together(c: Any) -> None:
     )
 
     # Names
-    names = c.target_modules
-    refuse(
-        not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names),
-        f"target_modules must be a list of names, or [all-linear], not {names!r}",
-    )
+    refuse(not c.target_modules, "target_modules must be a list of names, or [all-linear], not []")
     refuse(
         Path(c.run_name).name != c.run_name or c.run_name in ("", ".", "..") or len(c.run_name) > 128,
         f"run_name must be the name of one folder, of at most 128 characters: {c.run_name!r}",
     )
+    for name in ("prompt_field", "answer_field"):
+        refuse(getattr(c, name) and not c.data, f"{name} names a column of data, which is not given; set data")
     refuse(not c.model, "model must be a folder, a name on the hub or 'tiny', not ''")
 
     # Adapters
@@ -112,6 +113,8 @@ def resolve_config(config: Any, algorithm: Any) -> Any:
     usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": tis_mode, "max_rollouts": 1}
     usual["learning_rate"] = default_rate(config)
     chosen = {option: value for option, value in (usual | settings).items() if getattr(config, option) is None}
+    if (config.kl_coef or algorithm.reference) and config.lora_rank and not config.ref_adapter_path:
+        chosen["ref_adapter_path"] = config.lora_adapter_path or BASE
     config = dataclasses.replace(config, **chosen)
     check_algorithm(config, algorithm)
     return config

@@ -13,7 +13,7 @@ import runtime.quiet  # noqa: E402, F401, I001  before torch
 import torch  # noqa: E402
 
 from runtime.batching import make_updates  # noqa: E402
-from runtime.evaluation import compute_rewards  # noqa: E402
+from runtime.evaluation import compute_rewards, total_rewards  # noqa: E402
 from runtime.run import Run, rollout_requests  # noqa: E402
 from train_grpo import ALGORITHMS, setup_grpo  # noqa: E402
 
@@ -26,7 +26,7 @@ def align(run: Run) -> tuple[list[int], list[dict[str, Any]]]:
     config, algorithm = run.config, ALGORITHMS[run.config.algorithm]
     prompts = run.next_prompts(config.prompts_per_step)
     completions = run.engine.generate(rollout_requests(prompts, config, step=1))
-    rewards = compute_rewards(prompts, completions, config, run.tokenizer, run.world)
+    rewards = total_rewards(compute_rewards(prompts, completions, run.scorer, run.tokenizer, run.world))
     advantages = algorithm.advantage(rewards.view(-1, config.group_size)).flatten()
     (batches,) = make_updates(completions, advantages, algorithm.weight, config, run.world, drop_useless=True)
     batch = max(batches, key=lambda batch: batch.weights.sum())

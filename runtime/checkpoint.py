@@ -16,23 +16,23 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fsdp_utils import fill, gather, on_every_rank, reshard
-from runtime.files import atomic_folder, fsync, one_line_errors
+from runtime.files import atomic_folder, fsync, one_line_errors, write_tensors
 
 KEPT = 2  # newest checkpoints of a run, beside the best one
 
 # Settings that a resumed run must keep, because the checkpoint's tensors or its place in the data depend on them.
 FIXED = (
-    "model task dtype target_modules lora_rank lora_alpha algorithm seed prompts_per_step "
+    "model task dtype target_modules lora_rank lora_alpha lora_adapter_path algorithm seed prompts_per_step "
     "group_size max_prompt_length instruction system_prompt critic_lora_rank"
 ).split()
 
@@ -48,6 +48,7 @@ class Progress:
     steps_useless: int = 0  # steps in a row whose rewards did not differ
     best_accuracy: float = -1.0  # of all checkpoints with an evaluation
     best_step: int = -1  # the step of that checkpoint; -1: none
+    started: str = field(default_factory=lambda: datetime.now().isoformat(timespec="seconds"), compare=False)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Saved:
     folder: Path
     progress: Progress
     log: dict[str, Any]  # position of the log
+    settings: dict[str, Any]  # the configuration it was written with
 
 
 # ---- Tensors --------------------------------------------------------------------------------------------------
@@ -65,14 +67,18 @@ class Saved:
 Learners = dict[str, tuple[nn.Module, torch.optim.Optimizer]]  # name -> trained module and its optimizer
 
 
-def trained_state(learners: Learners) -> Iterator[tuple[str, Tensor]]:
-    """Every trained parameter and the tensors of its optimizer state, by name; sharded ones as shards."""
+def trained_state(learners: Learners) -> Iterator[tuple[str, Any, dict | None]]:
+    """Every trained parameter and value of its optimizer state, by name; sharded tensors as shards.
+
+    The third is the parameter's state in the optimizer if the value is in there, as the last part of its name.
+    """
     for learner, (module, optimizer) in learners.items():
         for name, parameter in module.named_parameters(prefix=learner):
             if parameter.requires_grad:
-                yield name, parameter
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    yield f"{name}/{key}", value
+                yield name, parameter, None
+                state = optimizer.state.get(parameter, {})
+                for key in sorted(state):
+                    yield f"{name}/{key}", state[key], state
 
 
 def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
@@ -80,8 +86,8 @@ def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
     tensors = {}
     for module, _ in learners.values():
         reshard(module)  # within a step parameters are gathered, and the optimizer only knows the shards
-    for name, tensor in trained_state(learners):
-        whole = gather(tensor.detach())
+    for name, value, _ in trained_state(learners):
+        whole = gather(as_tensor(value).detach())
         if keep:
             tensors[name] = whole.cpu().clone()
     return tensors
@@ -89,18 +95,34 @@ def gather_state(learners: Learners, keep: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_state(folder: Path, learners: Learners) -> None:
-    """Loads a checkpoint's tensors into modules and optimizers, however they are sharded."""
+    """Loads a checkpoint's tensors into modules and optimizers, however they are sharded.
+
+    Raises ValueError for a tensor that is missing, that has another shape, or that nobody takes.
+    """
     where = f"checkpoint {str(folder)!r}"
     on_every_rank(lambda: check_readable(folder))
     with one_line_errors(where), safe_open(folder / "state.safetensors", framework="pt") as file:
         found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+        found = {name: shape for name, shape in found.items() if name.partition(".")[0] in learners}
+        with_state = {name.rpartition("/")[0] for name in found}
         for learner, (module, optimizer) in learners.items():
             names = module.named_parameters(prefix=learner)
-            allocate_state(optimizer, [parameter for name, parameter in names if f"{name}/exp_avg" in found])
-        for name, tensor in trained_state(learners):
-            if found.get(name) != list(tensor.shape):
-                raise ValueError(f"it has {name!r} of shape {found.get(name)}, not {list(tensor.shape)}")
-            fill(tensor, file.get_tensor(name))
+            allocate_state(optimizer, [parameter for name, parameter in names if name in with_state])
+        for name, value, state in trained_state(learners):
+            shape, expected = found.pop(name, None), list(as_tensor(value).shape)
+            if shape != expected:
+                raise ValueError(f"it has {name!r} of shape {shape}, not {expected}")
+            if isinstance(value, Tensor):
+                fill(value, file.get_tensor(name))
+            else:
+                state[name.rpartition("/")[2]] = type(value)(file.get_tensor(name).item())
+        if found:
+            raise ValueError(f"it has {min(found)!r}, which this run's optimizer does not ({len(found)} such tensors)")
+
+
+def as_tensor(value: Tensor | float) -> Tensor:
+    """The value itself, or a number of an optimizer's state as a tensor, exactly."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
 def check_readable(folder: Path) -> None:
@@ -133,7 +155,7 @@ def write(
     """
     target = run / "checkpoints" / f"step_{step:06d}"
     with atomic_folder(target) as partial:
-        save_file(tensors, partial / "state.safetensors")
+        write_tensors(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state) + "\n")
         export(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())

@@ -1,8 +1,10 @@
 """From the command line to a `Config`.
 
-A config file is Python that says `config = Config(...)`, and lists only what differs from configs/base.py:
+A config file is Python that says `config = Config(...)`, and lists only what differs from configs/base.py. It can be
+left out:
 
     train_grpo.py --config configs/arithmetic_cpu.py --learning_rate 3e-4
+    train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data problems.csv --reward my_reward.py:score
 
 Config files are code: run only those that you trust.
 """
@@ -43,14 +45,18 @@ def parse_config(arguments: list[str], description: str) -> Config:
     Raises ValueError or OSError of one line for whatever is wrong; `--help` prints all fields and exits.
     """
     parser = OneLineParser(Config, description=description, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="A file of configs/.", group="The config file")
+    parser.add_argument("--config", default="", help="A file of configs/.", group="The config file")
     known, _ = parser.parse_known_args(arguments)
-    return parse_over(dataclasses.asdict(read_config_file(known.config)), parser, arguments)
+    config = read_config_file(known.config) if known.config else Config()
+    return parse_over(dataclasses.asdict(config), parser, arguments)
 
 
 def parse_over(settings: dict[str, Any], parser: OneLineParser, arguments: list[str]) -> Config:
     """The `Config` of some settings with the command line's options on top of them."""
     parser.set_defaults(**settings)
+    for name in ("target_modules", "reward", "stop"):  # argparse would take the last one alone
+        if sum(argument.split("=")[0] == f"--{name}" for argument in arguments) > 1:
+            raise ValueError(f"--{name} is given twice; give it once, with several values after it")
     config, _, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False
     )

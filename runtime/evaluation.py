@@ -3,8 +3,7 @@
 import ctypes
 import math
 import time
-import traceback
-from numbers import Real
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-import reward
+import reward as tasks
 from configs.base import Config
+from data import Problem
 from fsdp_utils import World, on_every_rank
-from rollout import Completion, Engine, Request
-from runtime.run import Prompt, Run, mix_seeds
+from rollout import Completion, Engine, mix_seeds
+from runtime.run import Prompt, Run, Scorer, request_of
+from runtime.signals import Stopped
+from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised
 
 SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 
@@ -24,101 +26,165 @@ SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 # ---- Rewards --------------------------------------------------------------------------------------------------
 
 
+def make_scorer(config: Config, problems: list[Problem]) -> Scorer:
+    """How this run scores completions: by the functions of `reward`, else as its task does.
+
+    problems: some of the data, which must have what the functions need. Raises ValueError or OSError of one line.
+    """
+    if not config.reward:
+        if not tasks.find_task(config.task).score:
+            raise ValueError(
+                f"task {config.task!r} has no score of its own: add --reward FILE.py:FUNCTION, or a task that has"
+            )
+        return lambda completions: [task_reward(config.task, problem, text) for problem, text in completions]
+    functions = UserRewards(config.reward, config.reward_timeout)
+    for problem in problems:
+        functions.check_columns(reward_row(problem, ""))
+    return lambda completions: functions.score([reward_row(problem, text) for problem, text in completions])
+
+
+def reward_row(problem: Problem, text: str) -> dict[str, Any]:
+    """What functions of `reward` may ask for about a completion."""
+    answer = {} if problem.answer is None else {"answer": problem.answer}
+    return problem.columns | answer | {"prompt": problem.prompt, "completion": text}
+
+
+def task_reward(task: str, problem: Problem, text: str) -> Reward:
+    """A task's reward: a number, which says how right the answer is, or a dict of parts, of which "correct" says that.
+
+    Raises ValueError naming the problem and the completion.
+    """
+    try:
+        value = tasks.score(task, text, problem.answer)
+        if not isinstance(value, dict):
+            return Reward(number := finite(value), correct=number)
+        parts = named_parts(value)
+        return Reward(sum(parts.values()), parts, parts.get(CORRECT))
+    except (Exception, SystemExit) as error:
+        cause = str(error) if isinstance(error, WrongValue) else raised(error)
+        raise ValueError(f"the reward of task {task!r} {cause}, on {problem!r} and completion {text!r}") from None
+
+
 def compute_rewards(
     prompts: list[Prompt],
     completions: list[Completion],
-    config: Config,
+    score: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     world: World,
-) -> Tensor:
-    """(N,) float64. One rank scores each completion, so all ranks agree even if a reward is random. Collective."""
-
-    def score_share() -> list[float]:
-        share = completions[world.rank :: world.size]
-        return [compute_reward(prompts[c.request].problem, decode(c, tokenizer), config) for c in share]
-
-    own = on_every_rank(score_share)
+) -> list[Reward]:
+    """One rank scores all completions of a prompt, so all ranks agree even if a reward is random. Collective."""
+    mine = [i for i, completion in enumerate(completions) if completion.request % world.size == world.rank]
+    texts = [(prompts[completions[i].request].problem, decode(completions[i], tokenizer)) for i in mine]
+    own = on_every_rank(lambda: score(texts))
     shares: list = [None] * world.size
-    dist.all_gather_object(shares, own)
-    rewards = torch.empty(len(completions), dtype=torch.float64)
-    for rank, share in enumerate(shares):
-        rewards[rank :: world.size] = torch.tensor(share, dtype=torch.float64)
+    dist.all_gather_object(shares, dict(zip(mine, own)))
+    scored = {i: reward for share in shares for i, reward in share.items()}
+    rewards = [scored[i] for i in range(len(completions))]
+    if world.rank == 0:
+        for name, count in Counter(name for reward in rewards for name in reward.timeouts).items():
+            print(f"reward {name} took longer than reward_timeout: {count} of {len(rewards)} count as 0", flush=True)
     return rewards
 
 
-def compute_reward(problem: reward.Problem, text: str, config: Config) -> float:
-    """A finite reward, or ValueError naming the problem and the completion."""
-    try:
-        value = reward.score(config.task, text, problem.answer)
-        if isinstance(value, Real) and math.isfinite(value):
-            return float(value)
-        cause = f"returned {value!r}, which is no finite number"
-    except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-    raise ValueError(f"the reward of task {config.task!r} {cause}, on {problem!r} and completion {text!r}")
+def total_rewards(rewards: list[Reward]) -> Tensor:
+    """(N,) float64."""
+    return torch.tensor([reward.total for reward in rewards], dtype=torch.float64)
+
+
+def part_metrics(rewards: list[Reward]) -> dict[str, float]:
+    """Mean and standard deviation of each part, where a reward without it counts 0; and the number of timeouts."""
+    names = dict.fromkeys(name for reward in rewards for name in reward.parts)
+    late = sum(len(reward.timeouts) for reward in rewards)
+    metrics: dict[str, float] = {"reward/timeouts": late} if names or late else {}
+    for name in names:
+        values = torch.tensor([reward.parts.get(name, 0.0) for reward in rewards], dtype=torch.float64)
+        metrics[f"reward/{name}"] = values.mean().item()
+        if len(values) > 1:
+            metrics[f"reward/{name}_std"] = values.std().item()
+    return metrics
 
 
 def decode(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a completion, without its end-of-sequence token."""
-    return tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    """The text of a completion's last turn, which is what is scored, without its end-of-sequence token."""
+    return tokenizer.decode(completion.last_turn, skip_special_tokens=True)
+
+
+def transcript(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The whole conversation: all turns and replies, with the special tokens that divide them."""
+    earlier = completion.token_ids[: len(completion.token_ids) - len(completion.last_turn)]
+    return tokenizer.decode(earlier) + decode(completion, tokenizer)
 
 
 # ---- Held-out problems ----------------------------------------------------------------------------------------
 
 
 class Evaluation(NamedTuple):
-    """Completions of held-out problems, and their scores."""
+    """Completions of held-out problems, and their rewards."""
 
     completions: list[Completion]  # `eval_samples` sampled ones per problem, then one greedy completion per problem
-    sampled: Tensor  # (problems, samples) float64
-    greedy: Tensor  # (problems, 1)
+    rewards: list[Reward]  # of each
+    problems: int
     seconds: float  # of generation
 
+    def split(self, values: list[float]) -> tuple[Tensor, Tensor]:
+        """Values of the completions -> (problems, samples) and (problems, 1) float64, sampled and greedy."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        return tensor[: -self.problems].view(self.problems, -1), tensor[-self.problems :, None]
+
     @property
-    def scores(self) -> Tensor:
-        """One per completion, in their order."""
-        return torch.cat([self.sampled.flatten(), self.greedy.flatten()])
+    def right(self) -> tuple[Tensor, Tensor] | None:
+        """1.0 for right answers and 0.0 for others, sampled and greedy; None if no reward says which are right."""
+        if all(reward.correct is None for reward in self.rewards):
+            return None
+        return self.split([float((reward.correct or 0.0) >= 1) for reward in self.rewards])
 
     def metrics(self) -> dict[str, float]:
-        """Accuracy, sampled and greedy, with standard errors; and the mean score of sampled completions."""
-        sampled = mean_and_stderr("accuracy", is_correct(self.sampled))
-        greedy = mean_and_stderr("accuracy_greedy", is_correct(self.greedy))
-        return sampled | greedy | {"reward": self.sampled.mean().item()}
+        """Mean rewards and, if rewards say which answers are right, accuracies, with standard errors."""
+        sampled, greedy = self.split([reward.total for reward in self.rewards])
+        metrics = {"reward": sampled.mean().item(), "reward_greedy": greedy.mean().item()}
+        if self.right:
+            for name, right in zip(("accuracy", "accuracy_greedy"), self.right):
+                metrics |= mean_and_stderr(name, right)
+        return metrics
 
 
 def evaluate_prompts(
-    engine: Engine, prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase, world: World
+    engine: Engine,
+    prompts: list[Prompt],
+    config: Config,
+    score: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    world: World,
 ) -> Evaluation:
-    """Sampled and greedy completions of the prompts, from one call of the engine, and their scores. Collective.
+    """Sampled and greedy completions of the prompts, from one call of the engine, and their rewards. Collective.
 
     The seeds do not depend on the step: two evaluations differ only by the policy.
     """
     sampled = [
-        Request(prompt.token_ids, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
+        request_of(prompt, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
         for i, prompt in enumerate(prompts)
     ]
-    greedy = [Request(prompt.token_ids, samples=1, temperature=0.0, seed=0) for prompt in prompts]
+    greedy = [request_of(prompt, samples=1, temperature=0.0, seed=0) for prompt in prompts]
     start = time.perf_counter()
     completions = engine.generate(sampled + greedy, label="evaluation")
     seconds = time.perf_counter() - start
-    rewards = compute_rewards(prompts + prompts, completions, config, tokenizer, world)
-    split = len(prompts) * config.eval_samples
-    return Evaluation(completions, rewards[:split].view(len(prompts), -1), rewards[split:, None], seconds)
+    rewards = compute_rewards(prompts + prompts, completions, score, tokenizer, world)
+    return Evaluation(completions, rewards, len(prompts), seconds)
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Evaluates the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics."""
+    """Evaluates the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics.
+
+    A signal ends it without metrics: the weights have changed, so the run can stop only when the step is finished.
+    """
     prompts = run.test_prompts
-    evaluation = evaluate_prompts(run.engine, prompts, run.config, run.tokenizer, run.world)
-    log_samples(run, step, "eval", prompts + prompts, evaluation.completions, evaluation.scores)
+    try:
+        evaluation = evaluate_prompts(run.engine, prompts, run.config, run.scorer, run.tokenizer, run.world)
+    except Stopped:
+        return {}
+    log_samples(run, step, "eval", prompts + prompts, evaluation.completions, evaluation.rewards)
     release_free_memory()
     return {f"eval/{name}": value for name, value in evaluation.metrics().items()}
-
-
-def is_correct(scores: Tensor) -> Tensor:
-    """1.0 for scores of 1 or more, which mark a correct answer; 0.0 for less, such as a bonus for form alone."""
-    return (scores >= 1).double()
 
 
 def mean_and_stderr(name: str, values: Tensor) -> dict[str, float]:
@@ -136,7 +202,7 @@ def mean_and_stderr(name: str, values: Tensor) -> dict[str, float]:
 
 
 def log_samples(
-    run: Run, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: Tensor
+    run: Run, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: list[Reward]
 ) -> None:
     """Logs the first few completions. kind: "train" or "eval"."""
     records = sample_records(prompts, completions[:SAMPLES_LOGGED], rewards, run.config, run.tokenizer)
@@ -149,22 +215,23 @@ def log_samples(
 def sample_records(
     prompts: list[Prompt],
     completions: list[Completion],
-    rewards: Tensor,
+    rewards: list[Reward],
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[dict[str, Any]]:
-    """Completions as text, with answers and rewards."""
-    extract = reward.find_task(config.task).extract
+    """Completions as text, with answers and rewards, and a reward's parts if it has some."""
+    extract = tasks.find_task(config.task).extract
     return [
         {
             "prompt": prompts[completion.request].problem.prompt,
-            "completion": (text := decode(completion, tokenizer)),
-            "extracted": extract(text),
+            "completion": transcript(completion, tokenizer),
+            "extracted": extract(decode(completion, tokenizer)),
             "answer": prompts[completion.request].problem.answer,
-            "reward": value,
+            "reward": reward.total,
             "truncated": completion.truncated,
         }
-        for completion, value in zip(completions, rewards.tolist())
+        | ({"parts": reward.parts} if reward.parts else {})
+        for completion, reward in zip(completions, rewards)
     ]
 
 

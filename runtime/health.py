@@ -129,7 +129,11 @@ def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -
     if cut_off:
         limit = f"max_completion_length {config.max_completion_length}"
         causes.append(f"{cut_off:.0%} of the completions are cut off at {limit}, perhaps before their answer")
-    if samples and all(sample["extracted"] is None for sample in samples):
+    if metrics.get("reward/timeouts"):
+        causes.append(f"{metrics['reward/timeouts']:.0f} rewards took longer than reward_timeout, and count 0")
+    if config.reward:
+        causes.append("the functions of reward say the same of every completion")
+    elif samples and all(sample["extracted"] is None for sample in samples):
         causes.append(f"the answers have another format than the task reads: none was found in {len(samples)} samples")
     elif low > 0:
         causes.append("every completion has the same part of the reward, and none has more")

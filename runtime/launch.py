@@ -26,6 +26,7 @@ WATCH_EVERY = 2.0  # seconds between two looks at whether another rank has faile
 
 def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     """Runs `train(prepare())`. A user's error in `prepare` is one line and exit code 2; later ones exit with 1."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and by default it ends a process
     Thread(target=watch_other_ranks, daemon=True).start()
     try:
         run = prepare()

@@ -1,33 +1,36 @@
 """The state of a run. runtime/setup.py makes it; the training scripts and runtime/steps.py change it."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
-import reward
 from configs.base import Config
+from data import Problem
 from fsdp_utils import World
 from policy import Policy
-from rollout import Engine, Request
+from rollout import Engine, Reply, Request, mix_seeds, single_turn
 from runtime.checkpoint import Progress, Saved
 from runtime.health import HealthMonitor
 from runtime.signals import StopRequest
 from runtime.tracking import RunLog
+from runtime.user_rewards import Reward
 from sync import WeightSync
+
+Scorer = Callable[[list[tuple[Problem, str]]], list[Reward]]  # of completions as texts, each with its problem
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A problem as the model sees it."""
 
-    problem: reward.Problem
+    problem: Problem
     token_ids: list[int]
+    environment: Callable[[], Reply] = single_turn  # see runtime/conversation.py
 
 
 @dataclass
@@ -37,21 +40,23 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     train_prompts: list[Prompt]
     test_prompts: list[Prompt]
+    scorer: Scorer
     engine: Engine
     policy: Policy
     optimizer: torch.optim.Optimizer
     log: RunLog
+    progress: Progress = field(default_factory=Progress)
     saved: Saved | None = None  # the checkpoint from which the run resumes
     stop: StopRequest = field(default_factory=StopRequest)
 
     def __post_init__(self) -> None:
         self.learners = {"policy": (self.policy, self.optimizer)}  # what a checkpoint saves; PPO adds its critic
-        self.progress = self.saved.progress if self.saved else Progress()
         self.saved_step = self.progress.step if self.saved else None
         self.prompts_drawn = self.progress.prompts_drawn
         self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.prompts_drawn, None)
         self.samples: list[dict[str, Any]] = []  # the logged ones of the last training rollout
-        self.log_position: dict[str, Any] = {}  # at the end of the last finished step
+        self.log_position: dict[str, Any] | None = None  # at the end of the last finished step; None: before the first
+        self.engine.stop = self.stop  # a signal also ends a rollout
         self.health = HealthMonitor(self.config, self.log)
         prompts = [prompt.token_ids for prompt in self.test_prompts]
         self.weight_sync = WeightSync(self.policy, self.engine, self.config, prompts, self.world.device)
@@ -79,9 +84,14 @@ def rollout_requests(prompts: list[Prompt], config: Config, step: int, attempt: 
     """`group_size` samples of each prompt. Seed, step and the place in the step decide the tokens."""
     first = attempt * len(prompts)
     return [
-        Request(prompt.token_ids, config.group_size, config.temperature, mix_seeds(config.seed, step, place))
+        request_of(prompt, config.group_size, config.temperature, mix_seeds(config.seed, step, place))
         for place, prompt in enumerate(prompts, start=first)
     ]
+
+
+def request_of(prompt: Prompt, samples: int, temperature: float, seed: int) -> Request:
+    """A request for completions of a prompt, in its environment."""
+    return Request(prompt.token_ids, samples, temperature, seed, environment=prompt.environment)
 
 
 def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
@@ -90,11 +100,6 @@ def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
     while True:
         yield from random.Random(f"{seed}/{epoch}").sample(prompts, len(prompts))
         epoch += 1
-
-
-def mix_seeds(*numbers: int) -> int:
-    """Several numbers hashed into one seed; vLLM adds i to it for sample i of a request."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def is_due(every: int, step: int) -> bool:

@@ -2,22 +2,16 @@
 
 import json
 import math
-import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import fsdp_utils
 import lora
@@ -28,13 +22,15 @@ from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
-from runtime.files import find_model, folder_lock, one_line_errors
-from runtime.optimize import make_optimizer
+from runtime.evaluation import make_scorer
+from runtime.files import check_parent, check_tied_head, find_model, folder_lock, one_line_errors
+from runtime.optimize import make_optimizer, schedule
 from runtime.progress_bar import progress_bar
-from runtime.run import Prompt, Run
+from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
+from runtime.run import Run
 from runtime.shared_memory import fast_folder
-from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
+from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
 
@@ -44,12 +40,17 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
+    fsdp_utils.on_first_rank(choose_mode)
     folder = model_folder(config)
     model_config = read_model_config(folder)
-    tokenizer = load_tokenizer(folder)
+    saved = find_checkpoint(config) if config.resume else None
+    progress = fsdp_utils.on_first_rank(lambda: saved.progress if saved else Progress())
+    tokenizer = load_tokenizer(folder, progress.started)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_prompts(config, model_config, train_prompts + test_prompts)
-    saved = find_checkpoint(config) if config.resume else None
+    stops = find_stops(config, tokenizer, model_config)
+    first = [train_prompts[0].problem, test_prompts[0].problem]
+    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, first))
     with fast_folder(folder) as files:
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
         policy = build_policy(start, files, world, prompt_head)
@@ -57,11 +58,13 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, files, lora.target_names(policy.model))
+            engine = build_engine(config, files, stops, lora.target_names(policy.model))
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
-    run = Run(config, world, tokenizer, train_prompts, test_prompts, engine, policy, optimizer, log, saved)
+    run = Run(
+        config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
+    )
     engine.sleep()  # the probe's forwards in the trainer need the memory
-    listen(run.stop.handle)  # from here on a signal lets the run be saved; until here it ends the process
+    run.stop.listen()  # from here on a signal lets the run be saved; until here it ends the process
     run.weight_sync.update_weights(verify=True, everything=config.dtype == "nf4")  # vLLM has the 16-bit base
     print_header(run)
     return run
@@ -77,9 +80,8 @@ def print_header(run: Run) -> None:
     if lora.mixtures(run.policy.model):
         active = active_parameters(run.policy.model) / 1e6
         log.print(f"       {active:,.1f}M are active for a token; experts are frozen, all-linear is attention alone")
-    log.print(
-        f"task   {config.task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out"
-    )
+    task = " ".join(filter(None, (config.task, config.data, *config.reward)))
+    log.print(f"task   {task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out")
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
     log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s)")
     weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
@@ -88,6 +90,8 @@ def print_header(run: Run) -> None:
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
         f"{engine.kv_cache_tokens:,} tokens of KV cache; tools/plan.py counts the rest"
     )
+    if config.ref_adapter_path:
+        log.print(f"KL     reference: {config.reference_adapter or 'the base, without adapters'}")
     rule = " (the default: ten times that of full fine-tuning, see configs/checks.py)"
     is_rule = config.lora_rank and config.learning_rate == default_rate(config)
     log.print(f"rate   {config.learning_rate:g}{rule if is_rule else ''}, {config.lr_schedule}")
@@ -107,9 +111,7 @@ def active_parameters(model: PreTrainedModel) -> float:
 
 def check_writable(folder: Path) -> None:
     """Raises ValueError if the run's folder cannot be made or written, or if another run is writing it."""
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise ValueError(f"cannot write to {str(folder)!r}: {str(parent)!r} is not a writable directory")
+    check_parent(folder)
     if in_use(folder):
         raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another run_name")
 
@@ -134,7 +136,11 @@ def find_checkpoint(config: Config) -> Saved | None:
         folder = checkpoint.find(config.run_folder, config.resume, say=print)
         if folder is None:
             print(f"{str(config.run_folder)!r} has no checkpoint to resume from: this run starts at the beginning")
-        return folder and read_saved(folder, config)
+            return None
+        saved = read_saved(folder, config)
+        if changes := changed_options(saved.settings, config, saved.progress.step):
+            print(f"changed since the checkpoint: {changes}", flush=True)
+        return saved
 
     return fsdp_utils.on_first_rank(find)
 
@@ -152,105 +158,41 @@ def read_saved(folder: Path, config: Config) -> Saved:
             raise ValueError(f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep")
     if progress.best_step not in checkpoint.written(config.run_folder):  # deleted in favour of a later, better one
         progress = replace(progress, best_step=-1, best_accuracy=-1.0)
-    return Saved(folder, progress, log)
+    return Saved(folder, progress, log, settings)
 
 
-# ---- Prompts --------------------------------------------------------------------------------------------------
+def changed_options(before: dict[str, Any], config: Config, step: int) -> str:
+    """Options that differ from the settings of the checkpoint of a step, and what that does to the learning rate.
 
-
-def model_folder(config: Config) -> str:
-    """The folder of the configured model; a model of the hub is downloaded if need be."""
-    return fsdp_utils.on_first_rank(lambda: find_model(config.model_source))
-
-
-def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
-    with one_line_errors(f"the tokenizer of model {folder!r}"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
-    """Training and held-out prompts of at most `max_prompt_length` tokens; rank 0 reads or downloads the problems."""
-    instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
-    ending = f"\n{instruction}" if instruction else ""
-
-    def load(split: str) -> list[reward.Problem]:
-        problems = reward.load_problems(config.task, split, config.data_dir)
-        return [replace(problem, prompt=problem.prompt + ending) for problem in problems]
-
-    splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
-    check_system_prompt(config.system_prompt, tokenizer)
-    with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
-        prompts = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
-    longest = config.max_prompt_length
-    kept = [[prompt for prompt in split if len(prompt.token_ids) <= longest] for split in prompts]
-    train, test = kept
-    if not (train and test):
-        raise ValueError(f"no prompt fits in max_prompt_length, {longest} tokens")
-    if kept != prompts:
-        counts = [f"{len(before) - len(after):,} of {len(before):,}" for before, after in zip(prompts, kept)]
-        line = "prompts over max_prompt_length, {} tokens, are left out: {} to train on, {} held out"
-        fsdp_utils.on_first_rank(lambda: print(line.format(longest, *counts), flush=True))
-    return [train, test[: config.eval_problems]]
-
-
-def check_system_prompt(system_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError if the chat template does not show the system prompt to the model."""
-    if system_prompt is None:
-        return
-    name, fix = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
-    if not tokenizer.chat_template:
-        raise ValueError(f"the tokenizer of model {name!r} has no chat template for a system turn; {fix}")
-    try:
-        text = tokenizer.apply_chat_template(chat("?", system_prompt), tokenize=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the chat template of model {name!r} refuses a system turn ({reason}); {fix}") from error
-    if system_prompt.strip() not in text:
-        raise ValueError(f"the chat template of model {name!r} leaves a system turn out; {fix}")
-
-
-def chat(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
-    """A conversation with the model's turn next."""
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    return [*system, {"role": "user", "content": prompt}]
-
-
-def check_prompts(config: Config, model: PretrainedConfig, prompts: list[Prompt]) -> None:
-    """Raises ValueError for prompts without tokens, with unknown tokens, or too long for the model."""
-    for prompt in prompts:
-        if not prompt.token_ids:
-            raise ValueError(f"the tokenizer of {config.model!r} makes no token of prompt {prompt.problem.prompt!r}")
-        if max(prompt.token_ids) >= model.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {config.model!r} makes token {max(prompt.token_ids)} of prompt "
-                f"{prompt.problem.prompt!r}, but the model has only {model.vocab_size}"
-            )
-    longest = getattr(model, "max_position_embeddings", None) or math.inf
-    stretched = (getattr(model, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if config.max_model_len > longest and not stretched:  # vLLM checks stretched positions
-        raise ValueError(
-            f"max_prompt_length {config.max_prompt_length} and max_completion_length {config.max_completion_length} "
-            f"make {config.max_model_len} tokens; model {config.model!r} supports at most {longest}: lower one"
-        )
-
-
-def tokenize(
-    problems: list[reward.Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None
-) -> list[Prompt]:
-    """Applies the tokenizer's chat template, if it has one, to each problem."""
-    texts = [problem.prompt for problem in problems]
-    if tokenizer.chat_template:
-        chats = [chat(text, system_prompt) for text in texts]
-        ids = tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True)["input_ids"]
-    else:
-        ids = tokenizer(texts)["input_ids"]
-    return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids)]
+    >>> changed_options({"steps": 10, "seed": 0}, Config(steps=20, lr_schedule="linear", learning_rate=0.5), step=10)
+    'steps 10 -> 20; the learning rate of step 11 is then 0.25, not 0'
+    """
+    now = asdict(config)
+    before = now | {name: value for name, value in before.items() if name in now}
+    changed = [name for name in now if before[name] != now[name] and name not in ("resume", "output_dir", "run_name")]
+    changes = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
+    old, new = (c.learning_rate * schedule(step + 1, c) for c in (SimpleNamespace(**before), config))
+    if step < config.steps and old != new:
+        changes += f"; the learning rate of step {step + 1} is then {new:g}, not {old:g}"
+    return changes
 
 
 # ---- The models and the engine --------------------------------------------------------------------------------
 
 
-def build_engine(config: Config, folder: str, targets: list[str] | None = None) -> Engine:
+def model_folder(config: Config) -> str:
+    """The folder of the configured model; a model of the hub is downloaded if need be."""
+
+    def find() -> str:
+        folder = find_model(config.model_source)
+        if getattr(read_model_config(folder), "tie_word_embeddings", False):
+            check_tied_head(Path(folder))
+        return folder
+
+    return fsdp_utils.on_first_rank(find)
+
+
+def build_engine(config: Config, folder: str, stops: Stops, targets: list[str] | None = None) -> Engine:
     """The sampler, with the weights of the model's folder, for adapters of these target modules (None: of any)."""
     return Engine(
         folder,
@@ -258,6 +200,8 @@ def build_engine(config: Config, folder: str, targets: list[str] | None = None) 
         tensor_parallel_size=config.tensor_parallel_size,
         max_model_len=config.max_model_len,
         max_completion_length=config.max_completion_length,
+        stop_texts=stops.texts,
+        stop_token_ids=stops.token_ids,
         max_num_seqs=sequences_at_once(config, dist.get_world_size(), gpu_memory()),
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
@@ -353,10 +297,11 @@ def meta_policy(
     if config.lora_adapter_path:
         with adapter_files.open_adapter(config.lora_adapter_path):
             pass  # a bad folder is refused now, before the weights are read
-    if config.ref_adapter_path:
-        with adapter_files.open_adapter(config.ref_adapter_path) as file:
+    if config.reference_adapter:
+        with adapter_files.open_adapter(config.reference_adapter) as file:
             scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
-            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
+            options = {"merged": config.lora_forward == "merged", "trainable": False}
+            lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
         add_adapters(model, config, config.lora_rank)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
@@ -413,8 +358,8 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
 
 def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
     """Gives the policy's adapters their values: from folders, or B = 0."""
-    if config.ref_adapter_path:
-        adapter_files.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
+    if config.reference_adapter:
+        adapter_files.load_adapter(model, config.reference_adapter, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:
         lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
         return

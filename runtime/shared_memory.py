@@ -4,10 +4,12 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from fsdp_utils import on_every_rank, on_first_rank
@@ -23,12 +25,13 @@ def first_on_host() -> bool:
 
 
 @contextmanager
-def shared_folder() -> Iterator[Path]:
-    """A new folder in each host's memory, of the same name on all hosts; one rank per host makes it.
+def shared_folder(needed: int = 0) -> Iterator[Path]:
+    """A new folder in each host's memory, of the same name on all hosts; one rank per host makes it. Collective.
 
-    All are done with it when the block ends, and it goes.
+    needed: bytes; with less room in memory on some host, it is among the temporary files, which may be on a disk.
+    Raises ValueError if there is no room either. All are done with the folder when the block ends, and it goes.
     """
-    folder = SHARED_MEMORY / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
+    folder = place_with_room(needed) / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
     lock = on_every_rank(lambda: make_locked(folder) if first_on_host() else None)
     try:
         yield folder
@@ -39,13 +42,30 @@ def shared_folder() -> Iterator[Path]:
             os.close(lock)
 
 
+def place_with_room(needed: int) -> Path:
+    """The first place for shared folders that has so many bytes free on every host. Collective."""
+    places = [SHARED_MEMORY, Path(tempfile.gettempdir())]
+    free = torch.tensor([free_bytes(place) for place in places])
+    dist.all_reduce(free, op=dist.ReduceOp.MIN)
+    for place, room in zip(places, free.tolist()):
+        if needed <= room:
+            return place
+    found = " and ".join(f"{place} has {room / 2**20:,.0f} MiB" for place, room in zip(places, free.tolist()))
+    raise ValueError(f"no room to hand {needed / 2**20:,.0f} MiB to vLLM: {found} free; make room, or set TMPDIR")
+
+
+def free_bytes(place: Path) -> int:
+    """How much this process may write there; -1: nothing at all."""
+    return shutil.disk_usage(place).free if os.access(place, os.W_OK) else -1
+
+
 def make_locked(folder: Path) -> int:
     """Makes the folder and locks it for as long as this process lives; returns the lock.
 
     Folders without a lock have been left by processes that were killed. They are removed.
     """
     with folder_lock(folder.parent):  # otherwise another process could find it before it is locked
-        for path in folder.parent.glob("lorl-*"):
+        for path in folder.parent.glob("lorl-" + 12 * "[0-9a-f]"):
             with suppress(OSError):  # in use, or another user's
                 lock = os.open(path, os.O_RDONLY)
                 try:

@@ -1,4 +1,8 @@
-"""SIGTERM and SIGINT: noted when they come, obeyed where a run can be saved."""
+"""Signals: noted when they come, obeyed where a run can be saved.
+
+SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) stop a run, SIGUSR1 has it save a checkpoint and go on.
+docs/reliability.md says what torchrun makes of them.
+"""
 
 import math
 import os
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SAME_SIGNAL = 3.0  # seconds
 
 
@@ -20,31 +25,60 @@ class Stopped(Exception):
 
 @dataclass
 class StopRequest:
-    """Remembers the first signal until the run calls `check`."""
+    """Remembers signals until the run asks for them."""
 
-    time: float = math.inf  # time.monotonic() of the first signal
+    time: float = math.inf  # time.monotonic() of the first signal to stop
+    save: bool = False  # a signal asked for a checkpoint
+
+    def listen(self) -> None:
+        """From here on, signals let the run be saved."""
+        listen(self.handle)
+        signal.signal(signal.SIGUSR1, self.handle_save)
 
     def handle(self, number: int, _frame: Any) -> None:
         """Signal handler. A second signal ends the process at once.
 
-        One Ctrl-C reaches each rank twice, from the terminal and from torchrun, so repeats within `SAME_SIGNAL` seconds
-        are ignored.
+        A scheduler's signal reaches each rank twice, directly and from torchrun, so repeats within `SAME_SIGNAL`
+        seconds are ignored.
         """
         if time.monotonic() > self.time + SAME_SIGNAL:
             os._exit(128 + number)
         self.time = min(self.time, time.monotonic())
 
+    def handle_save(self, _number: int, _frame: Any) -> None:
+        """Signal handler."""
+        self.save = True
+
+    @property
+    def came(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.time < math.inf
+
+    def asked(self, group: dist.ProcessGroup | None = None) -> bool:
+        """Whether any rank of the group (None: of all) was asked to stop. Collective."""
+        return any_rank(self.came, group)
+
     def check(self) -> None:
         """Raises Stopped on every rank if any rank was asked to stop. Collective."""
-        asked = torch.tensor(int(self.time < math.inf))
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        if asked:
+        if self.asked():
             raise Stopped
+
+    def take_save(self) -> bool:
+        """Whether any rank was asked to save since the last call. Collective."""
+        save, self.save = self.save, False
+        return any_rank(save)
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether the flag is set on any rank. Collective."""
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return bool(found)
 
 
 def listen(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
-    """Installs a handler for SIGTERM and SIGINT."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    """Installs a handler for the signals that stop a run."""
+    for number in STOPPING:
         signal.signal(number, handler)
 
 

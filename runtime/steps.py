@@ -15,15 +15,16 @@ from runtime.checkpoint import Progress
 from runtime.evaluation import evaluate
 from runtime.files import write_model
 from runtime.run import Run, is_due
-from runtime.tracking import format_accuracy
+from runtime.tracking import format_held_out
 
 
 def begin_training(run: Run) -> None:
     """Evaluates before the first step, unless the run is resumed."""
     if not run.saved:
         metrics = evaluate(run, step=0)
+        run.stop.check()
         run.log.record({"step": 0, **metrics})
-        run.log.print("before training: held-out " + format_accuracy(metrics))
+        run.log.print("before training: held-out " + format_held_out(metrics))
     run.complete_step(run.progress.step)
     if run.progress.step >= run.config.steps:
         run.log.print(f"all {run.config.steps} steps are done; to go on, add --steps to the command")
@@ -39,8 +40,9 @@ def finish_step(run: Run, step: int, metrics: dict[str, float]) -> None:
     reason = run.health.reason_to_stop(step, metrics, run.samples, run.progress)
     run.complete_step(step)
     run.log.phase("save")  # its time counts in the next step
-    if last or reason or is_due(config.save_every, step):
-        save_checkpoint(run, metrics.get("eval/accuracy"))
+    asked = run.stop.take_save()
+    if last or reason or asked or is_due(config.save_every, step):
+        save_checkpoint(run, metrics.get("eval/accuracy", metrics.get("eval/reward")))
     if reason:
         raise RuntimeError(f"{reason}; the last step that was saved is {run.saved_step}")
     if not last:
@@ -61,19 +63,22 @@ def finish_training(run: Run) -> None:
 
 
 def finish_stopped(run: Run) -> None:
-    """Saves a run that a signal has stopped, if its last step is not saved yet."""
-    if run.saved_step != run.progress.step:
+    """Saves a run that a signal has stopped, if its last step is not saved yet. Before step 1, there is nothing yet."""
+    begun = run.log_position is not None
+    if begun and run.saved_step != run.progress.step:
         save_checkpoint(run)
-    run.log.close()
     saved = "saved" if run.saved_step == run.progress.step else "could not save"
-    run.log.print(f"stopped after step {run.progress.step}, and {saved}. To go on, add --resume to the command.")
+    where = f"after step {run.progress.step}, and {saved}" if begun else "before the first step"
+    run.log.print(f"stopped {where}. To go on, add --resume to the command.")
+    run.log.close()
 
 
 # ---- Checkpoints ----------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(run: Run, accuracy: float | None = None) -> None:
-    """Saves all finished steps. `accuracy`: of an evaluation of this step, which may make it the best one. Collective.
+    """Saves all finished steps. `accuracy`: of an evaluation of this step, which may make it the best one; or, where
+    nothing says which answers are right, the mean reward. Collective.
 
     A full disk is reported, and the run goes on.
     """
@@ -105,7 +110,8 @@ def export(run: Run, folder: Path, tensors: dict[str, Any]) -> None:
     model = run.policy.model
     whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
     if run.config.lora_rank:
-        save_adapter(model, folder / "adapter", base_model=run.config.model_source, gather=whole.get)
+        base = {"base_model": run.config.model_source, "base_dtype": run.config.dtype}
+        save_adapter(model, folder / "adapter", **base, gather=whole.get)
     else:
         dtype = getattr(torch, run.config.compute_dtype)
         weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))

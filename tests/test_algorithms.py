@@ -396,6 +396,20 @@ def test_the_algorithm_fills_in_what_the_user_left_open():
     assert not open_options(config_of("grpo"))
 
 
+def test_the_reference_is_the_start_unless_another_is_named():
+    start = {"lora_adapter_path": "sft", "kl_coef": 0.1}
+    for settings, folder in (
+        (start, "sft"),
+        (start | {"ref_adapter_path": "other"}, "other"),
+        (start | {"ref_adapter_path": "base"}, ""),
+        ({"kl_coef": 0.1}, ""),
+    ):
+        config = config_of("grpo", **settings)
+        assert config.reference_adapter == folder and config.ref_adapter_path == (folder or "base")
+    assert config_of("flowrl", lora_adapter_path="sft", tis_mode=None).reference_adapter == "sft"
+    assert config_of("grpo", lora_adapter_path="sft").reference_adapter == "", "nothing reads a reference"
+
+
 def open_options(config: Config) -> set[str]:
     """What nobody has decided yet, of the options that are the algorithm's to decide."""
     others = {"instruction", "system_prompt", "sync"}  # the task, the chat template and `sends_adapter` decide these
@@ -424,7 +438,8 @@ def test_a_row_may_not_set_what_the_user_has_set(option):
 def test_the_policy_that_sampled_is_asked_where_the_update_cannot_tell(updates, settings, asked):
     batches = [[SimpleNamespace(packed=i, old_logprobs=None)] for i in range(updates)]
     policy = lambda packed, temperature: SimpleNamespace(logprobs=packed)  # noqa: E731
-    add_logprobs(SimpleNamespace(config=Config(**settings), policy=policy), batches)
+    stop = SimpleNamespace(check=lambda: None)
+    add_logprobs(SimpleNamespace(config=Config(**settings), policy=policy, stop=stop), batches)
     assert [batch.old_logprobs for (batch,) in batches] == [i if asked else None for i in range(updates)]
 
 

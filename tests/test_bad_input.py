@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import reward
 from configs.base import Config
 from configs.checks import LIMITS
+from data import Source
 from runtime import adapter_files, checkpoint
 from runtime.command_line import parse_config
 
@@ -73,6 +74,10 @@ OPTIONS = [
     (f"--run_name={'x' * 200}", ["run_name", "128"]),
     ("--run_name=\udcff", ["run_name", "printable"]),
     ("--model=", ["model", "''"]),
+    ("--prompt_field=q", ["prompt_field", "set data"]),
+    ("--answer_field=a", ["answer_field", "set data"]),
+    ("--reward=", ["reward must be a list of texts", "['']"]),
+    ("--stop a --stop b", ["--stop is given twice"]),
     ("--gradient_checkpointing=last", ["gradient_checkpointing", "last"]),
     *((f"--{name}=a\x00b", [name, "printable", "'a\\x00b'"]) for name in ("instruction", "system_prompt")),
     ("--target_modules", ["--target_modules"]),
@@ -178,28 +183,28 @@ NOT_ONE_NUMBER = "2 1/2|6.02e23|12 000|- 5|10 - 12 = -2|12:30|1,5|5, 6|5 or 6|2 
         (b'{"question": "\xed\xa0\x80", "answer": "#### 1"}', ["not UTF-8"]),
         (b'{"question": "\\ud800", "answer": "#### 1"}', ["'question'", "half a surrogate pair"]),
         (b'{"question": "q", "answer": "\\udfff #### 1"}', ["'answer'", "half a surrogate pair"]),
-        (b"null", ["text field 'question'", "None"]),
-        (b"3", ["text field 'question'", "3"]),
-        (b'"q"', ["text field 'question'", "q"]),
-        (b"[]", ["text field 'question'", "[]"]),
-        (b"{}", ["text field 'question'", "{}"]),
-        (b'{"Question": "q", "answer": "#### 1"}', ["text field 'question'", "Question"]),
-        (b'{"question": "q"}', ["text field 'answer'"]),
-        (b'{"answer": "#### 1"}', ["text field 'question'"]),
-        (b'{"question": null, "answer": "#### 1"}', ["text field 'question'", "None"]),
-        (b'{"question": ["q"], "answer": "#### 1"}', ["text field 'question'"]),
-        (b'{"question": "q", "answer": 1}', ["text field 'answer'"]),
-        (b'{"question": "q", "answer": ""}', ["must end in '#### N'", "''"]),
-        (b'{"question": "q", "answer": "1"}', ["must end in '#### N'", "'1'"]),
-        (b'{"question": "q", "answer": "### 1"}', ["must end in '#### N'"]),
-        (b'{"question": "q", "answer": "#### none"}', ["must end in '#### N'", "none"]),
-        (b'{"question": "q", "answer": "\\\\boxed{1}"}', ["must end in '#### N'", "boxed"]),
+        (b"null", ["must be an object with fields", "None"]),
+        (b"3", ["must be an object with fields", "3"]),
+        (b'"q"', ["must be an object with fields", "q"]),
+        (b"[]", ["must be an object with fields", "[]"]),
+        (b"{}", ["has no field", "'question'", "none"]),
+        (b'{"Question": "q", "answer": "#### 1"}', ["has no field", "'question'", "Question"]),
+        (b'{"question": "q"}', ["has no field 'answer'"]),
+        (b'{"answer": "#### 1"}', ["has no field", "'question'"]),
+        (b'{"question": null, "answer": "#### 1"}', ["'question' must be text", "None"]),
+        (b'{"question": ["q"], "answer": "#### 1"}', ["'question' must be text, or chat messages", "['q']"]),
+        (b'{"question": "q", "answer": true}', ["end in '#### N'", "True"]),
+        (b'{"question": "q", "answer": ""}', ["'answer' is empty"]),
+        (b'{"question": "q", "answer": "one"}', ["must be one number, or end in '#### N'", "'one'"]),
+        (b'{"question": "q", "answer": "### 1"}', ["end in '#### N'"]),
+        (b'{"question": "q", "answer": "#### none"}', ["end in '#### N'", "none"]),
+        (b'{"question": "q", "answer": "\\\\boxed{1}"}', ["end in '#### N'", "boxed"]),
         *(
-            (f'{{"question": "q", "answer": "#### {truth}"}}'.encode(), ["must end in '#### N'", truth])
+            (f'{{"question": "q", "answer": "#### {truth}"}}'.encode(), ["end in '#### N'", truth])
             for truth in (*NOT_ONE_NUMBER.split("|"), "9" * 70 + " 9")
         ),
-        (b'{"question": "q", "answer": "' + b"x" * 10_000_000 + b'"}', ["must end in '#### N'"]),
-        (b'{"question": "' + b"x" * 10_000_000 + b'"}', ["text field 'answer'"]),
+        (b'{"question": "q", "answer": "' + b"x" * 10_000_000 + b'"}', ["end in '#### N'"]),
+        (b'{"question": "' + b"x" * 10_000_000 + b'"}', ["has no field 'answer'"]),
         (b"x" * 10_000_000, ["not JSON"]),
     ],
     ids=lambda value: repr(value[:40]) if isinstance(value, bytes) else "",
@@ -207,7 +212,7 @@ NOT_ONE_NUMBER = "2 1/2|6.02e23|12 000|- 5|10 - 12 = -2|12:30|1,5|5, 6|5 or 6|2 
 def test_data_lines(tmp_path, line, words):
     (tmp_path / "train.jsonl").write_bytes(GOOD + b"\n" + line + b"\n" + GOOD)
     with pytest.raises(ValueError) as error:
-        reward.load_problems("gsm8k", "train", str(tmp_path))
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     check(str(error.value), ["train.jsonl, line 3", *words])
 
 
@@ -215,17 +220,17 @@ def test_data_lines(tmp_path, line, words):
 def test_data_files_without_problems(tmp_path, content):
     (tmp_path / "train.jsonl").write_bytes(content)
     with pytest.raises(ValueError) as error:
-        reward.load_problems("gsm8k", "train", str(tmp_path))
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     check(str(error.value), ["gsm8k", "no train problems", str(tmp_path)])
 
 
 def test_data_folders(tmp_path):
     with pytest.raises(OSError) as error:
-        reward.load_problems("gsm8k", "train", str(tmp_path))
-    check(str(error.value), [str(tmp_path / "train.jsonl")])
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
+    check(str(error.value), ["there is no .jsonl, .csv, .parquet file in", str(tmp_path)])
     (tmp_path / "train.jsonl").mkdir()
     with pytest.raises(OSError) as error:
-        reward.load_problems("gsm8k", "train", str(tmp_path))
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     check(str(error.value), [str(tmp_path / "train.jsonl")])
 
 
@@ -234,7 +239,8 @@ def test_odd_but_good_data(tmp_path):
     texts = ["q", "日本語 🦊 \u0000 ﷽", "x" * 10_000_000]
     lines = [json.dumps({"question": text, "answer": "#### ١٢"}, ensure_ascii=i < 2) for i, text in enumerate(texts)]
     (tmp_path / "train.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    problems = reward.load_problems("gsm8k", "train", str(tmp_path))
+    (tmp_path / "test.jsonl").write_bytes(GOOD)
+    problems = reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     assert [problem.prompt for problem in problems] == texts
     assert {problem.answer for problem in problems} == {"12"}
 
@@ -273,8 +279,13 @@ def test_what_only_a_run_can_find_out(tmp_path):
 def bad_settings(bad: Path) -> list[Case]:
     """What contradicts the world, the task or the algorithm."""
     (bad / "file").write_text("")
+    (bad / "raises.py").write_text("1 / 0")
     return [
         (["--task", "sums"], ["'sums'", "there are: arithmetic, times_tables, gsm8k"]),
+        (["--task", "own"], ["'own' has no problems of its own", "add --data"]),
+        (["--task", "own", "--data", str(ROOT / "examples/sums.csv"), "--prompt_field", "question"], ["add --reward"]),
+        (["--reward", str(bad / "raises.py:score")], ["raises.py' raised ZeroDivisionError"]),
+        (["--reward", str(ROOT / "examples/rewards.py:scores")], ["no function 'scores'; it has: score, short"]),
         (["--system_prompt", "Be brief."], ["no chat template", "system_prompt", "instruction"]),
         (["--algorithm", "gpro"], ["'gpro'", "there are: grpo"]),
         (["--algorithm", "ppo"], ["run train_ppo.py"]),
@@ -305,10 +316,10 @@ def bad_data(bad: Path) -> list[Case]:
     """A folder in which one file is right and the other is not."""
     cases = []
     for name, files, words in (
-        ("no test", {"train": GOOD}, ["test.jsonl"]),
+        ("no test", {"train": GOOD}, ["a single prompt", "folder with splits"]),
         ("bad test", {"train": GOOD, "test": b"{"}, ["test.jsonl, line 1", "not JSON"]),
         ("empty test", {"train": GOOD, "test": b""}, ["no test problems"]),
-        ("bad train", {"train": b"[]", "test": GOOD}, ["train.jsonl, line 1", "'question'"]),
+        ("bad train", {"train": b"[]", "test": GOOD}, ["train.jsonl, line 1", "object with fields", "[]"]),
         (
             "too long",
             {"train": GOOD.replace(b'"q"', b'"' + b"q" * 600 + b'"'), "test": GOOD},
@@ -319,7 +330,7 @@ def bad_data(bad: Path) -> list[Case]:
         folder.mkdir(parents=True)
         for split, content in files.items():
             (folder / f"{split}.jsonl").write_bytes(content)
-        cases.append((["--task", "gsm8k", "--max_prompt_length", "512", "--data_dir", str(folder)], words))
+        cases.append((["--task", "gsm8k", "--max_prompt_length", "512", "--data", str(folder)], words))
     return cases
 
 
@@ -395,6 +406,8 @@ def bad_models(bad: Path) -> list[Case]:
     case("a tensor too flat", {file: weights | {first: weights[first].flatten()}}, [first, "(49152,)"])
     case("a tensor of integers", {file: weights | {first: weights[first].to(torch.int8)}}, [first, "I8", "BF16"])
     index = "model.safetensors.index.json"
+    head = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    case("another head", {file: weights | {"lm_head.weight": head}}, ["tie_word_embeddings", "another lm_head.weight"])
     case("index not JSON", {index: b"{"}, [index, "JSON"])
     case("index a list", {index: []}, [index])
     case("index without a map", {index: {}}, [index, "weight_map"])
@@ -455,6 +468,7 @@ def bad_adapters(bad: Path) -> list[Case]:
         ("modules_to_save", ["lm_head"]),
         ("rank_pattern", {"q_proj": 2}),
         ("alpha_pattern", {"q_proj": 2}),
+        ("alora_invocation_tokens", [5, 9]),
     ):
         case(key, [key, repr(value), "not supported"], config | {key: value})
     case("pissa", ["pissa_niter_4", "convert"], config | {"init_lora_weights": "pissa_niter_4"})

@@ -1,12 +1,17 @@
 """What goes wrong while a run runs: on real processes, with a fault put into one of them."""
 
+import fcntl
 import json
 import math
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,15 +28,17 @@ from rollout import Completion
 from runtime import signals
 from runtime.batching import make_updates
 from runtime.checkpoint import Progress
-from runtime.evaluation import compute_reward
+from runtime.evaluation import task_reward
 from runtime.health import HealthMonitor
 
 WITHIN = 60  # seconds in which one rank's failure must end all
 
 FAULTY = """
-import os, resource, signal, sys
+import os, resource, signal, sys, time
+from pathlib import Path
 sys.path[:0] = [{root!r}]
 import torch
+from vllm.v1.engine.llm_engine import LLMEngine
 import fsdp_utils, reward, train_grpo
 from runtime.launch import launch
 
@@ -74,7 +81,18 @@ def poisoned(*arguments):
     return loss, info
 
 
-if fault == "reward":
+def slow_step(engine):
+    "Where there is a file `slow`, a step of vLLM takes 4 s, and so a rollout is longer than the 30 s of torchrun."
+    if Path("slow").exists():
+        Path("begun").touch()
+        time.sleep(4)
+    return quick_step(engine)
+
+
+quick_step = LLMEngine.step
+if fault == "signals":
+    LLMEngine.step = slow_step
+elif fault == "reward":
     reward.TASKS["arithmetic"] = reward.Task(reward.arithmetic_problems, score)
 else:
     train_grpo.policy_loss = poisoned
@@ -90,15 +108,15 @@ launch(train_grpo.setup_grpo, train)
 """
 
 
-def start(fault: str, folder: Path, *options: str) -> subprocess.Popen:
-    """A short run on two ranks, one of which has a fault."""
+def start(fault: str, folder: Path, *options: str, **more) -> subprocess.Popen:
+    """A short run on two ranks, one of which has a fault. more: arguments of `Popen`."""
     (folder / "faulty.py").write_text(FAULTY.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(folder / "faulty.py"), fault, "--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
     command += ["--output_dir", str(folder), "--run_name", "r"]
     command += "--steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, *options], cwd=ROOT, process_group=0, **pipes)
+    more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "process_group": 0} | more
+    return subprocess.Popen([*command, *options], cwd=folder, **more)
 
 
 def end(process: subprocess.Popen) -> tuple[str, str]:
@@ -148,6 +166,70 @@ def test_what_a_run_survives_and_what_stops_it(tmp_path):
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == [], "nothing half-written stays"
 
 
+def steps_done(folder: Path) -> int:
+    """The last step in the log; -1: none."""
+    path = folder / "r" / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def await_that(happens: Callable[[], object], process: subprocess.Popen, terminal: int | None = None) -> None:
+    """Waits while the process runs; reads what it writes to a terminal."""
+    deadline = time.time() + 240
+    while not happens():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+        with suppress(BlockingIOError):
+            os.read(terminal, 1 << 16) if terminal else None
+
+
+def on_a_terminal() -> None:
+    """In a new process: standard input becomes its terminal; SIGUSR1 is ignored, as by `trap '' USR1` in a shell."""
+    fcntl.ioctl(0, termios.TIOCSCTTY)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def test_signals_to_torchrun(tmp_path):
+    """SIGUSR1 saves and goes on. When the terminal is closed, and by SIGTERM, a run is saved in the middle of a rollout
+    that takes longer than torchrun waits.
+    """
+    ours, theirs = os.openpty()
+    os.set_blocking(ours, False)
+    pipes = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "process_group": None, "start_new_session": True}
+    options = ["--steps", "1000", "--save_every", "0", "--eval_every", "0"]
+    process = start("signals", tmp_path, *options, preexec_fn=on_a_terminal, **pipes)
+    os.close(theirs)
+    await_that(lambda: steps_done(tmp_path) > 0, process, ours)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for number in [process.pid, *map(int, ranks)]:  # as Slurm does
+        os.kill(number, signal.SIGUSR1)
+    await_that((tmp_path / "r" / "latest").exists, process, ours)
+    saved = int((tmp_path / "r" / "latest").read_text()[-7:])
+    await_that(lambda: steps_done(tmp_path) > saved, process, ours)
+
+    (tmp_path / "slow").touch()
+    await_that((tmp_path / "begun").exists, process, ours)
+    os.close(ours)
+    process.wait(timeout=60)
+    last = steps_done(tmp_path)
+    assert (tmp_path / "r" / "latest").read_text() == f"checkpoints/step_{last:06d}\n" and last > saved
+
+    (tmp_path / "begun").unlink()
+    (tmp_path / "slow").unlink()
+    process = start("signals", tmp_path, *options, "--resume")
+    await_that(lambda: steps_done(tmp_path) > last, process)
+    (tmp_path / "slow").touch()
+    await_that((tmp_path / "begun").exists, process)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert f"resumed after step {last}" in output
+    last = steps_done(tmp_path)
+    assert f"stopped after step {last}, and saved. To go on, add --resume to the command." in output
+    assert (tmp_path / "r" / "latest").read_text() == f"checkpoints/step_{last:06d}\n"
+    assert "SIGKILL" not in output and "error: " not in output
+    assert process.returncode == 1 and "SignalException" in output, "torchrun's own end, see docs/reliability.md"
+
+
 @pytest.mark.parametrize(
     "result, words",
     [
@@ -171,7 +253,7 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
 
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
     with pytest.raises(ValueError) as error:
-        compute_reward(reward.Problem("1+1=", "2"), "it is 3", Config(task="mine"))
+        task_reward("mine", reward.Problem("1+1=", "2"), "it is 3")
     assert "\n" not in str(error.value) and words in str(error.value)
     assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
 
@@ -200,7 +282,8 @@ def test_a_process_that_a_reward_forks_can_be_stopped(tmp_path):
 @pytest.mark.parametrize("value", [True, 1, 0.5, -3])
 def test_what_a_reward_may_return(monkeypatch, value):
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, lambda *_: value))
-    assert compute_reward(reward.Problem("1+1=", "2"), "3", Config(task="mine")) == value
+    found = task_reward("mine", reward.Problem("1+1=", "2"), "3")
+    assert found.total == found.correct == value
 
 
 def test_a_mismatch_stops_a_run():
@@ -262,7 +345,7 @@ def test_fewer_problems_than_a_batch(tmp_path):
         rows = [json.dumps({"question": question, "answer": "#### 4"}) for question in questions]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     done = torchrun(
-        2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data_dir", str(tmp_path), "--steps", "2",
+        2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data", str(tmp_path), "--steps", "2",
         "--output_dir", str(tmp_path), "--run_name", "r",
         "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
     )  # fmt: skip

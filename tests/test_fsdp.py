@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -173,7 +174,7 @@ def test_broken_checkpoints_are_an_error_on_every_rank(model_folder, tmp_path):
 
 
 def use_shared_memory(folder):
-    """The files that this rank sees, whether any are left when the block has ended, and the error of no room."""
+    """The files that this rank sees, whether any are left when the block has ended, and what is done without room."""
     fsdp_utils.init_world()
     with shared_memory.in_shared_memory(folder) as copy:
         files = {path.name: path.stat().st_size for path in Path(copy).iterdir()}
@@ -185,22 +186,29 @@ def use_shared_memory(folder):
     except KeyError:
         torch.distributed.barrier()
         left.append(Path(copy).exists())
-    shared_memory.shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=1000)
-    try:
-        with shared_memory.in_shared_memory(folder):
-            return files, copy, left, "no error"
-    except ValueError as error:
-        return files, copy, left, str(error)
+    free = {shared_memory.SHARED_MEMORY: 1000, Path(tempfile.gettempdir()): 3000}
+    shared_memory.shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=free[path])
+    with shared_memory.shared_folder(2000) as elsewhere:
+        assert elsewhere.is_dir()
+    errors = []
+    for context in (shared_memory.in_shared_memory(folder), shared_memory.shared_folder(4000)):
+        try:
+            with context:
+                errors.append("no error")
+        except ValueError as error:
+            errors.append(str(error))
+    return files, copy, left, elsewhere, errors
 
 
 def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_path):
     folder = model_folder("qwen2", **SHAPES)
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     results = on_ranks(2, use_shared_memory, str(folder), folder=tmp_path)
-    for files, copy, left, error in results:
+    for files, copy, left, elsewhere, errors in results:
         assert files == sizes and copy == results[0][1] and copy.startswith("/dev/shm/")
         assert left == [False, False]
-        assert "USE_SHM needs" in error
+        assert elsewhere == results[0][3] and elsewhere.parent == Path(tempfile.gettempdir()), "a small /dev/shm"
+        assert "USE_SHM needs" in errors[0] and "no room to hand 0 MiB to vLLM: /dev/shm has 0 MiB and " in errors[1]
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------

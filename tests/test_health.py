@@ -72,6 +72,9 @@ def test_when_to_stop():
         "nothing to learn from in 3 steps in a row (max_useless): all rewards are 0. Likely causes: "
     )
     assert "See samples.jsonl" in reason and "\n" not in reason
+    late = NOTHING | {"reward/timeouts": 4}
+    reason = reason_of_useless_steps(3, late, [SAMPLE], Config(max_useless=3, reward=["a.py:f"]))
+    assert "4 rewards took longer than reward_timeout" in reason and "another format" not in reason
     assert reason_of_useless_steps(1000, NOTHING, [SAMPLE], Config(max_useless=0)) is None
     assert "only the critic learns" in describe_rewards(NOTHING | {"critic/loss": 1.0})
 
@@ -83,7 +86,7 @@ def unfinished_run(said: list[str], progress: Progress, config: Config) -> Run:
     run.log = SimpleNamespace(print=said.append, step=lambda *_: None, phase=lambda _: None)
     run.health = HealthMonitor(config, run.log)
     run.complete_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
-    run.stop = SimpleNamespace(check=lambda: None)
+    run.stop = SimpleNamespace(check=lambda: None, take_save=lambda: False)
     return run
 
 

@@ -38,8 +38,8 @@ def test_arrows_run_one_way():
 
 
 def test_the_root_holds_what_lora_rl_is():
-    """Nine files, each read in ten minutes."""
+    """Ten files, each read in ten minutes; reward.py in five."""
     root = {name: path for name, path in modules().items() if "." not in name}
-    assert len(root) <= 9, sorted(root)
+    assert len(root) <= 10, sorted(root)
     lines = {name: len(path.read_text().splitlines()) for name, path in root.items()}
-    assert max(lines.values()) <= 500, lines
+    assert max(lines.values()) <= 500 and lines["reward"] <= 300, lines

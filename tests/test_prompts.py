@@ -1,15 +1,20 @@
 """What a model is asked: the problem, an instruction, a system turn; and what is too long is said."""
 
+import json
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from conftest import TINY
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoTokenizer
 
 import fsdp_utils
 import reward
 from configs.base import Config
-from runtime import setup
+from runtime import prompts
+from runtime.checkpoint import Progress
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}|{{ m.content | trim }}]{% endfor %}"
 REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
@@ -27,7 +32,7 @@ def asked(tmp_path, monkeypatch):
     def texts(template: str | None = None, **options: object) -> list[str]:
         tokenizer = AutoTokenizer.from_pretrained(TINY)
         tokenizer.chat_template = template
-        train, test = setup.load_prompts(Config(task="gsm8k", data_dir=str(tmp_path), **options), tokenizer)
+        train, test = prompts.load_prompts(Config(task="gsm8k", data=str(tmp_path), **options), tokenizer)
         assert train == test
         return [tokenizer.decode(prompt.token_ids) for prompt in train]
 
@@ -61,3 +66,70 @@ def test_prompts_that_are_too_long_are_counted(asked, capsys):
     assert capsys.readouterr().out == line
     with pytest.raises(ValueError, match="no prompt fits in max_prompt_length, 8 tokens"):
         asked(max_prompt_length=8)
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_runs_start(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}|" + TEMPLATE)
+    for now, date in (
+        (Progress(started="2024-02-29T23:59:59").started, "29 Feb 2024"),
+        ("", f"{datetime.now():%d %b %Y}"),
+    ):
+        tokenizer = prompts.load_tokenizer(str(tmp_path / "model"), now)
+        (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
+        assert tokenizer.decode(prompt.token_ids) == f"{date}|[user|2+2?]"
+
+
+# ---- Chat messages of the data ----------------------------------------------------------------------------------
+
+MESSAGES = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+1?"}]
+
+
+def test_messages_of_the_data_are_the_conversation(asked, tmp_path):
+    """The instruction follows the last one; a second system turn, or none to show them with, is refused."""
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": MESSAGES, "answer": "2"}) + "\n")
+    assert asked(TEMPLATE, instruction="Briefly.") == ["[system|Add.][user|1+1?\nBriefly.]"]
+    with pytest.raises(ValueError, match="leave system_prompt out"):
+        asked(TEMPLATE, system_prompt="You add.")
+    with pytest.raises(ValueError, match="no chat template for prompts that are chat messages"):
+        asked()
+
+
+# ---- Where a prompt and a completion end ------------------------------------------------------------------------
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_taken_off(capsys, monkeypatch):
+    monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    problems = [reward.Problem("1+1=", "2"), reward.Problem("2+2=", "4")]
+    plain = [prompt.token_ids for prompt in prompts.tokenize(problems, tokenizer, None)]
+    assert capsys.readouterr().out == ""
+    end = [("<eos>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=end)
+    assert tokenizer("1+1=")["input_ids"] == [*plain[0], tokenizer.eos_token_id]
+    assert [prompt.token_ids for prompt in prompts.tokenize(problems, tokenizer, None)] == plain
+    assert "ends prompts with '<eos>', which is taken off" in capsys.readouterr().out
+    (kept,) = prompts.tokenize([reward.Problem("1+1=<eos>", "2")], AutoTokenizer.from_pretrained(TINY), None)
+    assert kept.token_ids[-1] == tokenizer.eos_token_id, "the user's own"
+
+
+CHATML = "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content }}<|e|>\n{% endfor %}"
+
+
+def test_completions_end_where_the_chat_template_ends_a_turn(capsys, monkeypatch):
+    """Many models are published with an end token that their template does not use."""
+    monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
+    tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoConfig.from_pretrained(TINY)
+    assert prompts.find_stops(Config(), tokenizer, model) == prompts.Stops(), "no template"
+    tokenizer.chat_template = TEMPLATE
+    assert prompts.find_stops(Config(), tokenizer, model) == prompts.Stops(), "no special token in it"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|s|>", "<|e|>"]})
+    tokenizer.chat_template = CHATML
+    end = tokenizer.convert_tokens_to_ids("<|e|>")
+    assert prompts.find_stops(Config(), tokenizer, model) == prompts.Stops([], [end])
+    assert "ends a turn by '<|e|>', which is no end token of the model" in capsys.readouterr().out
+    config = Config(stop=["<|e|>", "Question:"])
+    assert prompts.find_stops(config, tokenizer, model) == prompts.Stops(["Question:"], [end])
+    tokenizer.chat_template = CHATML.replace("<|e|>", "<eos>")
+    assert prompts.find_stops(Config(), tokenizer, model) == prompts.Stops() and capsys.readouterr().out == ""

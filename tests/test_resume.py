@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, TINY, on_ranks
+from test_lora import saved_adapter
 from torch import nn
 
 import fsdp_utils
@@ -167,19 +168,6 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path):
         assert not [path for path in written if secret.encode() in path.read_bytes()] and secret not in output
 
 
-def test_a_scheduler_stops_a_run(tmp_path):
-    """SIGTERM to the ranks themselves ends all in good order, with exit code 0."""
-    process = start(tmp_path, "--steps", "1000")
-    await_step(process, tmp_path, 2)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(children[0]), signal.SIGTERM)
-    output = finish(process)
-    assert "--resume" in output and "Traceback" not in output
-    last = rows(tmp_path)[-1]["step"]
-    state = json.loads((tmp_path / "r" / "checkpoints" / f"step_{last:06d}" / "state.json").read_text())
-    assert state["progress"]["step"] == last
-
-
 def variants(base: list[str], cases: list[list[str]]) -> list[list]:
     """Of each variant, the last steps of a quiet run and of one that went on from its middle; in one process."""
     import train_grpo
@@ -203,10 +191,22 @@ def variants(base: list[str], cases: list[list[str]]) -> list[list]:
 
 @pytest.mark.slow
 def test_every_kind_of_run_goes_on(tmp_path):
-    """Full fine-tuning, four-bit bases, adapter sync, FlowRL's log Z and dynamic sampling's place in the data."""
+    """Full fine-tuning, four-bit bases, a start that is also the reference, adapter sync, FlowRL's log Z and dynamic
+    sampling's place in the data.
+    """
+    saved_adapter(TINY, tmp_path / "start", std=0.01)
     cases = {
         "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
-        "nf4": ["--dtype", "nf4", "--lora_forward", "merged"],
+        "nf4": [
+            "--dtype",
+            "nf4",
+            "--lora_forward",
+            "merged",
+            "--lora_adapter_path",
+            str(tmp_path / "start"),
+            "--kl_coef",
+            "0.1",
+        ],
         "adapter": ["--sync", "adapter", "--lora_dropout", "0.2"],
         "flowrl": ["--algorithm", "flowrl", "--lr_schedule", "cosine"],
         "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--offload", "all"],
@@ -238,8 +238,9 @@ def save_small(run: Path, step: int) -> Path:
     return checkpoint.write(run, step, {"progress": {}}, tensors, lambda folder: None)
 
 
-def test_state_survives_the_disk(tmp_path):
+def test_state_survives_the_disk(tmp_path, monkeypatch):
     """Parameters and both moments come back to the bit, into a model that has gone elsewhere."""
+    monkeypatch.setattr(checkpoint, "on_every_rank", lambda work: work())
     folder = save_small(tmp_path, 3)
     model, optimizer = small_model()
     learners = {"policy": (model, optimizer)}
@@ -251,6 +252,49 @@ def test_state_survives_the_disk(tmp_path):
     found = checkpoint.gather_state(learners, keep=True)
     assert len(expected) == 8 and expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+class Counter(torch.optim.SGD):
+    """An optimizer that keeps a number in its state."""
+
+    def step(self):
+        super().step()
+        for state in self.state.values():
+            state["count"] = state.get("count", 0) + 1
+
+
+OPTIMIZERS = {
+    "momentum": lambda trained: Counter(trained, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Adafactor": lambda trained: torch.optim.Adafactor(trained, lr=0.1),
+    "Muon": lambda trained: torch.optim.Muon([p for p in trained if p.ndim == 2], lr=0.1),
+    "NAdam": lambda trained: torch.optim.NAdam(trained, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_goes_on(tmp_path, monkeypatch, name):
+    """Resumed after two steps of four, it ends where it ends without that; with another optimizer it is refused."""
+    monkeypatch.setattr(checkpoint, "on_every_rank", lambda work: work())
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> list[torch.Tensor]:
+        for _ in range(count):
+            model(torch.linspace(-1, 2, 6).view(2, 3)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return list(model.parameters())
+
+    model, _ = small_model()
+    learners = {"policy": (model, OPTIMIZERS[name](list(model[1].parameters())))}
+    steps(*learners["policy"], count=2)
+    folder = checkpoint.write(tmp_path, 2, {}, checkpoint.gather_state(learners, keep=True), lambda folder: None)
+    expected = steps(*learners["policy"], count=2)
+
+    model, adam = small_model()
+    with pytest.raises(ValueError, match="cannot be used: it has 'policy.1.[a-z]+/[a-z_]+'"):
+        checkpoint.restore_state(folder, {"policy": (model, adam)})
+    learners = {"policy": (model, OPTIMIZERS[name](list(model[1].parameters())))}
+    checkpoint.restore_state(folder, learners)
+    assert all(map(torch.equal, steps(*learners["policy"], count=2), expected))
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "checksums.json"])
@@ -385,8 +429,10 @@ def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):
     config = Config(output_dir=str(tmp_path.parent), run_name=tmp_path.name)
     for step, best in ((10, 10), (20, 10)):
         state = {"config": dataclasses.asdict(config), "log": {}, "progress": {"step": step, "best_step": best}}
+        state["progress"]["started"] = "2024-02-29T23:59:59"
         folder = checkpoint.write(tmp_path, step, state, {"a": torch.zeros(2)}, lambda folder: None)
     assert read_saved(folder, config).progress == Progress(step=20, best_step=10)
+    assert read_saved(folder, config).progress.started == "2024-02-29T23:59:59"
     shutil.rmtree(tmp_path / "checkpoints/step_000010")
     monkeypatch.chdir(folder.parent)
     assert read_saved(Path(folder.name), config).progress == Progress(step=20)

@@ -5,12 +5,15 @@ import json
 import os
 import random
 import re
+import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import reward
+from data import Source
 from tools.tiny_model import arithmetic_solution
 
 WAYS = ("#### N", "\\(\\boxed{N}\\)", "The answer is **$N**.", "**Answer:** N eggs.\n\nThat is all.")
@@ -197,7 +200,7 @@ def test_gsm8k_answers_agree_with_an_independent_reading():
         pytest.skip(f"no GSM8K at {GSM8K}; set GSM8K_DIR")
     total = 0
     for split in ("train", "test"):
-        problems = reward.load_problems("gsm8k", split, str(GSM8K))
+        problems = reward.load_problems("gsm8k", split, Source(str(GSM8K)))
         rows = [json.loads(line) for line in (GSM8K / f"{split}.jsonl").read_text().splitlines()]
         for problem, row in zip(problems, rows, strict=True):
             written = re.search(r"#### (\-?[0-9\.\,]+)", row["answer"])[1]
@@ -214,34 +217,33 @@ def test_gsm8k_answers_agree_with_an_independent_reading():
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ('{"question": "q"}', "needs a text field 'answer'"),
-        ('{"answer": "#### 1"}', "needs a text field 'question'"),
-        ('{"question": 1, "answer": "#### 1"}', "needs a text field 'question'"),
-        ('{"question": "q", "answer": "1"}', "must end in '#### N'"),
-        ('["q", "#### 1"]', "needs a text field"),
+        ('{"question": "q"}', "has no field 'answer'"),
+        ('{"question": "q", "answer": "one"}', "end in '#### N'"),
         ("{", "not JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, complaint):
     (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n\n' + line + "\n")
     with pytest.raises(ValueError, match=r"train\.jsonl, line 3: ") as error:
-        reward.load_problems("gsm8k", "train", str(tmp_path))
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_byte_order_mark_and_a_missing_final_newline_are_no_matter(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "#### 1"}')
-    assert [problem.answer for problem in reward.load_problems("gsm8k", "train", str(tmp_path))] == ["1"]
+    (tmp_path / "test.jsonl").write_bytes(b"")
+    assert [problem.answer for problem in reward.load_problems("gsm8k", "train", Source(str(tmp_path)))] == ["1"]
 
 
 def test_no_problems_or_no_file_is_said(tmp_path):
     with pytest.raises(FileNotFoundError):
-        reward.load_problems("gsm8k", "train", str(tmp_path))
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     (tmp_path / "train.jsonl").write_text("\n")
+    (tmp_path / "test.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no train problems"):
-        reward.load_problems("gsm8k", "train", str(tmp_path))
+        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
     with pytest.raises(
-        ValueError, match="unknown task 'gsm'; there are: arithmetic, times_tables, gsm8k, gsm8k_flexible, math"
+        ValueError, match="unknown task 'gsm'; there are: arithmetic, times_tables, gsm8k, gsm8k_flexible, math, own"
     ):
         reward.load_problems("gsm", "train")
 
@@ -249,10 +251,11 @@ def test_no_problems_or_no_file_is_said(tmp_path):
 # ---- math -----------------------------------------------------------------------------------------------------
 
 
-def write_math(folder: Path, *rows: dict) -> Path:
-    """A training file."""
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+def write_math(folder: Path, *rows: dict) -> Source:
+    """A folder with these rows to train on."""
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(folder))
 
 
 def test_math_is_compared_by_math_verify(tmp_path):
@@ -260,7 +263,7 @@ def test_math_is_compared_by_math_verify(tmp_path):
         pytest.skip("math-verify is not installed")
     solution = r"As $\sin 60^\circ$ is known, $\boxed{\frac{\sqrt{3}}{2}}$."
     rows = {"problem": "p", "solution": solution}, {"question": "q", "answer": r"\text{east}", "solution": "so"}
-    first, second = reward.load_problems("math", "train", str(write_math(tmp_path, *rows)))
+    first, second = reward.load_problems("math", "train", write_math(tmp_path, *rows))
     assert (first.answer, second.answer) == (r"\frac{\sqrt{3}}{2}", r"\text{east}")
     for completion, value in {
         r"\boxed{\sqrt{3}/2}": 1.0,
@@ -274,17 +277,16 @@ def test_math_is_compared_by_math_verify(tmp_path):
 
 
 def test_what_is_wrong_with_math_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
     with pytest.raises(ValueError, match="pip install math-verify"):
-        reward.load_problems("math", "train", str(tmp_path))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    with pytest.raises(ValueError, match="needs data_dir"):
+        reward.load_problems("math", "train", write_math(tmp_path, {"problem": "p", "answer": "1"}))
+    monkeypatch.setitem(sys.modules, "math_verify", SimpleNamespace())
+    with pytest.raises(ValueError, match="task 'math' has no problems of its own: add --data"):
         reward.load_problems("math", "train")
     for row, words in (
-        ({"solution": r"\boxed{1}"}, "'problem' or 'question'"),
-        ({"problem": "p"}, "'answer' or 'solution'"),
+        ({"problem": "p"}, "'answer' or .*'solution'"),
         ({"problem": "p", "solution": "It is 1."}, r"must end in '\\+boxed"),
         ({"problem": "p", "answer": " "}, "found ' '"),
     ):
         with pytest.raises(ValueError, match="train.jsonl, line 1: .*" + words):
-            reward.load_problems("math", "train", str(write_math(tmp_path, row)))
+            reward.load_problems("math", "train", write_math(tmp_path, row))

@@ -1,11 +1,15 @@
 """The engine generates the same tokens for the same requests, whatever else is in the batch."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import on_ranks
+from transformers import PretrainedConfig
 
 import fsdp_utils
+import rollout
 from rollout import Engine, Request, add_lora_linear
 from sync import HeldLinear
 
@@ -29,6 +33,30 @@ def test_requests_that_exceed_one_pass_are_answered_as_if_alone(model_folder, tm
     ((together, alone),) = on_ranks(1, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path)
     assert [completion.request for completion in together] == [i for i in range(40) for _ in range(2)]
     assert [c.token_ids for c in together] == [c.token_ids for answers in alone for c in answers]
+
+
+def test_vllm_gets_the_weights_that_the_trainer_reads_and_its_refusals_are_one_line(tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors", "adapter_model.safetensors"):
+        (tmp_path / name).write_text(name)
+    seen = []
+
+    def refusing(folder: str, error: Exception) -> None:
+        seen.append({path.name: path.read_text() for path in Path(folder).iterdir()})
+        raise error
+
+    monkeypatch.setattr(rollout.vllm, "LLM", refusing)
+    long = (
+        "Model architectures ['MineForCausalLM'] are not supported for now. " + "Supported architectures: ...\n" * 1000
+    )
+    with pytest.raises(AttributeError) as missing:
+        print(PretrainedConfig().block_dim)
+    refusals = {"MineForCausalLM": ValueError(long), "config.json lacks 'block_dim'": missing.value}
+    for words, error in refusals.items():
+        with pytest.raises(ValueError) as raised:
+            rollout.start_vllm(str(tmp_path), error=error)
+        line = str(raised.value)
+        assert words in line and str(tmp_path) in line and len(line) < 250 and "\n" not in line
+    assert seen == [{name: name for name in ("config.json", "model.safetensors")}] * 2
 
 
 def test_adapters_on_a_cpu_are_what_a_loop_over_tokens_makes_of_them():

@@ -2,26 +2,31 @@
 
 import fcntl
 import gzip
+import http.server
 import json
 import math
 import mmap
 import os
 import re
 import struct
+import subprocess
+import sys
 import termios
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
 from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
-from runtime import progress_bar
+from runtime import progress_bar, wandb_run
 from runtime.evaluation import release_free_memory
 from runtime.setup import check_writable, open_log
-from runtime.tracking import RunLog, wandb_mode
+from runtime.tracking import RunLog
 
 
 def test_timeline(tmp_path, monkeypatch):
@@ -80,13 +85,127 @@ def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     check_writable(tmp_path / "run")
 
 
+GOOD, SHORT = {"WANDB_API_KEY": "x" * 40}, {"WANDB_API_KEY": "x" * 5}
+AWAY = "the service process is busy and did not respond in time."
+
+
 @pytest.mark.parametrize(
-    "environment, expected",
-    [({}, "offline"), ({"WANDB_API_KEY": "x"}, "online"), ({"WANDB_API_KEY": "x", "WANDB_MODE": "dryrun"}, "dryrun")],
+    "environment, problem, mode_or_error",
+    [
+        ({}, None, "offline"),
+        ({"WANDB_API_KEY": ""}, None, "offline"),
+        (GOOD, None, "online"),
+        (GOOD, AWAY, "offline"),
+        (GOOD | {"WANDB_MODE": "dryrun"}, "never asked", "dryrun"),
+        (
+            GOOD | {"WANDB_MODE": "online"},
+            AWAY,
+            "did not respond in time.; to train without its server, set WANDB_MODE",
+        ),
+        (GOOD, "returned error 401: {}", "error 401"),
+        ({"WANDB_MODE": "online"}, None, "WANDB_MODE online needs an API key"),
+        ({"WANDB_MODE": ""}, None, "WANDB_MODE must be one of online, offline, shared, disabled, .*, not ''"),
+        ({"WANDB_MODE": "of"}, None, "WANDB_MODE must be one of .*, not 'of'"),
+    ],
 )
-def test_the_environment_decides_about_wandb(monkeypatch, tmp_path, environment, expected):
+def test_the_environment_decides_about_wandb(monkeypatch, tmp_path, environment, problem, mode_or_error):
     monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)} | environment)
-    assert wandb_mode() == expected
+    monkeypatch.setattr(wandb_run, "login_problem", lambda: problem)
+    try:
+        wandb_run.choose_mode()
+        assert os.environ["WANDB_MODE"] == mode_or_error
+    except ValueError as error:
+        assert re.search(mode_or_error, str(error)) and "\n" not in str(error)
+
+
+class Refusing(http.server.BaseHTTPRequestHandler):
+    """A server that knows no API key."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(401)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("key, words", [(GOOD, "returned error 401"), (SHORT, "must have 40+ characters, has 5")])
+def test_a_bad_key_is_refused_before_anything_is_loaded(tmp_path, key, words):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | key | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+        environment |= {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_SILENT": "true"}
+        command = "from runtime.wandb_run import choose_mode; choose_mode()"
+        done = subprocess.run(
+            [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        )
+        server.shutdown()
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("ValueError: wandb: ") and words in error and "WANDB_MODE=offline" in error
+
+
+FAILING = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from configs.base import Config
+from runtime.tracking import COLUMNS, RunLog
+
+folder, fault = sys.argv[1:]
+log = RunLog(Config(output_dir=folder, run_name="r"), write=True)
+log.record({"step": 1, "loss": 0.5})
+while not log.wandb.calls.empty():
+    time.sleep(0.01)
+if fault == "killed":
+    subprocess.run(["pkill", "-KILL", "-P", str(os.getpid()), "wandb-core"], check=True)
+if fault == "full":
+    Path(folder, "fill").write_bytes(bytes(500_000))
+slowest = 0.0
+for step in range(2, 6):
+    start = time.perf_counter()
+    log.record({"step": step, "loss": 0.5})
+    sample = dict.fromkeys(COLUMNS, "a" * 100_000) | {"step": step, "kind": "eval", "reward": 0.0}
+    log.samples([sample] if fault != "full" else [])
+    if fault == "full":
+        log.wandb.log_table("eval/samples", ["text"], [["a" * 600_000]], step)
+    slowest = max(slowest, time.perf_counter() - start)
+log.close()
+print("slowest", slowest)
+"""
+
+
+@pytest.mark.parametrize("fault, lines", [("no home", 0), ("killed", 1), ("full", 1)])
+def test_no_fault_of_wandb_reaches_the_run(tmp_path, fault, lines):
+    """A real offline run without a home, with wandb's process killed, and with a disk that gets full under it."""
+    run = tmp_path / "runs"
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)]
+    if fault == "full" and subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        environment = os.environ | {"WANDB_MODE": "offline", "HOME": "/dev/null", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", FAILING, str(run), fault]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        rows = [json.loads(line) for line in (run / "r" / "metrics.jsonl").read_text().splitlines()]
+    finally:
+        subprocess.run(["umount", "-l", str(run)], capture_output=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert done.stdout.count("wandb fails (") == lines, done.stdout
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_a_wandb_that_hangs_costs_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_run, "TIMEOUT", 0.1)
+    monkeypatch.setattr(wandb_run, "WAITING", 2)
+    monkeypatch.setattr(wandb_run.wandb, "init", lambda **_: time.sleep(60))
+    said = []
+    run = wandb_run.WandbRun(tmp_path, None, said.append)
+    start = time.perf_counter()
+    for step in range(1000):
+        run.log({"loss": 1.0}, step)
+    run.finish()
+    assert time.perf_counter() - start < 5 and len(said) == 1 and "2 calls wait for it" in said[0]
 
 
 def test_freed_memory_goes_back_to_the_system():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 PANELS = {  # title: (metrics, drawn solid and dashed)
     "Held-out accuracy": ("eval/accuracy", "eval/accuracy_greedy"),
+    "Held-out reward": ("eval/reward", "eval/reward_greedy"),
     "Reward": ("reward/mean",),
     "Share of groups whose rewards differ": ("reward/mixed_groups_frac",),
     "Completion length (tokens)": ("completion/length_mean",),

@@ -1,0 +1,391 @@
+"""Rewards from your own files: `--reward my_reward.py:score`, several of them with weights (`my_reward.py:short=0.5`).
+
+The names of a function's parameters say how it is called:
+
+    def score(completion, answer, **columns)        one completion at a time -> a number, or a dict of named numbers
+    def score(prompts, completions, **columns)      many at once, as in TRL -> a list of such values
+
+`columns` are those of the data's row, in the second form as lists; a function gets the ones that it names, or all by
+`**`. `prompt` is there, too. `solution_str` and `ground_truth`, verl's names, mean completion and answer. Completions
+are texts; in the second form they are lists of one chat message if the prompt is a list of messages. `async def` runs
+up to 64 completions at a time. A function may be called for a part of a step's completions, but whole groups.
+
+Functions run in worker processes, so one that hangs can be killed: after `reward_timeout` seconds, or when it raises
+TimeoutError, its completion counts 0. Workers import nothing but your file. Whatever else goes wrong ends the run.
+"""
+
+import asyncio
+import ctypes
+import importlib.util
+import inspect
+import math
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = str(Path(__file__).resolve().parent.parent)
+SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)(?:=(.+))?")
+CORRECT = "correct"  # the part that says whether an answer is right: 1 or more
+METRICS = ("mean", "std", "min", "max", "mixed_groups_frac", "kl_ref", "timeouts")  # reward/..., no names for parts
+CONCURRENT = 64  # completions that an async function works on at a time
+MOST_WORKERS = 16  # per rank
+START_SECONDS = 600.0  # in which a file must be imported
+GRACE_SECONDS = 2.0  # that an async function has for its own timeouts before its worker is killed
+PR_SET_PDEATHSIG = 1  # see prctl(2)
+
+Row = dict[str, Any]  # of one completion: prompt, completion, answer, and the columns of its problem
+Parts = dict[str, float]
+
+
+class Reward(NamedTuple):
+    """What a completion is worth."""
+
+    total: float  # what is learned from: the weighted sum of the parts
+    parts: Parts = {}  # by name, unweighted, to be logged
+    correct: float | None = None  # 1 or more: a right answer; less: a wrong one; None: nothing says so
+    timeouts: tuple[str, ...] = ()  # the functions that took too long
+
+
+class WrongValue(ValueError):
+    """A reward is no number, or not called as it could be."""
+
+
+def finite(value: Any) -> float:
+    """A number as a float. Raises WrongValue for what is no finite number."""
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise WrongValue(f"returned {repr(value)[:80]}, which is no finite number")
+    return float(value)
+
+
+def named_parts(value: dict[Any, Any]) -> Parts:
+    """A dict of parts with finite numbers. Raises WrongValue for others, and for names that metrics have."""
+    parts = {str(name): finite(part) for name, part in value.items()}
+    for name in parts:
+        if name in METRICS or not re.fullmatch(r"[\w.-]+", name):
+            raise WrongValue(f"has a part {name!r}: reward/{name} is another metric's name, or none; choose another")
+    return parts
+
+
+class Spec(NamedTuple):
+    """One value of the option `reward`."""
+
+    text: str  # FILE.py:FUNCTION
+    weight: float
+
+    @property
+    def path(self) -> Path:
+        return Path(self.text.rpartition(":")[0])
+
+    @property
+    def name(self) -> str:
+        return self.text.rpartition(":")[2]
+
+
+def parse(text: str) -> Spec:
+    """FILE.py:FUNCTION or FILE.py:FUNCTION=WEIGHT. Raises ValueError.
+
+    >>> parse("rewards.py:short=0.5")
+    Spec(text='rewards.py:short', weight=0.5)
+    """
+    match = SPEC.fullmatch(text)
+    try:
+        weight = float(match[3] or 1)
+    except (TypeError, ValueError):
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"reward must be FILE.py:FUNCTION or FILE.py:FUNCTION=WEIGHT, not {text!r}")
+    return Spec(f"{match[1]}:{match[2]}", weight)
+
+
+# ---- In a worker ----------------------------------------------------------------------------------------------
+
+
+class Form(NamedTuple):
+    """How a function is called."""
+
+    batch: bool  # many completions at once
+    concurrent: bool  # async, one completion at a time
+    required: list[str]  # parameters without a default
+
+
+class Function:
+    """A function of yours, ready to be called. Raises ValueError if it has neither form."""
+
+    def __init__(self, spec: Spec):
+        self.spec, self.call = spec, load(spec)
+        parameters = inspect.signature(self.call).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.names = {parameter.name for parameter in named}
+        self.takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters)
+        batch, single = ({"prompts", "completions"} & self.names), ({"completion", "solution_str"} & self.names)
+        if bool(batch) == bool(single):
+            raise ValueError(
+                f"reward {spec.text} must have a parameter `completion`, for one at a time, or `completions`, for many "
+                f"at once, and its parameters are: {', '.join(parameter.name for parameter in parameters) or 'none'}"
+            )
+        self.is_async = inspect.iscoroutinefunction(self.call)
+        required = [parameter.name for parameter in named if parameter.default is parameter.empty]
+        self.form = Form(bool(batch), self.is_async and not batch, required)
+
+    def run(self, rows: list[Row], timeout: float, runner: asyncio.Runner) -> list[Parts | None]:
+        """The parts of each row's reward; None: a timeout. Raises ValueError of one line for all else."""
+        if self.form.batch:
+            return self.run_batch(rows, runner)
+        if self.form.concurrent:
+            return runner.run(self.run_concurrently(rows, timeout))
+        return [self.run_one(row) for row in rows]
+
+    def run_one(self, row: Row) -> Parts | None:
+        with self.explained(row):
+            try:
+                return self.parts(self.call(**self.single_arguments(row)))
+            except TimeoutError:
+                return None
+
+    async def run_concurrently(self, rows: list[Row], timeout: float) -> list[Parts | None]:
+        gate = asyncio.Semaphore(CONCURRENT)
+
+        async def run_one(row: Row) -> Parts | None:
+            async with gate:
+                with self.explained(row):
+                    try:
+                        return self.parts(await asyncio.wait_for(self.call(**self.single_arguments(row)), timeout))
+                    except TimeoutError:
+                        return None
+
+        return await asyncio.gather(*map(run_one, rows))
+
+    def run_batch(self, rows: list[Row], runner: asyncio.Runner) -> list[Parts | None]:
+        with self.explained(rows[0], f" and {len(rows) - 1} more" if len(rows) > 1 else ""):
+            try:
+                values = self.call(**self.batch_arguments(rows))
+                values = runner.run(values) if self.is_async else values
+            except TimeoutError:
+                return [None] * len(rows)
+            if isinstance(values, (str, dict)) or not hasattr(values, "__len__") or len(values) != len(rows):
+                raise WrongValue(
+                    f"must return a list of {len(rows)} values, one per completion, not {repr(values)[:80]}"
+                )
+        return [self.checked(value, row) for value, row in zip(values, rows)]
+
+    def checked(self, value: Any, row: Row) -> Parts:
+        with self.explained(row):
+            return self.parts(value)
+
+    def parts(self, value: Any) -> Parts:
+        """The parts of a returned value: a number is the one part of the function's name."""
+        return named_parts(value if isinstance(value, dict) else {self.spec.name: value})
+
+    def single_arguments(self, row: Row) -> dict[str, Any]:
+        values = {"solution_str": row["completion"], "ground_truth": row.get("answer")} | row
+        return {name: value for name, value in values.items() if name in self.names or (self.takes_all and name in row)}
+
+    def batch_arguments(self, rows: list[Row]) -> dict[str, Any]:
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        columns["prompts"] = [row["prompt"] for row in rows]
+        columns["completions"] = [
+            [{"role": "assistant", "content": row["completion"]}]
+            if isinstance(row["prompt"], list)
+            else row["completion"]
+            for row in rows
+        ]
+        return {name: value for name, value in columns.items() if self.takes_all or name in self.names}
+
+    @contextmanager
+    def explained(self, row: Row, more: str = "") -> Iterator[None]:
+        """Turns whatever is raised into a ValueError that names the function and the completion."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            cause = str(error) if isinstance(error, WrongValue) else raised(error)
+            texts = (repr(row[name])[:300] for name in ("prompt", "completion"))
+            raise ValueError(f"reward {self.spec.text} {cause}, on {' and completion '.join(texts)}{more}") from None
+
+
+def raised(error: BaseException) -> str:
+    """An exception and its place, for a message."""
+    places = traceback.extract_tb(error.__traceback__)
+    place = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
+    return f"raised {type(error).__name__}: {error}{place}"
+
+
+def load(spec: Spec) -> Callable:
+    """The function, from its file, whose folder can be imported from. Raises ValueError."""
+    sys.path.insert(0, str(spec.path.resolve().parent))
+    name = f"user_{spec.path.stem}"
+    if name not in sys.modules or sys.modules[name].__file__ != str(spec.path.resolve()):
+        found = importlib.util.spec_from_file_location(name, spec.path.resolve())
+        sys.modules[name] = module = importlib.util.module_from_spec(found)
+        try:
+            found.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            raise ValueError(f"reward file {str(spec.path)!r} {raised(error)}") from None
+    function = getattr(sys.modules[name], spec.name, None)
+    if not callable(function):
+        there = [key for key, value in vars(sys.modules[name]).items() if getattr(value, "__module__", "") == name]
+        raise ValueError(f"reward file {str(spec.path)!r} has no function {spec.name!r}; it has: {', '.join(there)}")
+    return function
+
+
+class Job(NamedTuple):
+    function: int  # index
+    rows: list[Row]
+    timeout: float
+    seed: int  # of random numbers, so that a resumed run draws the same
+
+
+def serve(descriptor: int) -> None:
+    """The life of a worker: it answers jobs until its rank is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # in a reward that hangs, too
+    connection = Connection(descriptor)
+    try:
+        functions = [Function(spec) for spec in connection.recv()]
+    except ValueError as error:
+        connection.send(str(error))
+        return
+    connection.send([function.form for function in functions])
+    with asyncio.Runner() as runner, suppress(EOFError, OSError):
+        while True:
+            job = connection.recv()
+            random.seed(job.seed)
+            if "numpy" in sys.modules:
+                sys.modules["numpy"].random.seed(job.seed)
+            try:
+                answer = functions[job.function].run(job.rows, job.timeout, runner)
+            except ValueError as error:
+                answer = str(error)
+            connection.send(answer)
+
+
+# ---- In a rank ------------------------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that runs your functions."""
+
+    def __init__(self, specs: list[Spec]):
+        """Raises ValueError if a file or a function is wrong."""
+        self.connection, theirs = multiprocessing.Pipe()
+        code = f"import sys; sys.path.insert(0, {ROOT!r}); from runtime.user_rewards import serve"
+        command = [sys.executable, "-c", f"{code}; serve({theirs.fileno()})"]
+        # A session of its own: Ctrl-C lets the run be saved first, and whatever a reward starts is killed with it.
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        self.send(specs)
+        if not self.connection.poll(START_SECONDS):
+            self.kill()
+            raise ValueError(f"{', '.join(spec.text for spec in specs)}: not imported within {START_SECONDS:.0f} s")
+        self.forms: list[Form] = self.receive()
+
+    def send(self, message: Any) -> None:
+        with suppress(BrokenPipeError):  # it has died, which `receive` says
+            self.connection.send(message)
+
+    def receive(self) -> Any:
+        """An answer. Raises ValueError if it is a complaint, or if the process has died."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise ValueError(f"a process of the reward died, with exit code {self.process.wait()}") from None
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        return answer
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+
+
+class UserRewards:
+    """The functions of the option `reward`, in worker processes that are started when they have something to do."""
+
+    def __init__(self, texts: list[str], timeout: float):
+        """Imports the files. Raises ValueError or OSError of one line."""
+        self.specs, self.timeout = [parse(text) for text in texts], timeout
+        for spec in self.specs:
+            if not spec.path.is_file():
+                raise FileNotFoundError(f"there is no file {str(spec.path)!r} for reward {spec.text!r}")
+        self.most_workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.most_workers = max(1, min(self.most_workers, MOST_WORKERS))
+        self.idle = [Worker(self.specs)]
+        self.forms = self.idle[0].forms
+
+    def check_columns(self, row: Row) -> None:
+        """Raises ValueError if a function needs what the row does not have."""
+        for spec, form in zip(self.specs, self.forms):
+            given = (
+                {"prompts", "completions"} if form.batch else {"prompt", "completion", "solution_str", "ground_truth"}
+            )
+            missing = [name for name in form.required if name not in given | (row.keys() - {"prompt", "completion"})]
+            if missing:
+                fix = "; answer_field names the answer's" if "answer" in missing else ""
+                columns = ", ".join(map(str, row))
+                raise ValueError(f"reward {spec.text} needs {', '.join(missing)}, and there are: {columns}{fix}")
+
+    def score(self, rows: list[Row]) -> list[Reward]:
+        """The rewards of completions. Raises ValueError for whatever goes wrong, but for timeouts, which count 0."""
+        jobs, places = [], []
+        for index, form in enumerate(self.forms):
+            together = [list(range(len(rows)))] if form.batch or form.concurrent else [[i] for i in range(len(rows))]
+            for place in filter(None, together):
+                jobs.append(Job(index, [rows[i] for i in place], self.timeout, random.getrandbits(32)))
+                places.append(place)
+        parts: list[Parts] = [{} for _ in rows]
+        totals, timeouts = [0.0] * len(rows), [()] * len(rows)
+        for job, place, answers in zip(jobs, places, self.run(jobs)):
+            spec = self.specs[job.function]
+            for i, answer in zip(place, answers):
+                if answer is None:
+                    timeouts[i] += (spec.text,)
+                elif again := answer.keys() & parts[i].keys():
+                    raise ValueError(f"reward {spec.text} has a part {min(again)!r}, and so has another: rename one")
+                else:
+                    parts[i] |= answer
+                    totals[i] += spec.weight * sum(answer.values())
+        return [Reward(t, p, p.get(CORRECT), late) for t, p, late in zip(totals, parts, timeouts)]
+
+    def run(self, jobs: list[Job]) -> list[list[Parts | None]]:
+        """The answers to jobs, which are divided among the workers; a worker that is late is killed."""
+        answers: list[Any] = [None] * len(jobs)
+        waiting = deque(range(len(jobs)))
+        busy: dict[Connection, tuple[Worker, int, float]] = {}  # with its job and the time at which it is late
+        while waiting or busy:
+            while waiting and len(busy) < self.most_workers:
+                worker = self.idle.pop() if self.idle else Worker(self.specs)
+                number = waiting.popleft()
+                worker.send(jobs[number])
+                busy[worker.connection] = worker, number, time.monotonic() + self.seconds(jobs[number])
+            soonest = min(late for _, _, late in busy.values())
+            wait(list(busy), max(0.0, soonest - time.monotonic()))
+            for connection, (worker, number, late) in list(busy.items()):
+                if connection.poll():
+                    answers[number] = worker.receive()
+                    self.idle.append(worker)
+                elif time.monotonic() >= late:
+                    answers[number] = [None] * len(jobs[number].rows)
+                    worker.kill()
+                else:
+                    continue
+                del busy[connection]
+        return answers
+
+    def seconds(self, job: Job) -> float:
+        """After how many seconds a job is late."""
+        if self.forms[job.function].concurrent:
+            return self.timeout * math.ceil(len(job.rows) / CONCURRENT) + GRACE_SECONDS
+        return self.timeout
