@@ -296,9 +296,9 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-# Elements of W + s·B A that are merged at a time: temporaries of 4 MiB in float32; on a GPU of 16 MiB, since launching
-# kernels for smaller ones takes longer than the kernels.
-MERGED_AT_ONCE = 1 << (22 if torch.cuda.is_available() else 20)
+# What rounding loses is measured on so many of the weights, and on rows with at most 1/4 of the elements merged at a
+# time: on a GPU, measuring all takes longer than merging.
+MEASURED = 32
 
 
 @dataclass
@@ -307,7 +307,7 @@ class SyncStats:
 
     bytes: int = 0  # of the tensors streamed
     peak_bytes: int = 0  # most that were alive at one time, here or in vLLM's loader
-    moments: Tensor = field(default_factory=lambda: torch.zeros(3))  # see `compare`; of this rank's shards
+    moments: Tensor = field(default_factory=lambda: torch.zeros(2, 2))  # see `compare`; of this rank's shards
     held: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # buffer -> bytes, while it is referenced
 
     def hold(self, buffer: Tensor) -> None:
@@ -320,11 +320,10 @@ class SyncStats:
         buffer.untyped_storage().resize_(0)
         self.held.pop(buffer)
 
-    def compare(self, weight: Tensor, exact: Tensor, rounded: Tensor) -> None:
-        """Adds up <realised, intended>, |realised|² and |intended|² of an update, before and after rounding."""
-        realised, intended = (rounded - weight).to(exact.dtype).flatten(), (exact - weight).flatten()
-        pairs = ((realised, intended), (realised, realised), (intended, intended))
-        moments = torch.stack([torch.dot(one, other) for one, other in pairs])
+    def compare(self, realised: Tensor, intended: Tensor, share: float) -> None:
+        """Adds up inner products of an update as it is after rounding and as it was meant, of a share of the rows."""
+        pair = torch.stack([realised.to(intended.dtype), intended]).flatten(1)
+        moments = pair @ pair.T / share
         self.moments = self.moments.to(moments.device) + moments
 
     def metrics(self) -> dict[str, float]:
@@ -332,7 +331,7 @@ class SyncStats:
         metrics: dict[str, float] = {"sync/bytes": self.bytes, "sync/peak_bytes": self.peak_bytes}
         moments = self.moments.float().cpu()
         dist.all_reduce(moments)  # ranks without rows of adapted weights take part, too
-        dot, realised, intended = moments.tolist()
+        (realised, dot), (_, intended) = moments.tolist()
         if intended:
             metrics["sync/update_survival"] = dot / ((realised * intended) ** 0.5 or 1.0)
         return metrics
@@ -365,13 +364,14 @@ def summon_layers(
     """
     stats = stats or SyncStats()
     layers = dict(lora.lora_layers(model))
+    measured = {list(layers)[i * len(layers) // MEASURED] for i in range(MEASURED)} if layers else set()
 
     def gatherings() -> Iterator[tuple[str, Gathering]]:
         for path, weight in lora.base_weights(model):
             module, _, kind = path.rpartition(".")
             if modules is None or module in modules:
                 adapter = layers[module].adapters[lora.POLICY] if kind == "weight" and module in layers else None
-                yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats)
+                yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats, module in measured)
 
     upcoming = gatherings()
     pending = next(upcoming, None)
@@ -398,6 +398,7 @@ class Gathering:
         device: torch.device,
         dtype: torch.dtype,
         stats: SyncStats,
+        measured: bool,
     ):
         sharded = weight.packed if isinstance(weight, nf4.NF4Weight) else weight
         ranks, mine, group = 1, 0, None
@@ -411,7 +412,7 @@ class Gathering:
         self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
         # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
         self.own = self.buffer[mine * share : (mine + 1) * share]
-        write_rows(weight, adapter, self.own[: len(local(sharded))], stats)
+        write_rows(weight, adapter, self.own[: len(local(sharded))], stats if measured else None)
         self.work = all_gather(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
         stats.bytes += self.length * self.buffer[0].nbytes
         stats.hold(self.buffer)
@@ -423,15 +424,20 @@ class Gathering:
         return self.buffer[: self.length]
 
 
-def write_rows(weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats) -> None:
-    """Writes this rank's rows of W or W + s·B A into `target`, in parts because float32 takes twice the memory."""
+def write_rows(
+    weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats | None
+) -> None:
+    """Writes this rank's rows of W or W + s·B A into `target`, in parts; `stats` measures what rounding loses."""
     if adapter:
-        A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)
-    for rows in nf4.slices(target, MERGED_AT_ONCE):
+        A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B).to(target.device)
+        left, right = lora.factors(A, B, adapter.scale, weight.dtype)
+    for rows in nf4.slices(target, lora.MERGED_AT_ONCE):
         W = local_rows(weight, rows, target.device)
         if adapter:
-            exact = lora.updated(W, A, B[rows].to(target.device), adapter.scale)
-            target[rows] = exact
-            stats.compare(W, exact, target[rows])
+            lora.add_product(W, left[rows], right, out=target[rows])
         else:
             target[rows] = W
+    if adapter and stats and len(target):
+        sample = slice(None, None, -(-4 * target.numel() // lora.MERGED_AT_ONCE))
+        W = local_rows(weight, sample, target.device)
+        stats.compare(target[sample] - W, B[sample] @ A, share=len(W) / len(target))  # the scale is everywhere the same

@@ -23,6 +23,9 @@ from nf4 import NF4Linear, NF4Weight, slices
 
 POLICY = "policy"  # the name of the adapter that is trained
 REFERENCE = "reference"  # the name of the frozen adapter that is the KL reference, if there is one
+# Elements of W + s·B A that are merged at a time. W is copied and then added to: parts stay in the cache meanwhile.
+# A GPU needs larger ones, since launching a kernel should not take longer than the kernel.
+MERGED_AT_ONCE = 1 << (23 if torch.cuda.is_available() else 20)
 
 
 # ---- The layer ------------------------------------------------------------------------------------------------
@@ -117,10 +120,10 @@ class LowRankLinear(torch.autograd.Function):
         ctx.scale, ctx.merged = scale, merged
         if merged:
             return F.linear(x, merge(dense(weight), A, B, scale), bias)
-        y = F.linear(x, dense(weight), bias)
         low = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T  # (T, r)
-        y.view(-1, y.shape[-1]).addmm_(low, B.to(x.dtype).T, alpha=scale)
-        return y
+        y = F.linear(low, (B * scale).to(x.dtype), bias)
+        y.addmm_(x.reshape(-1, x.shape[-1]), dense(weight).T)  # the large product adds to y: y is not read once more
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
@@ -137,7 +140,7 @@ class LowRankLinear(torch.autograd.Function):
             if ctx.merged:
                 dx = dy_rows @ merge(dense(ctx.weight), A, B, ctx.scale)
             else:
-                dx = (dy_rows @ dense(ctx.weight)).addmm_(g, a, alpha=ctx.scale)
+                dx = (g @ (A * ctx.scale).to(x.dtype)).addmm_(dy_rows, dense(ctx.weight))
             dx = dx.view(x.shape)
         return dx, None, None, dA, dB, None, None
 
@@ -148,20 +151,41 @@ def dense(weight: Tensor | NF4Weight) -> Tensor:
 
 
 def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """`updated`, rounded once to W's dtype; computed in parts, because float32 takes twice the memory."""
+    """W + s·B A (out, in), in W's dtype."""
+    left, right = factors(A, B, scale, weight.dtype)
     merged = torch.empty_like(weight)
-    for rows in slices(weight):
-        merged[rows] = updated(weight[rows], A, B[rows], scale)
+    for rows in slices(weight, MERGED_AT_ONCE):
+        add_product(weight[rows], left[rows], right, out=merged[rows])
     return merged
 
 
-def updated(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + s·B A in float32 (float64 for a float64 W).
+def factors(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, k) and (k, in), whose product is s·B A: what `add_product` adds to a W of that dtype.
+
+    For bfloat16, k = 3 r: both are split into two bfloat16 numbers, high + low, which keep 16 bits of each, and
+    [B_high B_high B_low] [A_high; A_low; A_high] lacks no more than 2⁻¹⁶ s |B| |A|. Else k = r, in at least float32.
+    """
+    B = B * scale
+    if dtype != torch.bfloat16:
+        wide = torch.promote_types(dtype, A.dtype)
+        return B.to(wide), A.to(wide)
+    left = torch.empty(B.shape[0], 3, B.shape[1], dtype=dtype, device=B.device)
+    right = torch.empty(3, *A.shape, dtype=dtype, device=A.device)
+    left[:, :2], right[::2] = B[:, None], A
+    torch.sub(B, left[:, 0], out=left[:, 2])
+    torch.sub(A, right[0], out=right[1])
+    return left.flatten(1), right.flatten(0, 1)
+
+
+def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Writes W + left · right into `out`, summed in at least float32 and rounded once.
 
     Rows are independent: a shard of W's rows and the same shard of B's give that shard of the sum.
     """
-    wide = torch.promote_types(weight.dtype, A.dtype)
-    return weight.to(wide, copy=True).addmm_(B.to(wide), A.to(wide), alpha=scale)
+    if weight.dtype == left.dtype == out.dtype:
+        torch.addmm(weight, left, right, out=out)  # one product adds W, too, before it rounds
+    else:
+        out.copy_(weight.to(left.dtype).addmm_(left, right))
 
 
 # ---- In a model -----------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
-# Elements of the logits that the head holds at a time, in float32: 128 MiB on a GPU, whose GEMMs need many rows;
+# Elements of the logits that the head holds at a time, in float32: 256 MiB on a GPU, where reading W for fewer rows
+# takes longer than multiplying;
 # 64 MiB on a CPU, which is 110 rows of Qwen2.5's vocabulary and was the fastest of 16 to 512 MiB there.
-LOGITS_AT_ONCE = 1 << (25 if torch.cuda.is_available() else 24)
+LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 24)
 
 # Fewer heads of keys and values than of queries: torch 2.11 takes them as they are, later ones want to be told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

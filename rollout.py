@@ -170,7 +170,7 @@ class Engine:
         seed: int = 0,
     ):
         """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none. They may have the
-        modules of these names; None: all that vLLM knows, experts included, for which it has no such kernel on a CPU.
+        modules of these names; None: all that vLLM knows, experts among them.
 
         stop_texts, stop_token_ids: end a completion, of which they are the end, beside the model's own end tokens.
         """
@@ -192,8 +192,11 @@ class Engine:
             remove_stale_shared_memory()
         if on_cpu and max_lora_rank:
             from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+            from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
             PunicaWrapperCPU.add_lora_linear = add_lora_linear
+            # With LoRA, vLLM takes Triton's kernels for experts, which a CPU lacks. No adapter here is of experts.
+            FusedMoEConfig.is_lora_enabled = property(lambda _: False, lambda *_: None)
         self.llm = start_vllm(
             model,
             dtype=dtype,
@@ -329,10 +332,11 @@ class Engine:
         """The stream as vLLM needs it on a CPU, where it packs weights: a tied embedding comes under the head's name,
         too, since it packs a copy; and before experts come, their kernels go, or vLLM would not pack experts again.
         """
-        tied, has_kernels = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings, True
+        (model,), has_kernels = self.llm.apply_model(lambda model: model), True
+        tied = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings and hasattr(model, "lm_head")
         for name, tensor in stream:
             if has_kernels and ".experts." in name:
-                self.llm.apply_model(drop_expert_kernels)
+                drop_expert_kernels(model)
                 has_kernels = False
             yield name, tensor
             if tied and name.endswith("embed_tokens.weight"):
@@ -343,7 +347,10 @@ class Engine:
         """Loads a peft folder, in place of an earlier adapter of that name; vLLM has read it when this returns."""
         known = self.adapters.get(name)
         number = known.lora_int_id if known else len(self.adapters) + 1
-        self.llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
+        try:
+            self.llm.llm_engine.add_lora(LoRARequest(name, number, folder, load_inplace=True))
+        except ValueError as error:
+            raise ValueError(f"vLLM does not take this model's adapter, use sync merged: {str(error)[:300]}") from error
         # Without load_inplace, which would read the folder for every request.
         self.adapters[name] = LoRARequest(name, number, folder)
         self.reset_prefix_cache()

@@ -136,3 +136,11 @@ def test_what_only_a_run_can_find_out(tmp_path):
     for word, line in zip(cases, said, strict=True):
         assert word in line and "\n" not in line
     assert not (tmp_path / "arithmetic").exists(), "nothing is written before everything is right"
+
+
+def test_a_model_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):
+    """An adapter's folder names its base: a folder absolutely, a model of the hub as it is called there."""
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert Config(model="base").model_source == str(tmp_path / "base")
+    assert Config(model="Qwen/Qwen2.5-3B-Instruct").model_source == "Qwen/Qwen2.5-3B-Instruct"

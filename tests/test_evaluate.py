@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.run
 from conftest import TINY, on_ranks
+from safetensors.torch import load_file, save_file
 from test_lora import saved_adapter
 from test_train import train
 from transformers import AutoTokenizer
@@ -56,23 +57,25 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 
 
 def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
-    """`evaluate.py --run_folder RUN`; then completions of its adapter as trained, of its export, and of it on the base
-    in 16 bits, which is then stopped by a text and by a token.
+    """`evaluate.py --run_folder RUN`; then completions of its adapter as trained, of its export, of it on the base in
+    16 bits, and of that base alone, which is then stopped by a text and by a token.
     """
     sys.argv = ["evaluate.py", *f"--run_folder {run} --eval_problems 32 --out {out}".split()]
     sampler, folder = evaluate.setup()
     evaluate.evaluate(sampler, folder)
     adapter.export(str(TINY), sampler.config.lora_adapter_path, f"{out}/model")
+    plain = dataclasses.replace(sampler.config, dtype="bfloat16")
     streams = {
         "trained": evaluate.policy_weights(sampler.config, TINY),
         "exported": files.read_model(out / "model"),
-        "16-bit": evaluate.policy_weights(dataclasses.replace(sampler.config, dtype="bfloat16"), TINY),
+        "16-bit": evaluate.policy_weights(plain, TINY),
+        "base": evaluate.policy_weights(dataclasses.replace(plain, lora_adapter_path=""), TINY),
     }
     found = {}
     for name, stream in streams.items():
         sampler.engine.load_weights(stream)
         found[name] = [completion.token_ids for completion in sampler.evaluate().completions]
-    for name, texts, token_ids in (("text", ["###"], []), ("token", [], sampler.tokenizer.encode("#"))):
+    for name, texts, token_ids in (("text", ["## "], []), ("token", [], sampler.tokenizer.encode("####"))):
         sampler.engine.stop_texts, sampler.engine.stop_token_ids = texts, token_ids
         completions = sampler.evaluate().completions
         found[name] = [completion.token_ids for completion in completions]
@@ -97,9 +100,9 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
     assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]
     assert found["trained"] == found["exported"] != found["16-bit"]
-    mark = AutoTokenizer.from_pretrained(TINY).encode("#")  # tokens are characters
-    for name, stop in (("token", mark), ("text", mark * 3)):
-        assert found[name] == [until(stop, ids) for ids in found["16-bit"]] != found["16-bit"]
+    encode = AutoTokenizer.from_pretrained(TINY).encode
+    for name, stop in (("token", encode("####")), ("text", encode("#### "))):  # one token, and another one after it
+        assert found[name] == [until(stop, ids) for ids in found["base"]] != found["base"]
 
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]
@@ -129,6 +132,10 @@ def test_what_is_evaluated(model_folder, tmp_path):
     given = ["--lora_adapter_path", str(tmp_path / "other" / "adapter"), "--model", "tiny", "--dtype", "bfloat16"]
     config, _, doubts = evaluate.parse(given)
     assert config.lora_rank == 16 and "elsewhere" in doubts[0] and "nf4" in doubts[1]
+    assert config.sends_adapter
+    file = tmp_path / "other" / "adapter" / "adapter_model.safetensors"
+    save_file({f"_orig_mod.{key}": tensor for key, tensor in load_file(file).items()}, file)
+    assert not evaluate.parse(given)[0].sends_adapter, "vLLM would not find its keys"
 
 
 def test_torchrun_takes_none_of_its_options_for_its_own():

@@ -47,8 +47,8 @@ FAMILIES = {  # name -> transformers' name, and settings that make it differ
         "granite",
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 4.0},
     ),
-    "cohere": ("cohere", {"logit_scale": 0.25, "use_qk_norm": True}),
-    "cohere2": ("cohere2", {"logit_scale": 0.25, **WINDOW}),
+    "cohere": ("cohere", {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": True}),
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "tie_word_embeddings": True, **WINDOW}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2, scores not capped": (
         "gemma2",
@@ -172,6 +172,8 @@ def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Te
     return metrics, trained, torch.tensor(sampled), run.engine.generate([Request(PROMPTS[0], 16, 1.0, seed=3)])
 
 
+# vLLM 0.32 expects gate_proj and up_proj in an adapter of GLM-4-0414, which has them as one linear.
+NOT_IN_VLLM = [("glm4", "adapter")]
 QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "merged"), ("qwen3_moe", "adapter")]
 
 
@@ -181,6 +183,7 @@ QUICK = [("gemma3", "adapter"), ("phi3", "merged"), ("qwen3_moe", "merged"), ("q
         pytest.param(family, sync, marks=[] if (family, sync) in QUICK else pytest.mark.slow)
         for family in FAMILIES
         for sync in ("merged", "adapter")
+        if (family, sync) not in NOT_IN_VLLM
     ],
 )
 def test_vllm_is_the_trainer_after_a_sync(family, sync, model_folder, tmp_path):

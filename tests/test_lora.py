@@ -84,6 +84,26 @@ def test_merged_forward_is_the_rounded_weight_and_goes_straight_through():
     assert torch.equal(grads[1], factored[0]) and torch.equal(grads[2], factored[1])
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0])
+def test_a_merge_is_the_exact_sum_rounded_once(size):
+    """In bfloat16, but for sums near the middle between two neighbours; in float32 but for the order of additions."""
+    torch.manual_seed(0)
+    W, A, B = torch.randn(300, 200), torch.randn(16, 200), size * torch.randn(300, 16)
+    for dtype in (torch.bfloat16, torch.float32):
+        base = W.to(dtype)
+        exact = base.double() + 0.3 * (B.double() @ A.double())
+        merged, rounded = lora.merge(base, A, B, 0.3), exact.to(dtype)
+        lost = 2**-16 if dtype == torch.bfloat16 else 16 * EPSILON  # of the summands' magnitudes, see lora.factors
+        magnitude = base.double().abs() + 0.3 * (B.double().abs() @ A.double().abs())
+        half_ulp = torch.finfo(dtype).eps / 2 * exact.abs()
+        assert ((merged.double() - exact).abs() <= 1.01 * half_ulp + lost * magnitude).all()
+        if dtype == torch.bfloat16:
+            assert (merged != rounded).float().mean() < 1e-4 + min(size, 1) * 2**-7  # 2⁻¹⁶ of an update, of W's 2⁻⁸
+            assert (merged != base).float().mean() > 0.001, "or there would be nothing to round"
+            shards = torch.cat([lora.merge(base[rows], A, B[rows], 0.3) for rows in (slice(0, 7), slice(7, 300))])
+            assert (shards != merged).float().mean() < 1e-4  # float32 sums in another order may round the other way
+
+
 def test_saves_its_input_and_the_adapter_only():
     layer = make_layer(torch.bfloat16)
     saved = []

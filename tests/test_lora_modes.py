@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from conftest import EPSILON, TINY, on_ranks
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fsdp_utils
 import lora
@@ -167,7 +167,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )
-        tokenizer = setup.AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
         session = run.Run(config, world, tokenizer, [], [], None, engine, trained, optimizer, None)
 
         @torch.no_grad()

@@ -248,13 +248,13 @@ def conversations(run) -> list[tuple]:
     """Conversations of two turns, each with the trainer's logprobs of what the update would train on."""
     import reward
     from runtime.batching import make_updates
+    from runtime.prompts import in_environment, tokenize
     from runtime.run import request_of
-    from runtime.setup import in_environment, tokenize
     from train_grpo import ALGORITHMS
 
     reward.TASKS["arithmetic"] = dataclasses.replace(reward.TASKS["arithmetic"], reply=say_more)
     run.engine.max_completion_length = 96
-    prompts = tokenize([reward.Problem(question, "") for question in SHORT_QUESTIONS], run.tokenizer)
+    prompts = tokenize([reward.Problem(question, "") for question in SHORT_QUESTIONS], run.tokenizer, None)
     prompts = [in_environment(prompt, run.config, run.tokenizer) for prompt in prompts]
     completions = run.engine.generate([request_of(prompt, 8, COOL, seed=9 * i) for i, prompt in enumerate(prompts)])
     alone = fsdp_utils.World(0, 1, run.world.device)

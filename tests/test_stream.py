@@ -110,7 +110,7 @@ def peaks(folder):
     """Per way: the most bytes of any operation's tensors, what the stream itself reports, and its largest tensor."""
     world, found = fsdp_utils.init_world(), []
     model = sharded_model(folder, world, 0, False)
-    fsdp_utils.MERGED_AT_ONCE = 1 << 14
+    lora.MERGED_AT_ONCE = 1 << 14
 
     def sizes(**options):
         for _, tensor in fsdp_utils.summon_layers(model, world.device, **options):

@@ -24,7 +24,7 @@ from configs.checks import resolve_config
 from policy import Critic, Policy
 from reward import Problem
 from rollout import Completion, Engine, Request
-from runtime import setup
+from runtime import prompts, setup
 from runtime.batching import batch_metrics, make_updates
 from runtime.conversation import Environment
 from runtime.optimize import update_metrics
@@ -463,9 +463,9 @@ def talk(template: str | None, reply, turns=("5 ", "7")) -> tuple[list[int], str
     tokenizer.chat_template = template
     seen = []
     asked = lambda problem, messages: seen.append(messages) or reply(problem, messages)  # noqa: E731
-    messages = setup.chat("2*3=", None)
+    messages = prompts.chat("2*3=", None)
     environment = Environment(asked, Problem("2*3=", "6"), messages, tokenizer)
-    (prompt,) = setup.tokenize([Problem("2*3=", "6")], tokenizer)
+    (prompt,) = prompts.tokenize([Problem("2*3=", "6")], tokenizer, None)
     ids = list(prompt.token_ids)
     for turn in turns:
         said = tokenizer(turn + "<eos>", add_special_tokens=False)["input_ids"]
