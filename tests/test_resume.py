@@ -197,16 +197,7 @@ def test_every_kind_of_run_goes_on(tmp_path):
     saved_adapter(TINY, tmp_path / "start", std=0.01)
     cases = {
         "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
-        "nf4": [
-            "--dtype",
-            "nf4",
-            "--lora_forward",
-            "merged",
-            "--lora_adapter_path",
-            str(tmp_path / "start"),
-            "--kl_coef",
-            "0.1",
-        ],
+        "nf4": f"--dtype nf4 --lora_forward merged --kl_coef 0.1 --lora_adapter_path {tmp_path}/start".split(),
         "adapter": ["--sync", "adapter", "--lora_dropout", "0.2"],
         "flowrl": ["--algorithm", "flowrl", "--lr_schedule", "cosine"],
         "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--offload", "all"],
