@@ -48,7 +48,8 @@ FAMILIES = {  # name -> transformers' name, and settings that make it differ
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1, "logits_scaling": 4.0},
     ),
     "cohere": ("cohere", {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": True}),
-    "cohere2": ("cohere2", {"logit_scale": 0.25, "tie_word_embeddings": True, **WINDOW}),
+    # vLLM's window for it is one token longer than transformers', so here it is longer than the texts.
+    "cohere2": ("cohere2", {"logit_scale": 0.25, "tie_word_embeddings": True, **WINDOW, "sliding_window": 64}),
     "gemma": ("gemma", {"tie_word_embeddings": True}),
     "gemma2, scores not capped": (
         "gemma2",
