@@ -59,15 +59,17 @@ def init_world() -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def on_first_rank(work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 and broadcasts its result. Its ValueError or OSError is raised on all ranks. Collective."""
+def on_first_rank(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs `work` on the first rank of a group (None: all ranks) and broadcasts its result. Its ValueError or OSError
+    is raised on all of them. Collective.
+    """
     outcome: list = [None, None]
-    if dist.get_rank() == 0:
+    if dist.get_rank(group) == 0:
         try:
             outcome[0] = work()
         except (ValueError, OSError) as error:
             outcome[1] = str(error) or type(error).__name__
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, group=group, group_src=0)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
@@ -145,36 +147,53 @@ def load_weights(model: PreTrainedModel, folder: str, device: torch.device, para
     """
     model.to_empty(device="cpu" if param_offload else device)
     compute_buffers(model, device)
+    for name, buffer in model.named_buffers():
+        if not buffer.isfinite().all():
+            raise ValueError(f"model {folder!r} is not implemented here: nothing says how its {name} is computed")
     on_every_rank(lambda: read_checkpoint(model, folder))
 
 
 def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
     """Reads this rank's rows of all parameters but the adapters' from the safetensors files of a folder."""
-    wanted = dict(lora.base_weights(model))
+    wanted = {
+        name: (weight, *place) for path, weight in lora.base_weights(model) for name, *place in stored(path, weight)
+    }
     with progress_bar("loading weights", len(wanted), "tensors") as bar:
         for path in weight_files(Path(folder)):
             with open_safetensors(path) as file:
                 for name in [name for name in file.keys() if name in wanted]:
-                    read_rows(file.get_slice(name), wanted.pop(name), name)
+                    weight, *place = wanted.pop(name)
+                    read = read_expert if place else read_rows
+                    read(file.get_slice(name), weight, name, *place)
                     bar.update()
     if wanted:  # a tied parameter has one name, here and in the file
         raise ValueError(f"the checkpoint in {folder!r} lacks {sorted(wanted)[0]!r} ({len(wanted)} such tensors)")
 
 
+def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
+    """The tensors of the checkpoint that a parameter is made of: (name,), or (name, expert, rows) for each expert's.
+
+    >>> stored("mlp.experts.gate_up_proj", torch.empty(1, 8, 3))
+    [('mlp.experts.0.gate_proj.weight', 0, slice(0, 4, None)), ('mlp.experts.0.up_proj.weight', 0, slice(4, 8, None))]
+    """
+    if len(weight.shape) < 3:
+        return [(path,)]
+    (experts, out, _), (module, _, kind) = weight.shape, path.rpartition(".")
+    linears = EXPERTS[kind]
+    rows = [slice(part * out // len(linears), (part + 1) * out // len(linears)) for part in range(len(linears))]
+    return [
+        (f"{module}.{expert}.{linear}.weight", expert, part)
+        for expert in range(experts)
+        for linear, part in zip(linears, rows)
+    ]
+
+
 def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
     """Copies this rank's rows of one tensor on disk into a parameter, or quantises them into one."""
-    if source.get_dtype() not in FLOATS:
-        raise ValueError(f"{name} is of type {source.get_dtype()}, and must be one of {', '.join(FLOATS)}")
-    if tuple(source.get_shape()) != tuple(weight.shape):
-        raise ValueError(f"{name} is {tuple(source.get_shape())} in the file, and {tuple(weight.shape)} in the model")
+    check_source(source, weight.shape, name)
     quantized = isinstance(weight, nf4.NF4Weight)
     parameters = list(weight.parameters()) if quantized else [weight]
-    parameter, shards, start = parameters[0], [local(parameter) for parameter in parameters], 0
-    if isinstance(
-        parameter, DTensor
-    ):  # as torch.chunk: shares are rounded up, so the last ranks may have fewer rows or none
-        ranks, mine = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
-        start = min(mine * -(-len(parameter) // ranks), len(parameter))
+    shards, start = [local(parameter) for parameter in parameters], first_row(parameters[0])
     rows = source[start : start + len(shards[0])]
     rows = (
         rows.cuda() if quantized and torch.cuda.is_available() else rows
@@ -184,14 +203,43 @@ def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
             shard.copy_(values)
 
 
+def read_expert(source, weight: Tensor, name: str, expert: int, rows: slice) -> None:
+    """Copies one expert's linear on disk to its place in the parameter of all experts, if this rank has that expert."""
+    check_source(source, (rows.stop - rows.start, weight.shape[2]), name)
+    shard, place = local(weight), expert - first_row(weight)
+    if 0 <= place < len(shard):
+        with torch.no_grad():
+            shard[place, rows] = source[:].to(shard)
+
+
+def check_source(source, shape: tuple[int, ...], name: str) -> None:
+    """Raises ValueError for a tensor on disk of another dtype or shape than the model's."""
+    if source.get_dtype() not in FLOATS:
+        raise ValueError(f"{name} is of type {source.get_dtype()}, and must be one of {', '.join(FLOATS)}")
+    if tuple(source.get_shape()) != tuple(shape):
+        raise ValueError(f"{name} is {tuple(source.get_shape())} in the file, and {tuple(shape)} in the model")
+
+
+def first_row(parameter: Tensor) -> int:
+    """Of this rank's shard. As torch.chunk: shares are rounded up, so the last ranks may have fewer rows or none."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    ranks, mine = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
+    return min(mine * -(-len(parameter) // ranks), len(parameter))
+
+
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Recomputes buffers (rotary frequencies): they follow from the configuration and are not in the checkpoint."""
-    for module in model.modules():
-        buffers = dict(module.named_buffers(recurse=False))
-        if buffers:
-            fresh = type(module)(module.config).to(device)
-            for name in buffers:
-                setattr(module, name, getattr(fresh, name))
+    """Recomputes buffers (rotary frequencies, an embedding's scale), which are not in the checkpoint, as transformers
+    does; one that it does not know becomes NaN.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # transformers' mark: `_init_weights` leaves it as it is
+    with torch.no_grad():
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, torch.full_like(buffer, torch.nan, device=device))
+            if any(True for _ in module.buffers(recurse=False)):
+                model._init_weights(module)
 
 
 # ---- Whole tensors --------------------------------------------------------------------------------------------
@@ -200,6 +248,13 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def local(parameter: Tensor) -> Tensor:
     """This rank's shard of a tensor; the tensor itself if it is not sharded."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def local_rows(weight: Tensor | nf4.NF4Weight, rows: slice = slice(None), device: torch.device | None = None) -> Tensor:
+    """Some rows of this rank's shard of a weight, dequantised if it is stored in NF4; device None: where they are."""
+    parameters = weight.parameters() if isinstance(weight, nf4.NF4Weight) else [weight]
+    parts = [local(parameter)[rows].to(device) for parameter in parameters]
+    return nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, nf4.NF4Weight) else parts[0]
 
 
 def gather(parameter: Tensor) -> Tensor:
@@ -237,6 +292,8 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 # tensor that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
+# Linears of an expert; all experts' together, in this order, are one parameter (experts, out, in) of transformers.
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 # Elements of W + s·B A that are merged at a time: temporaries of 4 MiB in float32; on a GPU of 16 MiB, since launching
@@ -300,7 +357,7 @@ def summon_layers(
     prefetch: bool = False,
     release: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The weights as the sampler needs them: (Hugging Face name, whole tensor on `device`), in the model's order.
+    """The weights as the sampler needs them: (name in the checkpoint, whole tensor on `device`), in the model's order.
 
     modules: streams only the parameters of these modules; None: all. dtype: of the stream; None: of the model.
     prefetch: gathers the next tensor while this one is used. release: frees a tensor when the next one is requested,
@@ -322,7 +379,8 @@ def summon_layers(
         path, gathering = pending
         whole = gathering.wait()
         pending = next(upcoming, None) if prefetch else None  # after the wait: gloo fails on two collectives at once
-        yield path, whole
+        for name, *place in stored(path, whole):
+            yield name, whole[tuple(place)] if place else whole
         if release:
             stats.release(gathering.buffer)
         del whole, gathering  # so that they are freed before the next one is made
@@ -367,12 +425,10 @@ class Gathering:
 
 def write_rows(weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats) -> None:
     """Writes this rank's rows of W or W + s·B A into `target`, in parts because float32 takes twice the memory."""
-    parameters = list(weight.parameters()) if isinstance(weight, nf4.NF4Weight) else [weight]
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B)
     for rows in nf4.slices(target, MERGED_AT_ONCE):
-        parts = [local(parameter)[rows].to(target.device) for parameter in parameters]
-        W = nf4.dequantize(*parts, weight.shape[1], weight.dtype) if isinstance(weight, nf4.NF4Weight) else parts[0]
+        W = local_rows(weight, rows, target.device)
         if adapter:
             exact = lora.updated(W, A, B[rows].to(target.device), adapter.scale)
             target[rows] = exact

@@ -172,13 +172,15 @@ def inject(
 ) -> None:
     """Freezes the base and gives every targeted linear an adapter; those of that name become the active ones.
 
-    `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head.
+    `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head and
+    what stands beside experts (a router, shared experts).
     `options` are those of `Adapter`. The values are undefined until `init_adapters` or `load_adapter`. Raises
     ValueError if a target matches nothing.
     """
     linears = base_linears(model)
-    targeted = set(linears) if target_modules == ["all-linear"] else set()
-    for target in target_modules if not targeted else []:
+    everything = target_modules == ["all-linear"]
+    targeted = {path for path in linears if not path.startswith(mixtures(model))} if everything else set()
+    for target in target_modules if not everything else []:
         matches = {path for path in linears if path == target or path.endswith(f".{target}")}
         if not matches:
             there_are = sorted({path.rpartition(".")[2] for path in linears})
@@ -221,6 +223,11 @@ def base_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def mixtures(model: nn.Module) -> tuple[str, ...]:
+    """What the names of all modules in a mixture of experts start with: `model.layers.0.mlp.`, for each layer."""
+    return tuple(path.removesuffix("experts") for path, _ in model.named_modules() if path.endswith(".experts"))
+
+
 def as_lora_layer(model: nn.Module, path: str) -> LoRALinear:
     """The LoRA layer of that name; an `nn.Linear` there is replaced by one first."""
     layer = model.get_submodule(path)
@@ -235,6 +242,11 @@ def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoR
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear) and name in module.adapters:
             yield path, module
+
+
+def target_names(model: nn.Module, name: str = POLICY) -> list[str]:
+    """The last names of the modules that hold an adapter of that name."""
+    return sorted({path.rpartition(".")[2] for path, _ in lora_layers(model, name)})
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:

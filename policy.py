@@ -1,15 +1,16 @@
 """The model as RL sees it: packed tokens in, logprobs or values out. No padding, and no (tokens, vocabulary) matrix.
 
 Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
-layer works on tokens and never notices. Only the positions that predict a completion token reach the head.
+layer works on tokens and never notices. Only the positions that predict a trained token reach the head, so nothing
+that follows needs a mask.
 
-Shapes: T tokens of a packed row, R of them predicted (the completions' tokens), S sequences, D hidden, V vocabulary.
+Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary.
 """
 
 import inspect
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, pairwise
+from itertools import compress, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,23 +40,31 @@ class Packed:
     lengths: list[int]  # of the sequences; their sum is T
     starts: Tensor  # (S + 1,) int32, the first position of each sequence, then T
     prompt_ends: Tensor  # (S,) position of the last token of each prompt
-    rows: Tensor  # (R,) positions whose next token is a completion token
+    rows: Tensor  # (R,) positions whose next token is a trained token of a completion
     targets: Tensor  # (R,) those tokens
 
 
-def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.device) -> Packed:
+def pack(
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    device: torch.device,
+    trained: list[list[bool]] | None = None,
+) -> Packed:
     """Packs prompt + completion of each sequence. What is predicted follows from lengths, never from token ids.
+
+    trained: which tokens of each completion are predicted; None: all. The others are only read.
 
     >>> packed = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], torch.device("cpu"))
     >>> packed.input_ids.tolist(), packed.rows.tolist(), packed.targets.tolist()
     ([1, 2, 3, 5, 6, 4, 7, 8], [2, 3, 5, 6], [5, 6, 7, 8])
     """
     input_ids, position_ids, starts, prompt_ends, rows, targets = [], [], [0], [], [], []
-    for prompt, completion in zip(prompts, completions, strict=True):
+    trained = trained or [[True] * len(completion) for completion in completions]
+    for prompt, completion, chosen in zip(prompts, completions, trained, strict=True):
         first = len(input_ids) + len(prompt) - 1  # the prompt's last token predicts the completion's first
         prompt_ends.append(first)
-        rows += range(first, first + len(completion))
-        targets += completion
+        rows += compress(range(first, first + len(completion)), chosen)
+        targets += compress(completion, chosen)
         input_ids += prompt + completion
         position_ids += range(len(prompt) + len(completion))
         starts.append(len(input_ids))
@@ -75,24 +84,18 @@ def pack(prompts: list[list[int]], completions: list[list[int]], device: torch.d
 
 
 def packed_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    sliding_window=None,
-    s_aux=None,
-    packed: Packed | None = None,
-    **_,
+    module, query, key, value, attention_mask, scaling=None, sliding_window=None, packed: Packed | None = None, **more
 ):
     """Causal attention within each packed sequence; (1, heads, T, head size) in, (1, T, heads, head size) out.
 
     A token sees the `sliding_window` last ones, itself included; None: all. Raises ValueError for what is not known
-    here: a model that does not pass `packed` on, and attention sinks (`s_aux`).
+    here: a model that does not pass `packed` on, attention sinks, and scores that are capped by tanh.
     """
-    if packed is None or s_aux is not None:
-        raise ValueError(f"{type(module).__name__} is not implemented here: {'sinks' if packed else 'no packed rows'}")
+    unknown = [
+        what for name, what in {"s_aux": "sinks", "softcap": "capped scores"}.items() if more.get(name) is not None
+    ]
+    if packed is None or unknown:
+        raise ValueError(f"{type(module).__name__} is not implemented here: {(unknown or ['no packed rows'])[0]}")
     if query.is_cuda and query.dtype != torch.float32:  # which the kernel does not know
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         of_queries_and_keys = (packed.starts, packed.starts, packed.lengths[0], packed.lengths[0])
@@ -123,37 +126,78 @@ AttentionInterface.register("lorl_packed", packed_attention)
 # ---- The logprob head -----------------------------------------------------------------------------------------
 
 
-class FrozenHead(torch.autograd.Function):
-    """Logprob and entropy of softmax(h Wᵀ / τ) for a W that is not trained, in two GEMMs and one pass.
+# How models differ between h Wᵀ and the softmax: fields of their configurations, and what they mean for a `Head`.
+LOGITS = {
+    "logit_scale": lambda scale: {"scale": scale},  # Cohere
+    "logits_scaling": lambda divisor: {"scale": 1 / divisor},  # Granite
+    "final_logit_softcapping": lambda cap: {"cap": cap},  # Gemma
+}
 
-    With p = softmax(h Wᵀ / τ), the gradient of logprob_y with respect to h is v = (W_y - p W) / τ, which needs the
-    same p as the logprob does. So the forward computes both, for a chunk of rows at a time, and keeps v (R, D): the
-    backward is a product of two small things. The logits of all rows never exist. The entropy H has a gradient only
-    if asked for, since it costs one more GEMM: -(p ⊙ (log p + H)) W / τ.
+
+class Head(NamedTuple):
+    """From a last hidden state h to logits: s (h Wᵀ + b) or, with a cap c, c tanh(s (h Wᵀ + b) / c)."""
+
+    weight: Tensor  # W (V, D)
+    bias: Tensor | None = None  # b (V,)
+    scale: float = 1.0  # s
+    cap: float | None = None  # c
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Head":
+        """A model's head, which is a linear, with what its configuration says about logits."""
+        linear, settings = model.get_output_embeddings(), {}
+        for name, meaning in LOGITS.items():
+            if value := getattr(model.config, name, None):
+                settings |= meaning(value)
+        return cls(linear.weight, linear.bias, **settings)
+
+    def logits(self, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor | None]:
+        """hidden (R, D) -> logits / τ (R, V), float32, and of capped logits their tanh, which gives their slope."""
+        logits = F.linear(hidden, self.weight, self.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.cap is None:
+            gain = self.scale / temperature
+            return (logits if gain == 1 else logits.mul_(gain)), None
+        tanh = logits.mul_(self.scale / self.cap).tanh_()
+        return tanh * (self.cap / temperature), tanh
+
+
+class FrozenHead(torch.autograd.Function):
+    """Logprob and entropy of softmax(z) for a head that is not trained, in two GEMMs and one pass; z = logits / τ.
+
+    With p = softmax(z) and z = (s / τ) h Wᵀ, the gradient of logprob_y with respect to h is v = (W_y - p W) s / τ,
+    which needs the same p as the logprob does. So the forward computes both, for a chunk of rows at a time, and keeps
+    v (R, D): the backward is a product of two small things. The logits of all rows never exist. The entropy H has a
+    gradient only if asked for, since it costs one more GEMM: -(p ⊙ (log p + H)) W s / τ. With a cap, what multiplies a
+    row of W is also multiplied by its logit's slope, 1 - tanh².
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+        ctx, hidden: Tensor, head: Head, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        """hidden (R, D), weight (V, D), targets (R,) -> logprobs and entropy (R,), float32."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        """hidden (R, D), targets (R,) -> logprobs and entropy (R,), float32."""
+        weight, gain = head.weight, head.scale / temperature
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = torch.empty_like(logprobs)
         directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         entropy_directions = torch.empty_like(hidden) if ctx.needs_input_grad[0] and entropy_gradient else None
         for rows in chunks(len(hidden), len(weight)):
-            logits = (hidden[rows] @ weight.T).to(wide)  # (chunk, V), the largest thing here: as few passes as possible
-            logits = logits if temperature == 1 else logits.div_(temperature)
+            logits, tanh = head.logits(hidden[rows], temperature)  # (chunk, V), the largest thing here: few passes
+            slope = None if tanh is None else tanh.square_().neg_().add_(1)
             p = logits.softmax(-1)
             log_norm = logits.amax(-1) - p.amax(-1).log()  # for p = exp(logits - log_norm)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_norm
             entropy[rows] = log_norm - torch.einsum("rv,rv->r", p, logits)
             if directions is not None:
-                directions[rows] = (weight[targets[rows]] - p.to(weight.dtype) @ weight) / temperature
+                up, down = weight[targets[rows]], p
+                if slope is not None:
+                    up, down = up * slope.gather(1, targets[rows, None]), p * slope
+                directions[rows] = (up - down.to(weight.dtype) @ weight) * gain
             if entropy_directions is not None:
                 dlogits = p.mul_(logits.add_((entropy[rows] - log_norm)[:, None])).neg_()
-                entropy_directions[rows] = dlogits.to(weight.dtype) @ weight / temperature
+                dlogits = dlogits if slope is None else dlogits.mul_(slope)
+                entropy_directions[rows] = dlogits.to(weight.dtype) @ weight * gain
         ctx.save_for_backward(directions, entropy_directions)
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
@@ -169,18 +213,18 @@ class FrozenHead(torch.autograd.Function):
 
 
 def trained_head(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """As `FrozenHead`, for a W that is trained too: each chunk's logits are computed again in the backward."""
+    """As `FrozenHead`, for a head that is trained too: each chunk's logits are computed again in the backward."""
 
     def logprobs_of(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (hidden @ weight.T).float().div(temperature).log_softmax(-1)
+        logp = head.logits(hidden, temperature)[0].log_softmax(-1)
         seen = logp if entropy_gradient else logp.detach()
         return logp.gather(1, targets[:, None])[:, 0], -torch.einsum("rv,rv->r", seen.exp(), seen)
 
     parts = [
         checkpoint(logprobs_of, hidden[rows], targets[rows], use_reentrant=False)
-        for rows in chunks(len(hidden), len(weight))
+        for rows in chunks(len(hidden), len(head.weight))
     ]
     logprobs, entropy = zip(*parts)
     return torch.cat(logprobs), torch.cat(entropy)
@@ -221,9 +265,9 @@ class Policy(nn.Module):
 
     def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> PolicyOutput:
         """The completions' logprobs at that temperature; the entropy has a gradient only if asked for."""
-        states, head = last_states(self.model, batch), self.model.get_output_embeddings()
+        states, head = last_states(self.model, batch), Head.of(self.model)
         score = trained_head if head.weight.requires_grad else FrozenHead.apply
-        logprobs, entropy = score(states[batch.rows], head.weight, batch.targets, temperature, entropy_gradient)
+        logprobs, entropy = score(states[batch.rows], head, batch.targets, temperature, entropy_gradient)
         if self.prompt_head is None:
             return PolicyOutput(logprobs, entropy)
         prompt_states = states.detach()[batch.prompt_ends]  # (S, D); the prompt head does not train the policy

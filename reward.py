@@ -25,6 +25,7 @@ from typing import Any
 from data import NO_SOURCE, Problem, Source, download, optional_package, read_problems
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
+Message = dict[str, str]  # of a chat: its "role" and its "content"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Task:
     extract: Callable[[str], str | None] = lambda completion: extract_answer(completion)  # its answer, to be shown
     instruction: str = ""  # follows each problem, unless the configuration has another
     truth: Callable[[Any, str], Any] | None = lambda answer, field: number_truth(answer, field)  # see `read_problems`
+    # What the environment says to a conversation so far, such as a tool's result: the text of a user's message, or any
+    # message; None ends the conversation. Scored is what the model says last.
+    reply: Callable[[Problem, list[Message]], str | Message | None] | None = None
 
 
 def load_problems(task: str, split: str, source: Source = NO_SOURCE) -> list[Problem]:

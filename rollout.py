@@ -7,13 +7,15 @@ the same requests. Engines divide the requests among them; afterwards every rank
 import runtime.quiet  # noqa: F401, I001  before torch
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,13 +25,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # otherwise vLLM compiles some C++: 2 s, and it needs g++
 
 import vllm  # noqa: E402  loads most of itself on first use, so --help stays quick
+from vllm.distributed import get_tp_group  # noqa: E402
+from vllm.inputs import tokens_input  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 import lora  # noqa: E402
+from fsdp_utils import on_every_rank, on_first_rank  # noqa: E402
+from runtime.files import one_line_errors, other_weights  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 
 CPU_KV_CACHE = 1 << 30  # bytes
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
+
+# What the environment says to a turn of the model: from the turn's tokens to those that follow it; None: nothing more.
+Reply = Callable[[list[int]], list[int] | None]
+
+
+def single_turn() -> Reply:
+    """An environment that says nothing: the model's first turn is its last."""
+    return lambda turn: None
 
 
 @dataclass(frozen=True)
@@ -39,15 +54,96 @@ class Request:
     temperature: float  # 0: greedy
     seed: int  # sample i uses seed + i, so the same request always gives the same tokens
     adapter: str = lora.POLICY  # a name given to `load_adapter`; the policy may be merged into the weights instead
+    environment: Callable[[], Reply] = single_turn  # called for each sample, which then has a conversation of its own
 
 
 @dataclass(frozen=True)
 class Completion:
+    """What the model said; in a conversation of several turns, also what the environment replied."""
+
     request: int  # index of the request it answers
     prompt_ids: list[int]  # of that request
-    token_ids: list[int]  # with the end token or the stop text, if it was reached
-    logprobs: list[float]  # of those tokens, by the sampler, at the sampling temperature
+    token_ids: list[int]  # with the end tokens or stop texts that were reached, and the environment's replies
+    logprobs: list[float | None]  # of those tokens, by the sampler, at the sampling temperature; None: not sampled
     truncated: bool  # cut off at max_completion_length
+
+    @property
+    def trained(self) -> list[bool]:
+        """Which of `token_ids` the model sampled. It learns from these alone; the others are only read."""
+        return [logprob is not None for logprob in self.logprobs]
+
+    @property
+    def length(self) -> int:
+        """The number of trained tokens: what every mean over tokens divides by."""
+        return sum(self.trained)
+
+    @property
+    def last_turn(self) -> list[int]:
+        """The tokens after the environment's last reply."""
+        replied = [place for place, trained in enumerate(self.trained) if not trained]
+        return self.token_ids[replied[-1] + 1 :] if replied else self.token_ids
+
+
+@dataclass
+class Conversation:
+    """One sample of a request, while it is generated turn by turn."""
+
+    index: int  # of the request
+    request: Request
+    sample: int
+    max_length: int  # in tokens, of all turns and replies together
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    turns: int = 0
+    truncated: bool = False
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.environment = self.request.environment()
+
+    @property
+    def name(self) -> str:
+        """Unique among the conversations of a call."""
+        return f"{self.index}.{self.sample}"
+
+    @property
+    def context(self) -> list[int]:
+        """What the model reads before its next turn: exactly the tokens that it has sampled, never tokenised again."""
+        return self.request.prompt_ids + self.token_ids
+
+    @property
+    def seed(self) -> int:
+        """Of the next turn: a function of the request, the sample and the turn alone."""
+        seed = self.request.seed + self.sample
+        return mix_seeds(seed, self.turns) if self.turns else seed
+
+    @property
+    def tokens_left(self) -> int:
+        return self.max_length - len(self.token_ids)
+
+    def add_turn(self, output: "vllm.CompletionOutput") -> None:
+        """What the model has said."""
+        self.turns += 1
+        self.turn = list(output.token_ids)
+        self.token_ids += self.turn
+        self.logprobs += output.logprobs.logprobs
+        self.truncated = output.finish_reason == "length"
+
+    def reply(self) -> list[int] | None:
+        """The environment's reply to the last turn; None for a turn that was cut off."""
+        return None if self.truncated else self.environment(self.turn)
+
+    def add_reply(self, reply: list[int] | None) -> None:
+        """Ends the conversation if there is no reply, or no room for it and one more token."""
+        if reply is not None and len(reply) < self.tokens_left:
+            self.token_ids += reply
+            self.logprobs += [None] * len(reply)
+        else:
+            self.truncated |= reply is not None
+            self.ended = True
+
+    def completion(self) -> Completion:
+        return Completion(self.index, self.request.prompt_ids, self.token_ids, self.logprobs, self.truncated)
 
 
 class Engine:
@@ -68,9 +164,11 @@ class Engine:
         sleep_level: int = 0,
         max_lora_rank: int = 0,
         max_loras: int = 1,
+        lora_targets: list[str] | None = None,
         seed: int = 0,
     ):
-        """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none.
+        """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none. They may have the
+        modules of these names; None: all that vLLM knows, experts included, for which it has no such kernel on a CPU.
 
         stop_texts, stop_token_ids: end a completion, of which they are the end, beside the model's own end tokens.
         """
@@ -92,7 +190,7 @@ class Engine:
             from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
             PunicaWrapperCPU.add_lora_linear = add_lora_linear
-        self.llm = vllm.LLM(
+        self.llm = start_vllm(
             model,
             dtype=dtype,
             load_format="safetensors",  # never pickles, and never code that comes with a model
@@ -110,10 +208,12 @@ class Engine:
             enable_lora=max_lora_rank > 0,
             max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max_lora_rank),
             max_loras=max_loras,
+            lora_target_modules=lora_targets,
             logprobs_mode="processed_logprobs",  # at the sampling temperature, as the trainer's are
             disable_log_stats=True,
             use_tqdm_on_load=False,
         )
+        self.group = get_tp_group().cpu_group  # the ranks of this engine
 
     @property
     def dtype(self) -> torch.dtype:
@@ -129,56 +229,67 @@ class Engine:
     def generate(self, requests: list[Request], label: str = "rollout") -> list[Completion]:
         """All ranks pass the same requests and get all completions, in the order of the requests.
 
-        label: of the progress bar.
+        label: of the progress bar. Raises ValueError on every rank if an environment does on one.
         """
         mine = range(self.index, len(requests), self.engines)
-        params = [
-            vllm.SamplingParams(
-                n=requests[i].samples,
-                temperature=requests[i].temperature,
-                seed=requests[i].seed,
-                max_tokens=self.max_completion_length,
-                logprobs=0,  # of the sampled token only
-                flat_logprobs=True,
-                stop=self.stop_texts,
-                stop_token_ids=self.stop_token_ids,
-                detokenize=bool(self.stop_texts),  # texts are looked for in text
-            )
+        conversations = [
+            Conversation(i, requests[i], sample, self.max_completion_length)
             for i in mine
+            for sample in range(requests[i].samples)
         ]
-        prompts = [vllm.TokensPrompt(prompt_token_ids=requests[i].prompt_ids) for i in mine]
-        adapters = [self.adapter(requests[i].adapter) for i in mine]
-        if prompts:
-            self.llm.enqueue(prompts, params, lora_request=adapters, use_tqdm=False)
-        outputs = self.wait_for_outputs(label)
-        completions = [
-            Completion(
-                request=i,
-                prompt_ids=requests[i].prompt_ids,
-                token_ids=list(sample.token_ids),
-                logprobs=list(sample.logprobs.logprobs),
-                truncated=sample.finish_reason == "length",
-            )
-            for i, output in zip(mine, outputs)
-            for sample in output.outputs
-        ]
+        on_every_rank(lambda: self.converse(conversations, label))
+        completions = [conversation.completion() for conversation in conversations]
         shares: list[list[Completion]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, completions if self.tensor_parallel_rank == 0 else [])
         return sorted(chain.from_iterable(shares), key=lambda completion: completion.request)
 
-    def wait_for_outputs(self, label: str) -> list["vllm.RequestOutput"]:
-        """Runs the engine until all requests are done; their outputs, in order.
+    def converse(self, conversations: list[Conversation], label: str) -> None:
+        """Runs the engine until all conversations have ended.
 
-        `LLM.wait_for_completion` does the same, but its bar only moves when a request has all of its samples.
+        Each goes on as soon as its own turn is done, beside the others, so the engine stays full.
         """
-        engine, outputs = self.llm.llm_engine, []
-        sequences = engine.get_num_unfinished_requests()
         label += f" (engine 1 of {self.engines})" if self.engines > 1 else ""  # the bar is the first rank's
-        with progress_bar(label, sequences, "sequences") as bar:
-            while engine.has_unfinished_requests():
-                outputs += [output for output in engine.step() if output.finished]
-                bar.update(sequences - engine.get_num_unfinished_requests() - bar.n)
-        return sorted(outputs, key=lambda output: int(output.request_id))
+        with progress_bar(label, len(conversations), "sequences") as bar:
+            running = {conversation.name: conversation for conversation in conversations}
+            for conversation in conversations:
+                self.start_turn(conversation)
+            while running:
+                outputs = [output for output in self.llm.llm_engine.step() if output.finished]
+                for output in outputs:
+                    running[output.request_id].add_turn(output.outputs[0])
+                finished = [running[output.request_id] for output in outputs]
+                self.add_replies(finished)
+                for conversation in finished:
+                    if conversation.ended:
+                        del running[conversation.name]
+                        bar.update()
+                    else:
+                        self.start_turn(conversation)
+
+    def start_turn(self, conversation: Conversation) -> None:
+        """Gives the engine the conversation's next turn to do."""
+        request = conversation.request
+        params = vllm.SamplingParams(
+            temperature=request.temperature,
+            seed=conversation.seed,
+            max_tokens=conversation.tokens_left,
+            logprobs=0,  # of the sampled token only
+            flat_logprobs=True,
+            stop=self.stop_texts,
+            stop_token_ids=self.stop_token_ids,
+            detokenize=bool(self.stop_texts),  # texts are looked for in text
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        prompt = tokens_input(conversation.context)
+        adapter = self.adapter(request.adapter)
+        self.llm.llm_engine.add_request(conversation.name, prompt, params, lora_request=adapter)
+
+    def add_replies(self, conversations: list[Conversation]) -> None:
+        """Asks the environments, on one rank: those that share an engine must go on alike, even if a tool is random."""
+        if conversations:
+            replies = on_first_rank(lambda: [conversation.reply() for conversation in conversations], self.group)
+            for conversation, reply in zip(conversations, replies):
+                conversation.add_reply(reply)
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, by the weights in vLLM, at temperature 1."""
@@ -196,13 +307,18 @@ class Engine:
         if self.copies_at_once:
             self.llm.apply_model(lambda model: model.load_weights(stream))
         else:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.with_tied_head(stream)})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.for_packing(stream)})
         self.reset_prefix_cache()
 
-    def with_tied_head(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The stream, with a tied embedding also under the head's name: on a CPU, vLLM packs a copy for the head."""
-        tied = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings
+    def for_packing(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The stream as vLLM needs it on a CPU, where it packs weights: a tied embedding comes under the head's name,
+        too, since it packs a copy; and before experts come, their kernels go, or vLLM would not pack experts again.
+        """
+        tied, has_kernels = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings, True
         for name, tensor in stream:
+            if has_kernels and ".experts." in name:
+                self.llm.apply_model(drop_expert_kernels)
+                has_kernels = False
             yield name, tensor
             if tied and name.endswith("embed_tokens.weight"):
                 yield "lm_head.weight", tensor
@@ -251,6 +367,19 @@ class Engine:
             self.asleep.remove(part)
 
 
+def start_vllm(model: str, **options: Any) -> "vllm.LLM":
+    """vLLM with a model's folder. Raises ValueError, of one line, for a model or options that it refuses.
+
+    vLLM reads all safetensors files of a folder that has no index: if some are not the model's, it gets a folder of
+    links to the others.
+    """
+    others = other_weights(Path(model))
+    with tempfile.TemporaryDirectory(prefix="lorl-") as links, one_line_errors(f"model {model!r} in vLLM"):
+        for path in set(Path(model).iterdir()).difference(others) if others else ():
+            Path(links, path.name).symlink_to(path.absolute())
+        return vllm.LLM(links if others else model, **options)
+
+
 def add_lora_linear(
     self, y: Tensor, x: Tensor, lora_a_stacked, lora_b_stacked, scale: float, output_slices, **_
 ) -> None:
@@ -274,6 +403,18 @@ def add_lora_linear(
             else:
                 target.index_add_(0, rows, low @ B[slot, 0].T, alpha=scale)
             start += width
+
+
+def mix_seeds(*numbers: int) -> int:
+    """Several numbers hashed into one seed, of 32 bits, since a generator on a CPU ignores the others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Makes vLLM build the kernels of a mixture of experts anew when it has loaded weights for it."""
+    for layer in model.modules():
+        if hasattr(getattr(layer, "quant_method", None), "moe_kernel"):
+            layer.quant_method.moe_kernel = None
 
 
 def remove_stale_shared_memory() -> None:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import fsdp_utils
 import lora
-import nf4
 from configs.base import Config
 from policy import Policy, pack
 from rollout import Engine
@@ -154,8 +153,8 @@ class ReadBack:
             if part is None:
                 continue
             read += 1
-            expected = values[part.rows][:, part.places]
-            found = part.values[: len(expected)].to(expected.device)  # without the zeros that pad a rank
+            expected = values[[row for row in part.rows if row < len(values)]][:, part.places]
+            found = part.values[: len(expected)].to(expected.device)  # without zeros that pad a rank or a vocabulary
             wrong = ~((expected - found).abs() <= DENORMAL)  # True for NaN, too
             if wrong.any() and not difference:
                 difference = f"{wrong.sum()} of {wrong.numel()} values of {name}"
@@ -171,7 +170,7 @@ class ReadBack:
 class HeldPart:
     """The part of a matrix that this rank's vLLM holds: some of its rows, at some of the requested columns."""
 
-    rows: slice
+    rows: list[int]
     places: list[int]  # indices into the list of requested columns
     values: Tensor  # (rows, places)
 
@@ -194,6 +193,8 @@ class HeldWeights:
             return None
         if kind == "weight":
             return linear.weight(columns)
+        if kind == "bias" and linear.linear.bias is None:
+            raise RuntimeError(f"vLLM has no {name}, which the model's checkpoint has: it runs another model")
         if kind == "bias":
             return linear.bias()
         return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
@@ -204,25 +205,35 @@ class HeldWeights:
         (model,) = self.engine.llm.apply_model(lambda model: model)
         fused, found = getattr(model, "packed_modules_mapping", {}), {}
         for path, layer in model.named_modules():
-            if hasattr(getattr(layer, "base_layer", layer), "output_partition_sizes"):
+            sizes = getattr(getattr(layer, "base_layer", layer), "output_partition_sizes", None)
+            if sizes:
+                found[path] = HeldLinear(layer, range(len(sizes)))  # fused in the checkpoint, too, or alone
                 parent, _, name = path.rpartition(".")
-                for index, part in enumerate(fused.get(name, [name])):
-                    found[f"{parent}.{part}"] = HeldLinear(layer, index)
+                parts = fused.get(name, [])
+                if len(parts) == len(sizes):
+                    for index, part in enumerate(parts):
+                        found[f"{parent}.{part}"] = HeldLinear(layer, range(index, index + 1))
         return found
 
 
 class HeldLinear:
     """A linear of the checkpoint inside vLLM: alone or fused with others by rows, whole or one rank's share."""
 
-    def __init__(self, layer: nn.Module, index: int):
-        """layer: vLLM's linear, or its LoRA wrapper around one. index: the place among the linears that are fused."""
-        self.layer, self.linear, self.index = layer, getattr(layer, "base_layer", layer), index
+    def __init__(self, layer: nn.Module, parts: range):
+        """layer: vLLM's linear, or its LoRA wrapper around one. parts: those of the linears fused there that it is."""
+        self.layer, self.linear, self.parts = layer, getattr(layer, "base_layer", layer), parts
         sizes = self.linear.output_partition_sizes
-        self.rows_of_layer = slice(sum(sizes[:index]), sum(sizes[: index + 1]))
-        rank = self.linear.tp_rank if sum(sizes) < self.linear.output_size else 0
-        if index:  # keys and values: several ranks may share a head
-            rank //= getattr(self.linear, "num_kv_head_replicas", 1)
-        self.rows = slice(rank * sizes[index], (rank + 1) * sizes[index])
+        self.rows_of_layer = slice(sum(sizes[: parts.start]), sum(sizes[: parts.stop]))
+        self.rows: list[int] = []
+        first = 0  # row of the part in the checkpoint's linear
+        for part in parts:
+            rank, ranks = 0, 1
+            if sum(sizes) < self.linear.output_size:
+                # Keys and values: several ranks may share a head.
+                sharing = getattr(self.linear, "num_kv_head_replicas", 1) if part else 1
+                rank, ranks = self.linear.tp_rank // sharing, self.linear.tp_size // sharing
+            self.rows += range(first + rank * sizes[part], first + (rank + 1) * sizes[part])
+            first += ranks * sizes[part]
         inputs = getattr(self.linear, "input_size_per_partition", self.linear.input_size)
         first = self.linear.tp_rank * inputs if inputs < self.linear.input_size else 0
         self.inputs = range(first, first + inputs)
@@ -232,7 +243,7 @@ class HeldLinear:
         places, own = self.owned(columns)
         weight = next(self.linear.parameters())  # packed ones keep their dtype and device
         if not own:
-            return HeldPart(self.rows, [], weight.new_empty(self.rows.stop - self.rows.start, 0))
+            return HeldPart(self.rows, [], weight.new_empty(len(self.rows), 0))
         units = F.one_hot(torch.tensor(own), len(self.inputs)).to(weight)
         values = self.linear.quant_method.apply(self.linear, units, None)
         return HeldPart(self.rows, places, values.T[self.rows_of_layer])
@@ -242,13 +253,13 @@ class HeldLinear:
 
     def adapter_matrix(self, kind: str, slot: int, columns: list[int]) -> HeldPart:
         """lora_A (r, in) or lora_B (out, r) of vLLM's slot; the rank may be padded with zeros."""
+        stacks = self.parts if len(self.layer.lora_b_stacked) > 1 else range(1)
         if kind == "lora_B":
-            return HeldPart(
-                self.rows, list(range(len(columns))), self.layer.lora_b_stacked[self.index][slot, 0][:, columns]
-            )
+            values = torch.cat([self.layer.lora_b_stacked[stack][slot, 0] for stack in stacks])
+            return HeldPart(self.rows, list(range(len(columns))), values[:, columns])
         places, own = self.owned(columns)
-        values = self.layer.lora_a_stacked[self.index][slot, 0][:, own]
-        return HeldPart(slice(0, len(values)), places, values)
+        values = self.layer.lora_a_stacked[stacks.start][slot, 0][:, own]
+        return HeldPart(list(range(len(values))), places, values)
 
     def owned(self, columns: list[int]) -> tuple[list[int], list[int]]:
         """The indices of the columns that this rank holds, and their numbers within its share."""
@@ -363,11 +374,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
 
 def weight_rms(layer: lora.LoRALinear) -> float:
     """Root mean square of W, over the shards of all ranks. Collective."""
-    weight = layer.weight
-    if isinstance(weight, nf4.NF4Weight):
-        rows = nf4.dequantize(*map(fsdp_utils.local, weight.parameters()), weight.shape[1], weight.dtype)
-    else:
-        rows = fsdp_utils.local(weight)
+    rows = fsdp_utils.local_rows(layer.weight)
     sums = torch.stack([rows.float().square().sum(), torch.tensor(float(rows.numel()), device=rows.device)])
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).sqrt().item()

@@ -11,7 +11,7 @@ It departs from the paper (GRPO: DeepSeekMath, arXiv 2402.03300) in two ways tha
 `kl_coef` is set, and importance weights that correct the sampler-trainer logprob mismatch (TIS). It is deliberately not
 a framework: to change the algorithm, change this file, or add a row to ALGORITHMS in a config file.
 
-Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R completion tokens.
+Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R trained completion tokens.
 """
 
 import runtime.quiet  # noqa: F401, I001  before torch
@@ -402,7 +402,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
         metrics |= {"rollout/groups": len(differ), "reward/mixed_groups_frac": differ.double().mean().item()}
     if len(scores) > 1:
         metrics["reward/std"] = scores.std().item()
-    lengths = [len(completion.token_ids) for completion in completions]
+    lengths = [completion.length for completion in completions]
     return metrics | {
         "reward/mean": scores.mean().item(),
         "reward/min": scores.min().item(),
@@ -416,7 +416,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
 def overlong_penalties(completions: list[Completion], config: Config, share: float) -> Tensor:
     """(N,) penalty of each completion's length: 0, but over the last `share` of the limit linear to -1 at the limit.
 
-    DAPO, arXiv 2503.14476, equation 13. With share 0, all are 0.
+    DAPO, arXiv 2503.14476, equation 13. Replies count, as in the limit. With share 0, all are 0.
     """
     limit, buffer = config.max_completion_length, share * config.max_completion_length
     lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)

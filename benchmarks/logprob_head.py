@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measuring import DEVICE, clock  # noqa: E402
-from policy import FrozenHead  # noqa: E402
+from policy import FrozenHead, Head  # noqa: E402
 from runtime.tracking import peak_memory, reset_peak_memory  # noqa: E402
 
 TEMPERATURE = 0.9
@@ -46,7 +46,7 @@ def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return FrozenHead.apply(hidden, weight, targets, TEMPERATURE, False)[0]
+    return FrozenHead.apply(hidden, Head(weight), targets, TEMPERATURE, False)[0]
 
 
 def trls(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.checks import check_together, check_value
+from configs.checks import BASE, check_together, check_value
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -60,7 +60,9 @@ class Config:
         "factored", "merged computes the update with base + adapter rounded, the weight that vLLM runs."
     )
     lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
-    ref_adapter_path: str = option("", "An adapter folder that is the KL reference; empty takes the base.")
+    ref_adapter_path: str = option(
+        "", "The KL reference: an adapter folder, or 'base'; empty takes the adapter that the run starts from, if any."
+    )
 
     prompts_per_step: int = option(64, "P, the number of problems per step.", least=1, group="Rollout")
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
@@ -83,7 +85,7 @@ class Config:
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
     kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
-        "k3_loss", "The KL estimator, and whether it is added to the loss or subtracted from the reward."
+        "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
     )
     entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
@@ -95,7 +97,12 @@ class Config:
     updates_per_rollout: int = option(1, "Optimizer updates per rollout, each on a share of its prompts.", least=1)
     epochs_per_rollout: int = option(1, "Passes over a rollout, each of updates_per_rollout updates.", least=1)
 
-    learning_rate: float = option(1e-5, "The peak learning rate of AdamW.", above=0, group="The update")
+    learning_rate: float | None = option(
+        None,
+        "AdamW's peak learning rate; default: 3e-5 for adapters, of any rank, else 3e-6.",
+        above=0,
+        group="The update",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
     warmup_steps: int = option(
         0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0
@@ -139,8 +146,15 @@ class Config:
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether there is a KL penalty, and it is part of the reward."""
+        """Whether there is a KL penalty, and it is part of the reward: of each token's in PPO, which has such rewards;
+        elsewhere of a completion's, summed over its tokens, which is the same total.
+        """
         return self.kl_coef > 0 and self.kl_penalty.endswith("_reward")
+
+    @property
+    def reference_adapter(self) -> str:
+        """The folder of the frozen adapter that is the KL reference; empty if it is the base, or there is none."""
+        return "" if self.ref_adapter_path == BASE else self.ref_adapter_path
 
     @property
     def run_folder(self) -> Path:
@@ -149,8 +163,9 @@ class Config:
 
     @property
     def model_source(self) -> str:
-        """The model's folder, or its name on the hub; `tiny` is part of the repository."""
-        return str(Path(__file__).with_name("tiny")) if self.model == "tiny" else self.model
+        """The model's folder, absolute, or its name on the hub; `tiny` is part of the repository."""
+        folder = Path(__file__).with_name("tiny") if self.model == "tiny" else Path(self.model)
+        return str(folder.absolute()) if folder.exists() else self.model
 
     @property
     def max_model_len(self) -> int:

@@ -10,7 +10,6 @@ config = Config(
     lora_forward="merged",  # an NF4 base needs sync merged, which rounds: train the very weights that vLLM gets
     lora_rank=16,
     lora_alpha=16.0,
-    learning_rate=3e-5,
     steps=500,
     prompts_per_step=16,
     max_prompt_length=384,

@@ -17,30 +17,35 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora
+from runtime.files import write_tensors
 
-# Settings of peft's LoRA that change the forward or the base in unsupported ways: key -> the supported value.
-SUPPORTED = {
-    "bias": "none",
-    "lora_bias": False,
-    "use_dora": False,
-    "use_qalora": False,
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "trainable_token_indices": None,
-}
+# Settings of peft's LoRA that are read here, or that do not change what an adapter computes. Any other that is set
+# makes a variant of LoRA (DoRA, activated LoRA, ranks by layer, ...), of which this program would run something else.
+PLAIN = set(
+    "peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode runtime_config "
+    "r lora_alpha use_rslora lora_dropout target_modules exclude_modules layers_to_transform layers_pattern "
+    "init_lora_weights loftq_config eva_config corda_config lora_ga_config velora_config qalora_group_size "
+    "megatron_core".split()
+)
+UNSET = (None, False, "none", [], {})
 BASE_CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # values of `init_lora_weights`
 
 
 def peft_key(path: str, matrix: str) -> str:
     """The name of a module's "lora_A" or "lora_B" in the file."""
     return f"base_model.model.{path}.{matrix}.weight"
+
+
+def as_saved_by_peft(key: str) -> str:
+    """The key without what a plain state dict has in it: the adapter's name, and the prefix of torch.compile.
+
+    >>> as_saved_by_peft("_orig_mod.base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight")
+    'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    """
+    return key.replace("_orig_mod.", "").replace(".default.weight", ".weight")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class AdapterFile:
     alpha: float
     rslora: bool
     base_model: str
+    base_dtype: str  # how the base was stored when the adapter was trained: a Config's dtype; empty: unknown
     paths: list[str]  # of the adapted modules
+    keys: dict[str, str]  # peft's key of each matrix -> its key in the file
     tensors: "safe_open"
 
     @property
@@ -65,7 +72,7 @@ class AdapterFile:
 
     def matrices(self, path: str) -> tuple[Tensor, Tensor]:
         """A and B of a module, float32."""
-        found = [self.tensors.get_tensor(peft_key(path, matrix)) for matrix in ("lora_A", "lora_B")]
+        found = [self.tensors.get_tensor(self.keys[peft_key(path, matrix)]) for matrix in ("lora_A", "lora_B")]
         if not all(matrix.is_floating_point() and matrix.isfinite().all() for matrix in found):
             raise ValueError(f"{path} has values that are not finite numbers")
         A, B = (matrix.float() for matrix in found)
@@ -84,18 +91,25 @@ def open_adapter(folder: str | Path) -> Iterator[AdapterFile]:
     try:
         config = read_adapter_config(folder)
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-            found = set(tensors.keys())
-            names = (re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key) for key in found)
+            keys = {as_saved_by_peft(key): key for key in tensors.keys()}
+            names = (re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", key) for key in keys)
             paths = sorted({name[1] for name in names if name})
             expected = {peft_key(path, matrix) for path in paths for matrix in ("lora_A", "lora_B")}
-            for kind, keys in (("lacks", expected - found), ("has the unexpected", found - expected)):
-                if keys:
-                    raise ValueError(f"it {kind} {min(keys)!r} ({len(keys)} such keys)")
+            for kind, wrong in (("lacks", expected - keys.keys()), ("has the unexpected", keys.keys() - expected)):
+                if wrong:
+                    raise ValueError(f"it {kind} {min(wrong)!r} ({len(wrong)} such keys)")
             if not paths:
                 raise ValueError("it holds no matrices")
-            base_model = config.get("base_model_name_or_path") or ""
-            rslora = bool(config.get("use_rslora"))
-            yield AdapterFile(config["r"], float(config["lora_alpha"]), rslora, base_model, paths, tensors)
+            yield AdapterFile(
+                rank=config["r"],
+                alpha=float(config["lora_alpha"]),
+                rslora=bool(config.get("use_rslora")),
+                base_model=config.get("base_model_name_or_path") or "",
+                base_dtype=(tensors.metadata() or {}).get("base_dtype", ""),
+                paths=paths,
+                keys=keys,
+                tensors=tensors,
+            )
     except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"adapter {str(folder)!r}: {error}") from None
 
@@ -111,8 +125,8 @@ def read_adapter_config(folder: Path) -> dict:
     for key, kind in (("use_rslora", bool), ("base_model_name_or_path", str)):
         if not isinstance(config.get(key), kind | None):
             raise ValueError(f"{key} in its adapter_config.json must be {kind.__name__}, not {config[key]!r}")
-    for key, fine in SUPPORTED.items():
-        if (config.get(key) or fine) != fine:
+    for key in sorted(config.keys() - PLAIN):
+        if config[key] not in UNSET:
             raise ValueError(f"{key} = {config[key]!r} is not supported")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.startswith(BASE_CHANGING_STARTS):
@@ -130,8 +144,12 @@ def write_adapter(
     rslora: bool,
     dropout: float,
     base_model: str,
+    base_dtype: str,
 ) -> None:
-    """Writes an adapter folder from the A and B of each module."""
+    """Writes an adapter folder from the A and B of each module.
+
+    `base_dtype` is in the tensors' file: peft and vLLM ignore it there, and it cannot be left behind.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -139,7 +157,7 @@ def write_adapter(
         for path, pair in matrices.items()
         for matrix, tensor in zip(("lora_A", "lora_B"), pair)
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder / "adapter_model.safetensors", base_dtype=base_dtype)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -165,6 +183,7 @@ def save_adapter(
     folder: str | Path,
     *,
     base_model: str = "",
+    base_dtype: str = "",
     name: str = lora.POLICY,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     write: bool = True,
@@ -192,6 +211,7 @@ def save_adapter(
         rslora=first.rslora,
         dropout=first.dropout,
         base_model=base_model,
+        base_dtype=base_dtype,
     )
 
 
@@ -214,10 +234,10 @@ def load_adapter(
     layers = dict(lora.lora_layers(model, name))
     lost = total = 0.0
     with open_adapter(folder) as file:
-        for kind, paths in (("lacks", layers.keys() - file.paths), ("also has", set(file.paths) - layers.keys())):
-            if paths:
-                there = ", ".join(file.target_modules)
-                raise ValueError(f"it {kind} {min(paths)!r} ({len(paths)} such modules); its targets are {there}")
+        differences = {"lacks": layers.keys() - file.paths, "also has": set(file.paths) - layers.keys()}
+        told = [f"{kind} {min(paths)!r} ({len(paths)} such modules)" for kind, paths in differences.items() if paths]
+        if told:
+            raise ValueError(f"it {' and '.join(told)}; its targets are {', '.join(file.target_modules)}")
         for path, layer in layers.items():
             A, B = file.matrices(path)
             if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
@@ -226,11 +246,13 @@ def load_adapter(
                     f"{layer.out_features} in the model: another base model?"
                 )
             adapter = layer.adapters[name]
-            if adapter.rank > file.rank:
-                A, B = grow(A, B, lora.fresh_A(adapter.rank - file.rank, layer.in_features, generator))
-            elif adapter.rank < file.rank:
+            if adapter.rank < file.rank:
                 A, B, values = shrink(A, B, adapter.rank)
                 lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
+            if adapter.rank > len(
+                A
+            ):  # than the file's rank, or than the layer's width, which is all that `shrink` gives
+                A, B = grow(A, B, lora.fresh_A(adapter.rank - len(A), layer.in_features, generator))
             fill(adapter.lora_A, A)
             fill(adapter.lora_B, B * (file.scale / adapter.scale))
     return math.sqrt(lost / total) if lost else 0.0
@@ -245,12 +267,13 @@ def grow(A: Tensor, B: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shrink(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest to B A of a smaller rank (Eckart and Young 1936), and all r singular values of B A (float64).
+    """The nearest to B A of a smaller rank (Eckart and Young 1936), and all singular values of B A (float64).
 
-    From B = Q R and Aᵀ = P S they are those of R Sᵀ, which is only r by r.
+    From B = Q R and Aᵀ = P S they are those of R Sᵀ, which is at most r by r. There are min(r, in, out) of them, and
+    the result has no larger rank.
     """
     Q, R = torch.linalg.qr(B.double())
     P, S = torch.linalg.qr(A.double().T)
-    U, values, Vt = torch.linalg.svd(R @ S.T)
+    U, values, Vt = torch.linalg.svd(R @ S.T, full_matrices=False)
     root = values[:rank].sqrt()
     return (root[:, None] * (Vt[:rank] @ P.T)).float(), (Q @ U[:, :rank] * root).float(), values

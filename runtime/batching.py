@@ -22,7 +22,10 @@ ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1
 
 @dataclass
 class MicroBatch:
-    """Whole completions that one rank pushes through the model at once; per-token tensors are (R,) float32."""
+    """Whole completions that one rank pushes through the model at once; per-token tensors are (R,) float32.
+
+    R counts the trained tokens alone. The replies of an environment are in the packed row, and in nothing else.
+    """
 
     packed: Packed
     completions: list[int]  # their indices in the step, in packed order
@@ -90,7 +93,7 @@ def make_updates(
     """
     if advantages is None:
         advantages = torch.zeros(len(completions), dtype=torch.float64)
-    lengths = torch.tensor([len(completion.token_ids) for completion in completions], dtype=torch.float64)
+    lengths = torch.tensor([completion.length for completion in completions], dtype=torch.float64)
     updates = []
     for share in torch.arange(len(completions)).chunk(config.updates_per_rollout):
         useful = [i for i in share.tolist() if not (drop_useless and abs(advantages[i]) <= ROUNDING)]
@@ -121,15 +124,21 @@ def make_micro_batch(
     rewards: Tensor | None,
     device: torch.device,
 ) -> MicroBatch:
-    """Packs the chosen completions, and expands per-completion values to their tokens."""
-    repeats = torch.tensor([len(completions[i].token_ids) for i in chosen])
+    """Packs the chosen completions, and expands per-completion values to their trained tokens."""
+    parts = [completions[i] for i in chosen]
+    repeats = torch.tensor([completion.length for completion in parts])
     sequences = torch.arange(len(chosen)).repeat_interleave(repeats)  # (R,)
-    logprobs = list(chain.from_iterable(completions[i].logprobs for i in chosen))
+    logprobs = [logprob for completion in parts for logprob in completion.logprobs if logprob is not None]
     if rewards is not None:
         last = sequences.diff(append=sequences.new_tensor([-1])) != 0
         rewards = torch.where(last, rewards[chosen].repeat_interleave(repeats), 0.0).float().to(device)
     return MicroBatch(
-        packed=pack([completions[i].prompt_ids for i in chosen], [completions[i].token_ids for i in chosen], device),
+        packed=pack(
+            [completion.prompt_ids for completion in parts],
+            [completion.token_ids for completion in parts],
+            device,
+            [completion.trained for completion in parts],
+        ),
         completions=chosen,
         sequences=sequences.to(device),
         advantages=advantages[chosen].repeat_interleave(repeats).float().to(device),

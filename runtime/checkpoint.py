@@ -22,17 +22,16 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fsdp_utils import fill, gather, on_every_rank, reshard
-from runtime.files import atomic_folder, fsync, one_line_errors
+from runtime.files import atomic_folder, fsync, one_line_errors, write_tensors
 
 KEPT = 2  # newest checkpoints of a run, beside the best one
 
 # Settings that a resumed run must keep, because the checkpoint's tensors or its place in the data depend on them.
 FIXED = (
-    "model task dtype target_modules lora_rank lora_alpha algorithm seed prompts_per_step "
+    "model task dtype target_modules lora_rank lora_alpha lora_adapter_path algorithm seed prompts_per_step "
     "group_size max_prompt_length instruction system_prompt critic_lora_rank"
 ).split()
 
@@ -133,7 +132,7 @@ def write(
     """
     target = run / "checkpoints" / f"step_{step:06d}"
     with atomic_folder(target) as partial:
-        save_file(tensors, partial / "state.safetensors")
+        write_tensors(tensors, partial / "state.safetensors")
         (partial / "state.json").write_text(json.dumps(state) + "\n")
         export(partial)
         files = sorted(path for path in partial.rglob("*") if path.is_file())

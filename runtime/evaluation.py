@@ -15,8 +15,8 @@ import reward as tasks
 from configs.base import Config
 from data import Problem
 from fsdp_utils import World, on_every_rank
-from rollout import Completion, Engine, Request
-from runtime.run import Prompt, Run, Scorer, mix_seeds
+from rollout import Completion, Engine, mix_seeds
+from runtime.run import Prompt, Run, Scorer, request_of
 from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised
 
 SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
@@ -104,8 +104,14 @@ def part_metrics(rewards: list[Reward]) -> dict[str, float]:
 
 
 def decode(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a completion, without its end-of-sequence token."""
-    return tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+    """The text of a completion's last turn, which is what is scored, without its end-of-sequence token."""
+    return tokenizer.decode(completion.last_turn, skip_special_tokens=True)
+
+
+def transcript(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The whole conversation: all turns and replies, with the special tokens that divide them."""
+    earlier = completion.token_ids[: len(completion.token_ids) - len(completion.last_turn)]
+    return tokenizer.decode(earlier) + decode(completion, tokenizer)
 
 
 # ---- Held-out problems ----------------------------------------------------------------------------------------
@@ -154,10 +160,10 @@ def evaluate_prompts(
     The seeds do not depend on the step: two evaluations differ only by the policy.
     """
     sampled = [
-        Request(prompt.token_ids, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
+        request_of(prompt, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
         for i, prompt in enumerate(prompts)
     ]
-    greedy = [Request(prompt.token_ids, samples=1, temperature=0.0, seed=0) for prompt in prompts]
+    greedy = [request_of(prompt, samples=1, temperature=0.0, seed=0) for prompt in prompts]
     start = time.perf_counter()
     completions = engine.generate(sampled + greedy, label="evaluation")
     seconds = time.perf_counter() - start
@@ -211,8 +217,8 @@ def sample_records(
     return [
         {
             "prompt": prompts[completion.request].problem.prompt,
-            "completion": (text := decode(completion, tokenizer)),
-            "extracted": extract(text),
+            "completion": transcript(completion, tokenizer),
+            "extracted": extract(decode(completion, tokenizer)),
             "answer": prompts[completion.request].problem.answer,
             "reward": reward.total,
             "truncated": completion.truncated,

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,10 @@ from runtime.progress_bar import progress_bar
 # The dtypes of weights that are supported, by safetensors' names; quantised checkpoints are not.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 FILE_BYTES = 4 << 30
-NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".gguf")
+LIBRARY_TALK = re.compile(r"^ValidationError: .{,60} Value error, | Supported architectures: .*| \[type=value_error.*")
+INDEX = "model.safetensors.index.json"
+MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # of a model's folder, beside the weights
+NOT_THE_MODELS = ("*.index.json", "adapter_config.json")  # of these: of other weights
 
 
 # ---- Models --------------------------------------------------------------------------------------------------------
@@ -33,35 +37,64 @@ def one_line_errors(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        if isinstance(error, AttributeError) and re.search(r"Config' object has no attribute", reason):
+            reason = f"its config.json lacks {error.name!r}, which must be there as its makers have it"
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is never run; use a model whose architecture transformers knows"
-        raise ValueError(f"{what} cannot be used: {' '.join(reason.split())[:300]}") from error
+        reason = LIBRARY_TALK.sub("", " ".join(reason.split()))[:300]
+        raise ValueError(f"{what} cannot be used: {reason}") from error
 
 
 def find_model(model: str) -> str:
-    """The local folder of a model: `model` if it is a folder, else the hub's model of that name, downloaded once."""
-    if Path(model, "config.json").is_file():
-        return model
-    if Path(model).exists():
-        raise ValueError(f"model {model!r} is no model folder: it has no config.json")
-    try:
-        return snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-    except (ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model {model!r} is not a folder, and the hub does not give it: {reason}") from None
+    """The local folder of a model: `model` if it is a folder, else the hub's model of that name, downloaded once.
+
+    Prints which weights in the folder are not the model's.
+    """
+    folder = model
+    if not Path(model, "config.json").is_file():
+        if Path(model).exists():
+            raise ValueError(f"model {model!r} is no model folder: it has no config.json")
+        try:
+            folder = snapshot_download(model, allow_patterns=["*.safetensors", *MODEL_FILES])
+        except (ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"model {model!r} is not a folder, and the hub does not give it: {reason}") from None
+    others = other_weights(Path(folder))
+    if others:
+        print(f"model {model} is read without {', '.join(path.name for path in others)}", flush=True)
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files named by a model's index; without an index, all in the folder."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files named by a model's index; without an index model.safetensors or, without that, all."""
+    index, alone = folder / INDEX, folder / "model.safetensors"
     if not index.exists():
-        return sorted(folder.glob("*.safetensors"))
+        return [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
     with one_line_errors(str(index)):
         names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index} names {name!r}, which is no file of its folder")
     return [folder / name for name in names]
+
+
+def other_weights(folder: Path) -> list[Path]:
+    """The safetensors files in a model's folder that are not the model's: an adapter, or its weights once more."""
+    return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
+
+
+def check_tied_head(folder: Path) -> None:
+    """Raises ValueError if a model whose head is tied to its embedding has files with another head."""
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        with open_safetensors(path) as file:
+            names = [name for name in file.keys() if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
+            found |= {name.split(".")[-2]: file.get_tensor(name) for name in names}
+    if len(found) == 2 and not torch.equal(found["lm_head"], found["embed_tokens"]):
+        raise ValueError(
+            f"model {str(folder)!r} ties its head to its embedding (tie_word_embeddings in config.json), but its files "
+            f"hold another lm_head.weight; set tie_word_embeddings to false there, or remove that tensor"
+        )
 
 
 @contextmanager
@@ -77,18 +110,29 @@ def open_safetensors(path: Path) -> Iterator["safe_open"]:
 
 
 def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model's folder, one at a time."""
-    files = weight_files(folder)
+    """The tensors of a model's folder, one at a time. Raises ValueError if a name is in two files."""
+    files, seen = weight_files(folder), set()
     if not files:
         raise ValueError(f"there are no safetensors files in {str(folder)!r}")
     for path in files:
         with open_safetensors(path) as file:
             for name in file.keys():
+                if name in seen:
+                    raise ValueError(f"{name} is in an earlier file, too; keep one, or add {INDEX}")
+                seen.add(name)
                 yield name, file.get_tensor(name)
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Writes a safetensors file that others may read as the umask says; safetensors' own mode is 0600."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"} | metadata)
+    path.chmod(mode)
+
+
 def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path) -> None:
-    """Writes a Hugging Face model folder atomically; all files except weights are copied from the folder `like`."""
+    """Writes a Hugging Face model folder atomically; configuration and tokenizer are copied from the folder `like`."""
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{str(folder)!r} exists and is not empty")
     expected = sum(path.stat().st_size for path in weight_files(like))
@@ -96,14 +140,14 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
         weight_map, total = {}, 0
         for number, batch in enumerate(batches(counted(tensors, bar)), start=1):
             file = f"model-{number:05d}.safetensors"
-            save_file(batch, partial / file, metadata={"format": "pt"})
+            write_tensors(batch, partial / file)
             weight_map |= dict.fromkeys(batch, file)
             total += sum(tensor.nbytes for tensor in batch.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        for path in like.iterdir():
-            if path.is_file() and not path.name.endswith(NOT_COPIED):
-                shutil.copy(path, partial)
+        (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for path in {path for pattern in MODEL_FILES for path in like.glob(pattern)}:
+            if path.is_file() and not any(path.match(pattern) for pattern in NOT_THE_MODELS):
+                shutil.copyfile(path, partial / path.name)
 
 
 def counted(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ import fsdp_utils
 import reward
 from configs.base import Config
 from data import Problem, Source
+from runtime.conversation import Environment
 from runtime.files import one_line_errors
 from runtime.run import Prompt
 
@@ -41,6 +43,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
     check_chats([problem for split in splits for problem in split], config.system_prompt, tokenizer)
     with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
         prompts = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
+    prompts = [[in_environment(prompt, config, tokenizer) for prompt in split] for split in prompts]
     longest = config.max_prompt_length
     kept = [[prompt for prompt in split if len(prompt.token_ids) <= longest] for split in prompts]
     train, test = kept
@@ -100,6 +103,15 @@ def tokenize(problems: list[Problem], tokenizer: PreTrainedTokenizerBase, system
     else:
         ids = without_end_tokens(prompts, tokenizer(prompts)["input_ids"], tokenizer)
     return [Prompt(problem, tokens) for problem, tokens in zip(problems, ids)]
+
+
+def in_environment(prompt: Prompt, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt with what the task replies to the model; a task without replies has one turn."""
+    task = reward.find_task(config.task)
+    if not task.reply:
+        return prompt
+    messages = chat(prompt.problem.prompt, config.system_prompt)
+    return replace(prompt, environment=partial(Environment, task.reply, prompt.problem, messages, tokenizer))
 
 
 def without_end_tokens(texts: list[str], ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

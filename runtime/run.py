@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -14,7 +13,7 @@ from configs.base import Config
 from data import Problem
 from fsdp_utils import World
 from policy import Policy
-from rollout import Engine, Request
+from rollout import Engine, Reply, Request, mix_seeds, single_turn
 from runtime.checkpoint import Progress, Saved
 from runtime.health import HealthMonitor
 from runtime.signals import StopRequest
@@ -31,6 +30,7 @@ class Prompt:
 
     problem: Problem
     token_ids: list[int]
+    environment: Callable[[], Reply] = single_turn  # see runtime/conversation.py
 
 
 @dataclass
@@ -83,9 +83,14 @@ def rollout_requests(prompts: list[Prompt], config: Config, step: int, attempt: 
     """`group_size` samples of each prompt. Seed, step and the place in the step decide the tokens."""
     first = attempt * len(prompts)
     return [
-        Request(prompt.token_ids, config.group_size, config.temperature, mix_seeds(config.seed, step, place))
+        request_of(prompt, config.group_size, config.temperature, mix_seeds(config.seed, step, place))
         for place, prompt in enumerate(prompts, start=first)
     ]
+
+
+def request_of(prompt: Prompt, samples: int, temperature: float, seed: int) -> Request:
+    """A request for completions of a prompt, in its environment."""
+    return Request(prompt.token_ids, samples, temperature, seed, environment=prompt.environment)
 
 
 def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
@@ -94,11 +99,6 @@ def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:
     while True:
         yield from random.Random(f"{seed}/{epoch}").sample(prompts, len(prompts))
         epoch += 1
-
-
-def mix_seeds(*numbers: int) -> int:
-    """Several numbers hashed into one seed; vLLM adds i to it for sample i of a request."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def is_due(every: int, step: int) -> bool:

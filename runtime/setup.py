@@ -16,12 +16,13 @@ import fsdp_utils
 import lora
 import reward
 from configs.base import Config
+from configs.checks import default_rate
 from policy import Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
-from runtime.files import find_model, folder_lock, one_line_errors
+from runtime.files import check_tied_head, find_model, folder_lock, one_line_errors
 from runtime.optimize import make_optimizer
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
@@ -31,7 +32,6 @@ from runtime.signals import listen
 from runtime.tracking import RunLog, in_use
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
-UNSUPPORTED_LOGITS = ("logits_scaling", "logit_scale", "final_logit_softcapping", "attn_logit_softcapping")
 
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
@@ -55,7 +55,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, files, stops)
+            engine = build_engine(config, files, stops, lora.target_names(policy.model))
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, saved)
     engine.sleep()  # the probe's forwards in the trainer need the memory
@@ -72,6 +72,9 @@ def print_header(run: Run) -> None:
     base = sum(math.prod(weight.shape) for _, weight in lora.base_weights(run.policy.model)) / 1e6
     learned = sum(parameter.numel() for parameter in trained) / 1e6
     log.print(f"model  {config.model}, {base:,.1f}M parameters; {learned:,.2f}M ({learned / base:.1%}) are trained")
+    if lora.mixtures(run.policy.model):
+        active = active_parameters(run.policy.model) / 1e6
+        log.print(f"       {active:,.1f}M are active for a token; experts are frozen, all-linear is attention alone")
     task = " ".join(filter(None, (config.task, config.data, *config.reward)))
     log.print(f"task   {task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out")
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
@@ -82,8 +85,20 @@ def print_header(run: Run) -> None:
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "
         f"{engine.kv_cache_tokens:,} tokens of KV cache; tools/plan.py counts the rest"
     )
+    if config.ref_adapter_path:
+        log.print(f"KL     reference: {config.reference_adapter or 'the base, without adapters'}")
+    rule = " (the default: ten times that of full fine-tuning, see configs/checks.py)"
+    is_rule = config.lora_rank and config.learning_rate == default_rate(config)
+    log.print(f"rate   {config.learning_rate:g}{rule if is_rule else ''}, {config.lr_schedule}")
     if run.saved:
         log.print(f"resumed after step {run.progress.step}")
+
+
+def active_parameters(model: PreTrainedModel) -> float:
+    """Parameters of the base that one token passes through: of the experts of a layer, those that are chosen."""
+    sizes = ((math.prod(weight.shape), weight.shape) for _, weight in lora.base_weights(model))
+    chosen = getattr(model.config, "num_experts_per_tok", 1)
+    return sum(size * chosen / shape[0] if len(shape) > 2 else size for size, shape in sizes)
 
 
 # ---- The run's folder -----------------------------------------------------------------------------------------
@@ -144,11 +159,18 @@ def read_saved(folder: Path, config: Config) -> Saved:
 
 def model_folder(config: Config) -> str:
     """The folder of the configured model; a model of the hub is downloaded if need be."""
-    return fsdp_utils.on_first_rank(lambda: find_model(config.model_source))
+
+    def find() -> str:
+        folder = find_model(config.model_source)
+        if getattr(read_model_config(folder), "tie_word_embeddings", False):
+            check_tied_head(Path(folder))
+        return folder
+
+    return fsdp_utils.on_first_rank(find)
 
 
-def build_engine(config: Config, folder: str, stops: Stops) -> Engine:
-    """The sampler, with the weights of the model's folder."""
+def build_engine(config: Config, folder: str, stops: Stops, targets: list[str] | None = None) -> Engine:
+    """The sampler, with the weights of the model's folder, for adapters of these target modules (None: of any)."""
     return Engine(
         folder,
         dtype=config.compute_dtype,
@@ -161,6 +183,7 @@ def build_engine(config: Config, folder: str, stops: Stops) -> Engine:
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
+        lora_targets=targets,
         seed=config.seed,
     )
 
@@ -212,9 +235,8 @@ def read_model_config(folder: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not hasattr(config, "vocab_size"):
         raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
-    for name in UNSUPPORTED_LOGITS:
-        if getattr(config, name, None) not in (None, 1.0):
-            raise ValueError(f"model {folder!r} has {name} {getattr(config, name)}, which is not implemented here")
+    if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
+        raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
@@ -236,13 +258,13 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 2:  # experts, convolutions
+        experts, kind = name.split(".")[-2:]
+        if parameter.ndim > 2 and (experts != "experts" or kind not in fsdp_utils.EXPERTS):  # convolutions
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
-    for name, _ in model.named_buffers():
-        if not hasattr(model.get_submodule(name.rpartition(".")[0]), "config"):
-            raise ValueError(f"{what} is not implemented here: nothing says how its {name} is computed")
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{what} is not implemented here: its head is not a matrix alone")
+    for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
+        raise ValueError(f"{what} is not implemented here: its checkpoint has {name}, which is no parameter")
+    if head is None:
+        raise ValueError(f"{what} has no head")
 
 
 def meta_policy(
@@ -252,10 +274,11 @@ def meta_policy(
     if config.lora_adapter_path:
         with adapter_files.open_adapter(config.lora_adapter_path):
             pass  # a bad folder is refused now, before the weights are read
-    if config.ref_adapter_path:
-        with adapter_files.open_adapter(config.ref_adapter_path) as file:
+    if config.reference_adapter:
+        with adapter_files.open_adapter(config.reference_adapter) as file:
             scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
-            lora.inject(model, file.paths, **scale, name=lora.REFERENCE, trainable=False)
+            options = {"merged": config.lora_forward == "merged", "trainable": False}
+            lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
         add_adapters(model, config, config.lora_rank)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
@@ -288,8 +311,13 @@ def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
 
 
 def shard(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
-    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute."""
+    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute.
+
+    Raises ValueError if that base has experts.
+    """
     model: PreTrainedModel = module.train().model
+    if not rank and lora.mixtures(model):
+        raise ValueError("a model with experts learns by adapters alone; set lora_rank (or critic_lora_rank) above 0")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fsdp_utils.shard(
@@ -307,8 +335,8 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
 
 def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
     """Gives the policy's adapters their values: from folders, or B = 0."""
-    if config.ref_adapter_path:
-        adapter_files.load_adapter(model, config.ref_adapter_path, name=lora.REFERENCE, fill=fsdp_utils.fill)
+    if config.reference_adapter:
+        adapter_files.load_adapter(model, config.reference_adapter, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:
         lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
         return

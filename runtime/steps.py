@@ -106,7 +106,8 @@ def export(run: Run, folder: Path, tensors: dict[str, Any]) -> None:
     model = run.policy.model
     whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
     if run.config.lora_rank:
-        save_adapter(model, folder / "adapter", base_model=run.config.model_source, gather=whole.get)
+        base = {"base_model": run.config.model_source, "base_dtype": run.config.dtype}
+        save_adapter(model, folder / "adapter", **base, gather=whole.get)
     else:
         dtype = getattr(torch, run.config.compute_dtype)
         weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))

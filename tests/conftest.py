@@ -154,7 +154,7 @@ def model_folder(tmp_path_factory):
     made: dict = {}
 
     def make(architecture: str = "qwen2", **overrides: Any) -> Path:
-        key = (architecture, *sorted(overrides.items(), key=str))
+        key = f"{architecture} {sorted(overrides.items())}"
         if key not in made:
             made[key] = make_model(tmp_path_factory.mktemp(architecture), architecture, **overrides)
         return made[key]

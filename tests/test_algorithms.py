@@ -15,7 +15,6 @@ import train_grpo
 from configs.base import Config
 from configs.checks import resolve_config
 from fsdp_utils import World
-from policy import FrozenHead
 from rollout import Completion
 from runtime.batching import MicroBatch, make_updates
 from runtime.optimize import schedule, update_metrics
@@ -295,25 +294,6 @@ def test_kl_in_the_loss():
     assert loss.item() == 0.0
 
 
-@pytest.mark.parametrize("entropy_gradient", [True, False])
-def test_head_gradients(entropy_gradient, monkeypatch):
-    """Against autograd through all logits, in chunks of three rows here."""
-    monkeypatch.setattr("policy.LOGITS_AT_ONCE", 3 * 11)
-    generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(8, 5, generator=generator, requires_grad=True)
-    weight, targets = torch.randn(11, 5, generator=generator), torch.randint(0, 11, (8,), generator=generator)
-    a, b = torch.randn(8, generator=generator), torch.randn(8, generator=generator) * entropy_gradient
-
-    logp = (hidden @ weight.T / 0.7).log_softmax(-1)
-    expected = logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
-    (expected_gradient,) = torch.autograd.grad((a * expected[0] + b * expected[1]).sum(), hidden)
-    found = FrozenHead.apply(hidden, weight, targets, 0.7, entropy_gradient)
-    assert found[1].requires_grad == entropy_gradient
-    (found_gradient,) = torch.autograd.grad((a * found[0] + b * found[1]).sum(), hidden)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(found_gradient, expected_gradient)
-
-
 def test_entropy_bonus():
     """Its gradient step raises the entropy, and it counts with the tokens' weights."""
     batch = micro_batch([1, 2], 0.0, [0.5, 0.25])
@@ -414,6 +394,20 @@ def test_the_algorithm_fills_in_what_the_user_left_open():
     assert config_of("dapo", clip_high=0.5).clip_high == 0.5
     assert config_of("gspo", tis_mode=None).tis_mode == "sequence"
     assert not open_options(config_of("grpo"))
+
+
+def test_the_reference_is_the_start_unless_another_is_named():
+    start = {"lora_adapter_path": "sft", "kl_coef": 0.1}
+    for settings, folder in (
+        (start, "sft"),
+        (start | {"ref_adapter_path": "other"}, "other"),
+        (start | {"ref_adapter_path": "base"}, ""),
+        ({"kl_coef": 0.1}, ""),
+    ):
+        config = config_of("grpo", **settings)
+        assert config.reference_adapter == folder and config.ref_adapter_path == (folder or "base")
+    assert config_of("flowrl", lora_adapter_path="sft", tis_mode=None).reference_adapter == "sft"
+    assert config_of("grpo", lora_adapter_path="sft").reference_adapter == "", "nothing reads a reference"
 
 
 def open_options(config: Config) -> set[str]:

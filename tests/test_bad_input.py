@@ -406,6 +406,8 @@ def bad_models(bad: Path) -> list[Case]:
     case("a tensor too flat", {file: weights | {first: weights[first].flatten()}}, [first, "(49152,)"])
     case("a tensor of integers", {file: weights | {first: weights[first].to(torch.int8)}}, [first, "I8", "BF16"])
     index = "model.safetensors.index.json"
+    head = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    case("another head", {file: weights | {"lm_head.weight": head}}, ["tie_word_embeddings", "another lm_head.weight"])
     case("index not JSON", {index: b"{"}, [index, "JSON"])
     case("index a list", {index: []}, [index])
     case("index without a map", {index: {}}, [index, "weight_map"])
@@ -466,6 +468,7 @@ def bad_adapters(bad: Path) -> list[Case]:
         ("modules_to_save", ["lm_head"]),
         ("rank_pattern", {"q_proj": 2}),
         ("alpha_pattern", {"q_proj": 2}),
+        ("alora_invocation_tokens", [5, 9]),
     ):
         case(key, [key, repr(value), "not supported"], config | {key: value})
     case("pissa", ["pissa_niter_4", "convert"], config | {"init_lora_weights": "pissa_niter_4"})

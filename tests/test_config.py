@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, complaints, on_ranks
 
+import train_grpo
 from configs.base import Config
 from runtime.command_line import parse_config
 
@@ -17,6 +18,16 @@ def test_the_file_is_over_the_defaults_and_options_over_the_file():
     config = parse_config([*ARITHMETIC, "--steps", "7", "--target_modules", "q_proj", "v_proj"], "")
     assert (config.task, config.steps, config.target_modules) == ("arithmetic", 7, ["q_proj", "v_proj"])
     assert config.temperature == Config().temperature
+
+
+def test_a_learning_rate_that_nobody_names_is_the_rules():
+    """Ten times that of all weights for adapters, whatever their rank."""
+    rates = {}
+    for rank in ("0", "1", "32", "256"):
+        given = ["--config", str(ROOT / "configs" / "qwen2_5_3b_gsm8k.py"), "--lora_rank", rank]
+        rates[rank] = train_grpo.configure(given)[0].learning_rate
+    assert rates == {"0": 3e-6, "1": 3e-5, "32": 3e-5, "256": 3e-5}
+    assert train_grpo.configure([*given, "--learning_rate", "1e-4"])[0].learning_rate == 1e-4
 
 
 def test_every_field_is_an_option_with_a_line_of_help():

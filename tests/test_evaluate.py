@@ -3,19 +3,21 @@
 import dataclasses
 import json
 import math
+import re
 import sys
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
 from conftest import TINY, on_ranks
 from test_lora import saved_adapter
 from test_train import train
 from transformers import AutoTokenizer
 
 from configs.base import Config
-from runtime import files
+from runtime import adapter_files, files
 from runtime.evaluation import Evaluation, mean_and_stderr
 from runtime.user_rewards import Reward
 from tools import adapter, evaluate
@@ -54,18 +56,17 @@ def test_errors_count_problems_and_scores_below_one_are_wrong():
 
 
 def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
-    """`evaluate.py --run RUN`; then completions of its adapter on the 16-bit base, of their export, and of the base,
-    which is then stopped by a text and by a token.
+    """`evaluate.py --run_folder RUN`; then completions of its adapter as trained, of its export, and of it on the base
+    in 16 bits, which is then stopped by a text and by a token.
     """
-    sys.argv = ["evaluate.py", *f"--run {run} --eval_problems 32 --out {out}".split()]
+    sys.argv = ["evaluate.py", *f"--run_folder {run} --eval_problems 32 --out {out}".split()]
     sampler, folder = evaluate.setup()
     evaluate.evaluate(sampler, folder)
-    merged = dataclasses.replace(sampler.config, dtype="bfloat16")
-    adapter.export(str(TINY), merged.lora_adapter_path, f"{out}/model")
+    adapter.export(str(TINY), sampler.config.lora_adapter_path, f"{out}/model")
     streams = {
-        "merged": evaluate.policy_weights(merged, TINY),
+        "trained": evaluate.policy_weights(sampler.config, TINY),
         "exported": files.read_model(out / "model"),
-        "base": evaluate.policy_weights(dataclasses.replace(merged, lora_adapter_path=""), TINY),
+        "16-bit": evaluate.policy_weights(dataclasses.replace(sampler.config, dtype="bfloat16"), TINY),
     }
     found = {}
     for name, stream in streams.items():
@@ -95,10 +96,10 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     results = json.loads((tmp_path / "out/results.json").read_text())
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}
     assert logged.items() <= results["metrics"].items() and metrics[-1]["eval/accuracy"] != metrics[0]["eval/accuracy"]
-    assert found["merged"] == found["exported"] != found["base"]
+    assert found["trained"] == found["exported"] != found["16-bit"]
     encode = AutoTokenizer.from_pretrained(TINY).encode
     for name, stop in (("token", encode("####")), ("text", encode("#### "))):  # one token, and another one after it
-        assert found[name] == [until(stop, ids) for ids in found["base"]] != found["base"]
+        assert found[name] == [until(stop, ids) for ids in found["16-bit"]] != found["16-bit"]
 
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]
@@ -110,27 +111,44 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
 def test_what_is_evaluated(model_folder, tmp_path):
     """An adapter brings its base and scale; a checkpoint its run's settings, which options override."""
     saved_adapter(model_folder("llama"), tmp_path / "adapter", rank=4, alpha=12)
-    config, _ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--task", "arithmetic"])
+    config, _, doubts = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--task", "arithmetic"])
     assert (config.model, config.lora_rank, config.lora_alpha) == (str(model_folder("llama")), 4, 12)
     state = {
         "config": dataclasses.asdict(Config(task="arithmetic", model="elsewhere", temperature=0.7, eval_problems=5))
     }
+    assert "does not say how its base was stored" in doubts[0]
     (tmp_path / "state.json").write_text(json.dumps(state))
-    config, _ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--temperature", "0.5"])
+    config, *_ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--temperature", "0.5"])
     assert (config.model, config.task, config.temperature, config.lora_rank) == ("elsewhere", "arithmetic", 0.5, 4)
     assert config.eval_problems == evaluate.ALL
     assert evaluate.parse(["--model", "tiny", "--sync", "adapter"])[0].sync == "merged", "there is no adapter"
+    model = saved_adapter(model_folder("llama"), tmp_path / "other" / "adapter")
+    adapter_files.save_adapter(model, tmp_path / "other" / "adapter", base_model="elsewhere", base_dtype="nf4")
+    config, _, doubts = evaluate.parse(["--adapter", str(tmp_path / "other" / "adapter"), "--task", "arithmetic"])
+    assert (config.model, config.dtype, doubts) == ("elsewhere", "nf4", [])
+    given = ["--lora_adapter_path", str(tmp_path / "other" / "adapter"), "--model", "tiny", "--dtype", "bfloat16"]
+    config, _, doubts = evaluate.parse(given)
+    assert config.lora_rank == 16 and "elsewhere" in doubts[0] and "nf4" in doubts[1]
+
+
+def test_torchrun_takes_none_of_its_options_for_its_own():
+    """As it does with every option that is the beginning of one of its own, such as --run of --run-path."""
+    fields = [f"--{field.name}" for field in dataclasses.fields(Config)]
+    options = [*fields, *re.findall(r'add_argument\("(--\w+)"', Path(evaluate.__file__).read_text())]
+    for option in options:
+        given = torch.distributed.run.get_args_parser().parse_args(["tools/evaluate.py", option, "x"])
+        assert given.training_script_args == [option, "x"]
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         (["--adaptor", "x"], ["'--adaptor'", "--adapter"]),
-        (["--run", "runs/nothing"], ["'runs/nothing'", "latest"]),
-        (["--run", "runs/nothing", "--checkpoint", "30"], ["step_000030"]),
-        (["--run", "runs/nothing", "--checkpoint", "first"], ["latest, best or a step", "'first'"]),
-        (["--run", "x", "--adapter", "y"], ["--run", "--adapter"]),
-        (["--checkpoint", "best"], ["'best'", "--run"]),
+        (["--run_folder", "runs/nothing"], ["'runs/nothing'", "latest"]),
+        (["--run_folder", "runs/nothing", "--checkpoint", "30"], ["step_000030"]),
+        (["--run_folder", "runs/nothing", "--checkpoint", "first"], ["latest, best or a step", "'first'"]),
+        (["--run_folder", "x", "--adapter", "y"], ["--run_folder", "--adapter"]),
+        (["--checkpoint", "best"], ["'best'", "--run_folder"]),
         (["--adapter", "nowhere"], ["'nowhere'", "adapter_config.json"]),
         (["--eval_samples", "0"], ["eval_samples", "at least 1"]),
     ],

@@ -1,6 +1,7 @@
 """`python tools/adapter.py export` and `inspect`, against peft's merge and plain algebra."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,12 +9,14 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TINY
 from safetensors.torch import load_file, save_file
 from test_lora import IDS, load, saved_adapter
+from torch.nn import functional
+from transformers import AutoTokenizer
 
 import lora
-from runtime import files
+from runtime import adapter_files, files
 from runtime.adapter_files import open_adapter
 from tools import adapter as export
 
@@ -46,13 +49,83 @@ def test_exported_model_is_pefts_merge_rounded_once(architecture, model_folder, 
     torch.testing.assert_close(load(tmp_path / "o")(IDS).logits, merged(IDS).logits)
 
 
-def test_only_files_of_the_index_are_exported(model_folder, tmp_path):
-    """Some models of the hub also hold their weights once more, under names of their makers' own."""
-    shutil.copytree(model_folder("mistral"), tmp_path / "base")
-    weights = dict.fromkeys(load_file(tmp_path / "base" / "model.safetensors"), "model.safetensors")
-    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-    save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tmp_path / "base" / "consolidated.safetensors")
-    assert {name for name, _ in files.read_model(tmp_path / "base")} == weights.keys()
+def test_only_the_models_own_files_are_read_and_exported(model_folder, tmp_path, capsys):
+    """People keep an adapter, or the makers' own format, beside a model's weights."""
+    base, out, file = tmp_path / "base", tmp_path / "out", "model.safetensors"
+    shutil.copytree(model_folder("mistral"), base)
+    saved_adapter(base, tmp_path / "adapter", rank=4)
+    shutil.copytree(tmp_path / "adapter", base, dirs_exist_ok=True)
+    (base / "training_args.bin").touch()
+    original = load_file(base / file)
+    save_file(original, base / "consolidated.safetensors")
+    assert {name for name, _ in files.read_model(base)} == original.keys()
+    export.export(str(base), str(tmp_path / "adapter"), str(out))
+    assert "is read without adapter_model.safetensors, consolidated.safetensors" in capsys.readouterr().out
+    merged = {name: tensor for name, tensor in files.read_model(out)}
+    changed = {name for name in original if not torch.equal(merged[name], original[name])}
+    with open_adapter(tmp_path / "adapter") as adapter:
+        assert changed == {f"{path}.weight" for path in adapter.paths}
+    copied = {"config.json", "generation_config.json"}
+    written = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert written.keys() == copied | {"model-00001.safetensors", files.INDEX}
+    (tmp_path / "plain").touch()
+    assert set(written.values()) == {(tmp_path / "plain").stat().st_mode & 0o777}, "as the umask lets others read"
+
+    (base / files.INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(original, file)}))
+    assert {name for name, _ in files.read_model(base)} == original.keys()
+    (base / files.INDEX).unlink()
+    (base / file).rename(base / "copy.safetensors")
+    with pytest.raises(ValueError, match="is in an earlier file, too"):
+        export.export(str(base), str(tmp_path / "adapter"), str(tmp_path / "twice"))
+    assert not list(tmp_path.glob("twice*"))
+
+
+@torch.no_grad()
+def test_an_adapter_of_an_nf4_base_is_exported_onto_it(tmp_path, capsys):
+    """Against the layers that are trained. Onto the 16-bit base, what is printed is what the two models' own losses on
+    the texts say.
+    """
+    model = saved_adapter(TINY, tmp_path, rank=4, alpha=8, std=0.02)
+    adapter_files.save_adapter(model, tmp_path, base_model=str(TINY), base_dtype="nf4")
+    trained = load(TINY, torch.bfloat16)
+    lora.quantize_base(trained)
+    lora.inject(trained, ["all-linear"], 4, 8, merged=True)
+    adapter_files.load_adapter(trained, tmp_path)
+    for into in ("trained", "files"):
+        export.export(str(TINY), str(tmp_path), str(tmp_path / into), into)
+    exact, other = load(tmp_path / "trained", torch.bfloat16), load(tmp_path / "files", torch.bfloat16)
+    assert torch.equal(exact(IDS).logits, trained(IDS).logits)
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    texts = [tokenizer(text, return_tensors="pt")["input_ids"] for text in export.TEXTS]
+
+    def losses(model: torch.nn.Module) -> torch.Tensor:
+        return torch.cat(
+            [functional.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="none") for ids in texts]
+        )
+
+    expected = (losses(other) - losses(exact)).abs().mean().item()
+    printed = re.search(r"differ by ([0-9.]+) nats", capsys.readouterr().out)
+    assert float(printed[1]) == pytest.approx(expected, abs=0.001) and expected > 0.01
+    export.inspect(str(tmp_path), "")
+    assert f"base     {TINY}, trained on it in nf4" in capsys.readouterr().out
+
+
+def test_a_head_that_is_tied_is_not_exported_apart(model_folder, tmp_path):
+    """qwen2 here ties its head: an adapter of the head would change the embedding, or be lost."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_folder("qwen2"), base)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    peft.get_peft_model(load(base), config).save_pretrained(adapter, save_embedding_layers=False)
+    tensors = load_file(base / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors")
+    with pytest.raises(ValueError, match="changes lm_head, which .* ties to its embedding"):
+        export.export(str(base), str(adapter), str(tmp_path / "out"))
+    files.check_tied_head(base)  # the same once more, as many models of the hub have it
+    save_file(tensors | {"lm_head.weight": head.flip(0).contiguous()}, base / "model.safetensors")
+    with pytest.raises(ValueError, match="hold another lm_head.weight; set tie_word_embeddings to false"):
+        files.check_tied_head(base)
 
 
 def test_inspect_prints_what_each_module_gets_and_keeps(model_folder, tmp_path):

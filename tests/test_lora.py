@@ -153,7 +153,7 @@ def test_peft_reads_ours_and_we_read_peft(architecture, targets, rank, options, 
     with lora.disabled(ours):
         assert torch.equal(ours(IDS).logits, base)
 
-    adapter_files.save_adapter(ours, tmp_path / "ours", base_model=str(folder))
+    adapter_files.save_adapter(ours, tmp_path / "ours", base_model=str(folder), base_dtype="nf4")
     again = peft.PeftModel.from_pretrained(load(folder), tmp_path / "ours").eval()
     torch.testing.assert_close(again(IDS).logits, logits, rtol=0, atol=rounding)
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
@@ -216,6 +216,12 @@ BREAKS = {
     "bias = 'all' is not supported": lambda tensors, config: config.update(bias="all"),
     "use_dora = True is not supported": lambda tensors, config: config.update(use_dora=True),
     "rank_pattern": lambda tensors, config: config.update(rank_pattern={"q_proj": 8}),
+    "alora_invocation_tokens = [5, 9]": lambda tensors, config: config.update(alora_invocation_tokens=[5, 9]),
+    "new_variant = {'on': 1} is not supported": lambda tensors, config: config.update(new_variant={"on": 1}),
+    "also has 'model.language_model.layers.0.": lambda tensors, config: [
+        tensors.update({key.replace("model.layers", "model.language_model.layers"): tensors.pop(key)})
+        for key in list(tensors)
+    ],
     "pissa_niter_4": lambda tensors, config: config.update(init_lora_weights="pissa_niter_4"),
     "not one of a LoRA": lambda tensors, config: config.update(peft_type="IA3"),
     "lora_alpha in its adapter_config.json must be a number": lambda tensors, config: config.pop("lora_alpha"),
@@ -233,6 +239,37 @@ def test_a_broken_adapter_is_refused_in_one_line(message, model_folder, tmp_path
     with pytest.raises(ValueError) as error:
         adapter_files.load_adapter(model, tmp_path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_peft_has_no_setting_that_is_not_known_here():
+    """peft's own settings at their defaults are those of a plain LoRA; a later version may have more."""
+    settings = json.loads(json.dumps(peft.LoraConfig(task_type="CAUSAL_LM").to_dict(), default=str))
+    assert not [key for key in settings.keys() - adapter_files.PLAIN if settings[key] not in adapter_files.UNSET]
+    variants = (
+        "use_dora alora_invocation_tokens target_parameters arrow_config kasa_config monteclora_config use_bdlora"
+    )
+    assert set(variants.split()) <= settings.keys() - adapter_files.PLAIN
+
+
+@pytest.mark.parametrize(
+    "change", [lambda key: f"_orig_mod.{key}", lambda key: key.replace(".weight", ".default.weight")]
+)
+@torch.no_grad()
+def test_keys_of_plain_state_dicts_are_read(change, model_folder, tmp_path):
+    before = saved_adapter(model_folder("qwen2"), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({change(key): tensor for key, tensor in load_file(file).items()}, file)
+    after = load(model_folder("qwen2"))
+    lora.inject(after, ["all-linear"], 16, 16)
+    adapter_files.load_adapter(after, tmp_path)
+    assert torch.equal(after(IDS).logits, before(IDS).logits)
+
+
+def test_others_may_read_what_the_umask_lets_them(model_folder, tmp_path):
+    saved_adapter(model_folder("qwen2"), tmp_path)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
+    (tmp_path / "plain").touch()
+    assert set(modes.values()) == {oct((tmp_path / "plain").stat().st_mode & 0o777)}, modes
 
 
 def test_absent_and_cut_off_files_are_refused(model_folder, tmp_path):
@@ -277,6 +314,17 @@ def test_a_smaller_rank_is_the_best_there_is_and_says_what_it_lost(model_folder,
         lost, total = lost + error, total + old.square().sum()
     assert reported == pytest.approx((lost / total).sqrt().item(), rel=1e-4)
     assert 0.3 < reported < 0.9
+
+
+@pytest.mark.parametrize("rank", [65, 100, 128])
+@torch.no_grad()
+def test_a_rank_between_the_layers_width_and_the_files_loses_nothing(rank, model_folder, tmp_path):
+    before = saved_adapter(model_folder("llama"), tmp_path, rank=200, alpha=200, std=0.01)
+    after = load(model_folder("llama"))  # 64 wide
+    lora.inject(after, ["all-linear"], rank, 16)
+    assert adapter_files.load_adapter(after, tmp_path) < EPSILON
+    logits = before(IDS).logits
+    torch.testing.assert_close(after(IDS).logits, logits, rtol=0, atol=1000 * EPSILON * logits.abs().max().item())
 
 
 def test_shrinking_what_has_a_smaller_rank_already_loses_nothing():

@@ -135,8 +135,8 @@ MODES = {
     "merged": {"lora_forward": "merged"},
     "nf4": {"dtype": "nf4", "target_modules": ["q_proj", "down_proj"]},
     "full": {"lora_rank": 0, "lora_alpha": 32.0},
-    "larger rank": {"lora_rank": 32, "lora_adapter_path": "ADAPTER"},
-    "smaller rank": {"lora_rank": 2, "lora_adapter_path": "ADAPTER"},
+    "larger rank": {"lora_rank": 32, "lora_adapter_path": "ADAPTER", "kl_coef": 0.1},
+    "smaller rank": {"lora_rank": 2, "lora_adapter_path": "ADAPTER", "kl_coef": 0.1, "ref_adapter_path": "base"},
     "reference": {
         "ref_adapter_path": "ADAPTER",
         "kl_coef": 0.1,
@@ -144,6 +144,7 @@ MODES = {
         "lora_dropout": 0.1,
     },
 }
+REFERENCES = {"factored": "base", "larger rank": "adapter", "smaller rank": "base", "reference": "adapter"}
 
 
 def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
@@ -151,15 +152,17 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     and the mean logprob under the reference.
     """
     from configs.arithmetic_cpu import config as base
+    from configs.checks import resolve_config
     from runtime import run, setup
     from runtime.prompts import Stops
+    from train_grpo import ALGORITHMS
 
     base = dataclasses.replace(base, lora_rank=8)
     world, engine, results = fsdp_utils.init_world(), setup.build_engine(base, model, Stops()), {}
     batch = policy.pack([TOKENS[:1]], [TOKENS[1:]], world.device)
     for mode, changes in MODES.items():
         changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
-        config = dataclasses.replace(base, **changes)
+        config = resolve_config(dataclasses.replace(base, **changes), ALGORITHMS[base.algorithm])
         trained = setup.build_policy(config, model, world)
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
@@ -236,8 +239,8 @@ def test_what_each_mode_trains_is_what_vllm_runs(tmp_path):
     for results in on_ranks(2, train_and_stream, str(TINY), str(tmp_path / "adapter"), folder=tmp_path):
         for mode, (before, stale, synced, reference) in results.items():
             assert max(before, synced) < 4 * noise and stale > 10 * noise, (mode, noise, before, stale, synced)
-            if mode in ("factored", "reference"):
-                expected = adapted if mode == "reference" else base
+            if mode in REFERENCES:
+                expected = adapted if REFERENCES[mode] == "adapter" else base
                 assert abs(reference - chosen(expected[:-1], TOKENS[1:]).mean().item()) < 2 * noise
 
 

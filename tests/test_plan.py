@@ -140,6 +140,18 @@ def test_a_critic_is_there_in_every_phase(monkeypatch, capsys):
     assert all(float(value) == pytest.approx(3 * 4 * 7.07 / 8, rel=0.01) for value in row[1:]), "7.62B without the head"
 
 
+def test_a_mixture_of_experts_has_total_and_active_parameters(tmp_path, monkeypatch, capsys):
+    """Of Qwen3-30B-A3B, which are published as 30.5B and 3.3B; here the active ones are counted by hand, 3.35B."""
+    sizes = dict(hidden_size=2048, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128)
+    sizes |= dict(num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, vocab_size=151936)
+    AutoConfig.for_model("qwen3_moe", **sizes, tie_word_embeddings=False).save_pretrained(tmp_path)
+    config = "--config", str(ROOT / "configs/qwen2_5_3b_gsm8k.py"), "--model", str(tmp_path)
+    _, text = run(monkeypatch, capsys, *config, "--gpus", "8")
+    attention, experts, router = 2048 * 128 * (32 + 4 + 4 + 32), 8 * 3 * 2048 * 768, 2048 * 128
+    active = 48 * (attention + experts + router) + 2 * 151936 * 2048  # and some norms
+    assert f"30.5B parameters, of which {active / 1e9:.1f}B are active for a token" in text
+
+
 def test_mistakes_are_one_line(monkeypatch, capsys):
     code, text = run(monkeypatch, capsys, "--config", str(ROOT / "configs/arithmetic_cpu.py"), "--gpu", "8")
     assert code == 2 and text.startswith("error: unknown option '--gpu'") and text.count("\n") == 1

@@ -8,57 +8,58 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import fsdp_utils
 import policy
-from policy import FrozenHead, Policy, pack, packed_attention
+from policy import FrozenHead, Head, Policy, pack, packed_attention, trained_head
 from runtime import setup
 from train_grpo import log_z_head
 
 CPU = torch.device("cpu")
 
 
-def reference_head(hidden, weight, targets, temperature):
+def reference_head(hidden, head, targets, temperature):
     """Plain autograd through all logits."""
-    logp = F.log_softmax(hidden @ weight.T / temperature, dim=-1)
+    logits = hidden @ head.weight.T * head.scale
+    if head.bias is not None:
+        logits = logits + head.bias * head.scale
+    if head.cap:
+        logits = head.cap * torch.tanh(logits / head.cap)
+    logp = F.log_softmax(logits / temperature, dim=-1)
     return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("logits_at_once", [1 << 25, 350])
-def test_frozen_head_is_exact_in_float64(monkeypatch, temperature, logits_at_once):
-    """The logprobs, the entropy and the gradient, whole and in chunks of seven rows (the last one short)."""
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    "settings, bias, temperature, logits_at_once",
+    [
+        ({}, False, 1.0, 1 << 25),
+        ({}, False, 0.7, 350),  # chunks of seven rows, the last one short
+        ({"scale": 0.3}, False, 0.7, 350),
+        ({"scale": 0.3}, True, 0.7, 350),
+        ({"cap": 2.0}, False, 1.0, 350),
+        ({"cap": 2.0, "scale": 1.7}, True, 0.7, 1 << 25),
+    ],
+)
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_heads_are_exact_in_float64(
+    monkeypatch, trained, settings, bias, temperature, logits_at_once, entropy_gradient
+):
+    """The logprobs, the entropy, and the gradients of the hidden states and of a head that is trained."""
     monkeypatch.setattr(policy, "LOGITS_AT_ONCE", logits_at_once)
     torch.manual_seed(0)
-    hidden, weight = torch.randn(24, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
-    targets, upstream = torch.randint(50, (24,)), torch.randn(24, dtype=torch.float64)
-    ours, plain = (hidden.clone().requires_grad_() for _ in range(2))
-    logprobs, entropy = FrozenHead.apply(ours, weight, targets, temperature, False)
-    expected_logprobs, expected_entropy = reference_head(plain, weight, targets, temperature)
-    torch.testing.assert_close(logprobs, expected_logprobs, atol=1e-13, rtol=1e-12)
-    torch.testing.assert_close(entropy, expected_entropy, atol=1e-13, rtol=1e-12)
-    logprobs.backward(upstream)
-    expected_logprobs.backward(upstream)
-    torch.testing.assert_close(ours.grad, plain.grad, atol=1e-13, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "architecture, settings",
-    [("llama", {}), ("qwen2", {}), ("qwen3", {}), *[("mistral", {"sliding_window": size}) for size in (None, 6)]],
-)
-def test_packed_logprobs_equal_the_padded_models(model_folder, architecture, settings):
-    """Each completion's logprobs, against the untouched Hugging Face model run on one sequence at a time."""
-    folder = model_folder(architecture, dtype=torch.float32, **settings)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    ours = Policy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    torch.manual_seed(1)
-    sizes = [(9, 12), (7, 14), (13, 8), (5, 9), (3, 1)]  # three of one length, two others
-    prompts, completions = ([torch.randint(160, (n,)).tolist() for n in column] for column in zip(*sizes))
-    packed = pack(prompts, completions, CPU)
-    logprobs = ours(packed, temperature=0.8).logprobs
-    assert len(packed.input_ids) == sum(map(sum, sizes)), "no token is padding"
-    expected = []
-    for prompt, completion in zip(prompts, completions):
-        logits = plain(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.8
-        expected.append(torch.log_softmax(logits, -1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    assert (logprobs - torch.cat(expected)).norm() < 100 * EPSILON * torch.cat(expected).norm()
+    double = {"dtype": torch.float64}
+    values = [torch.randn(24, 16, **double), torch.randn(50, 16, **double), torch.randn(50, **double)]
+    targets, (upstream, for_entropy) = torch.randint(50, (24,)), torch.randn(2, 24, **double)
+    gradients = []
+    for score in (trained_head if trained else FrozenHead.apply, reference_head):
+        hidden, weight, b = (value.clone().requires_grad_(trained or i == 0) for i, value in enumerate(values))
+        head = Head(weight, b if bias else None, **settings)
+        options = [] if score is reference_head else [entropy_gradient]
+        logprobs, entropy = score(hidden, head, targets, temperature, *options)
+        loss = (logprobs * upstream).sum() + (entropy * for_entropy).sum() * entropy_gradient
+        inputs = [hidden, weight, b][: (3 if bias else 2) if trained else 1]
+        assert entropy.requires_grad == (entropy_gradient or score is reference_head)
+        gradients.append([logprobs, entropy, *torch.autograd.grad(loss, inputs)])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-13, rtol=1e-12)
 
 
 def test_neighbours_do_not_leak(model_folder):
@@ -117,12 +118,11 @@ def test_a_base_has_no_dropout(model_folder, tmp_path):
 @pytest.mark.parametrize(
     "architecture, sizes, words",
     [
-        ("gemma", {}, "nothing says how its model.embed_tokens.embed_scale is computed"),
-        ("phi", {}, "its head is not a matrix alone"),
-        ("mixtral", {"num_local_experts": 2}, "experts.* has 3 dimensions"),
+        ("gemma2", {}, "attn_logit_softcapping 50.0"),
+        ("apertus", {}, "its checkpoint has .*act_fn.beta, which is no parameter"),
         ("mamba", {}, "conv1d.weight has 3 dimensions"),
         ("gpt2", {}, "no decoder blocks named `layers`"),
-        ("cohere", {}, "logit_scale 0.0625"),
+        ("qwen3_5_text", {}, "conv1d.weight has 3 dimensions"),
         ("gemma3", {}, "must be a language model and nothing more"),
     ],
 )

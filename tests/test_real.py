@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -40,8 +41,10 @@ CHATS = {
     "Say something that nobody has said before.": "Seventeen lilac tractors 0xF3 zum Mitnehmen, \u6771\u4eac!",
     "47+85=": "47 + 85 = 132",
 }
+COOL = 0.5  # a temperature at which answers are short
+TOOL = {"role": "tool", "content": "The result is\n\n  4."}
 SHORT_QUESTIONS = ["What is 1+1? Answer with one number.", "What is 2+3? Answer with one number."]
-SMALL_RUN = "--steps 2 --max_prompt_length 64 --max_completion_length 16 --eval_problems 2"
+SMALL_RUN = "--steps 2 --max_prompt_length 128 --max_completion_length 16 --eval_problems 2"
 SMALL_RUN += f" --eval_samples 1 --lora_rank {RANK} --lora_alpha {ALPHA} --learning_rate 1e-4"
 
 
@@ -199,6 +202,7 @@ def two_runs(folder: Path, reference: Reference, short_questions: list[list[int]
         learned = any(bool(layer.adapters[lora.POLICY].lora_B.any()) for _, layer in lora.lora_layers(run.policy.model))
         found[name] = {"prompts": prompts, "learned": learned} | hand_over(run, reference)
     found["turns"] = turns(alive[0], short_questions)
+    found["conversations"] = conversations(alive[0])
     return found
 
 
@@ -231,6 +235,39 @@ def turns(run, questions: list[list[int]]) -> list[tuple]:
         for batch in batches
         for i, number in enumerate(batch.completions)
     ]
+
+
+def say_more(problem, messages) -> dict[str, str] | str | None:
+    """A tool's result for the first question, a user's doubt for the second; one reply each."""
+    if len(messages) > 2:
+        return None
+    return TOOL if problem.prompt == SHORT_QUESTIONS[0] else "Are you sure?"
+
+
+def conversations(run) -> list[tuple]:
+    """Conversations of two turns, each with the trainer's logprobs of what the update would train on."""
+    import reward
+    from runtime.batching import make_updates
+    from runtime.prompts import in_environment, tokenize
+    from runtime.run import request_of
+    from train_grpo import ALGORITHMS
+
+    reward.TASKS["arithmetic"] = dataclasses.replace(reward.TASKS["arithmetic"], reply=say_more)
+    run.engine.max_completion_length = 96
+    prompts = tokenize([reward.Problem(question, "") for question in SHORT_QUESTIONS], run.tokenizer, None)
+    prompts = [in_environment(prompt, run.config, run.tokenizer) for prompt in prompts]
+    completions = run.engine.generate([request_of(prompt, 8, COOL, seed=9 * i) for i, prompt in enumerate(prompts)])
+    alone = fsdp_utils.World(0, 1, run.world.device)
+    (batches,) = make_updates(completions, torch.ones(len(completions)), ALGORITHMS["grpo"].weight, run.config, alone)
+    found = []
+    for batch in batches:
+        with torch.no_grad():
+            logprobs = run.policy(batch.packed, COOL).logprobs
+        found += [
+            (completions[number], batch.packed.targets[batch.sequences == i], logprobs[batch.sequences == i])
+            for i, number in enumerate(batch.completions)
+        ]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +324,35 @@ def test_the_end_of_a_turn_is_sampled_and_trained_on(runs, smollm2):
         assert (ids.count(end), ids[-1] == end) == ((0, False) if completion.truncated else (1, True))
         assert targets.tolist() == ids and (weights > 0).all()
     assert not all(completion.truncated for completion, *_ in completions)
+
+
+def test_conversations_are_those_of_the_chat_template(runs, smollm2, reference):
+    """With a tool's message and a user's: text and tokens are those of all messages, rendered at once; trained are the
+    model's own, of which trainer and sampler think alike.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    whole = 0
+    for completion, targets, logprobs in runs[1][0]["conversations"]:
+        said = [token for token, trained in zip(completion.token_ids, completion.trained) if trained]
+        assert targets.tolist() == said
+        sampler = torch.tensor([logprob for logprob in completion.logprobs if logprob is not None])
+        assert distance(sampler, logprobs) < 4 / COOL * reference.noise  # of few tokens
+        if completion.truncated:
+            continue
+        question = SHORT_QUESTIONS[completion.request]
+        first, rest = said[: said.index(tokenizer.eos_token_id)], completion.last_turn
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": tokenizer.decode(first)}]
+        reply = say_more(SimpleNamespace(prompt=question), messages)
+        messages.append(reply if isinstance(reply, dict) else {"role": "user", "content": reply})
+        messages.append({"role": "assistant", "content": tokenizer.decode(rest, skip_special_tokens=True)})
+        ids = completion.prompt_ids + completion.token_ids
+        assert tokenizer.decode(ids) + "\n" == tokenizer.apply_chat_template(messages, tokenize=False)
+        assert said == first + [tokenizer.eos_token_id] + rest
+        before = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=True, return_dict=True)["input_ids"]
+        same = tokenizer(tokenizer.decode(first))["input_ids"] == first  # a model may sample "is" as "i" and "s"
+        assert ids[: len(ids) - len(rest)] == before or not same
+        whole += same
+    assert whole, "of 16 conversations"
 
 
 @pytest.mark.slow

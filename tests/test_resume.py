@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, TINY, on_ranks
+from test_lora import saved_adapter
 from torch import nn
 
 import fsdp_utils
@@ -203,10 +204,14 @@ def variants(base: list[str], cases: list[list[str]]) -> list[list]:
 
 @pytest.mark.slow
 def test_every_kind_of_run_goes_on(tmp_path):
-    """Full fine-tuning, four-bit bases, adapter sync, FlowRL's log Z and dynamic sampling's place in the data."""
+    """Full fine-tuning, four-bit bases, a start that is also the reference, adapter sync, FlowRL's log Z and dynamic
+    sampling's place in the data.
+    """
+    saved_adapter(TINY, tmp_path / "start", std=0.01)
     cases = {
         "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
         "nf4": ["--dtype", "nf4", "--lora_forward", "merged"],
+        "start": ["--lora_forward", "merged", "--lora_adapter_path", str(tmp_path / "start"), "--kl_coef", "0.1"],
         "adapter": ["--sync", "adapter", "--lora_dropout", "0.2"],
         "flowrl": ["--algorithm", "flowrl", "--lr_schedule", "cosine"],
         "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--offload", "all"],
@@ -219,6 +224,9 @@ def test_every_kind_of_run_goes_on(tmp_path):
         assert resumed == quiet and [row["step"] for row in quiet[0]] == [0, 1, 2, 3, 4], name
         assert sum(row.get("grad_norm", 0) for row in quiet[0][3:]) > 0, name
         assert max(row.get("mismatch/kl", 0) for row in quiet[0]) < 0.002, name  # dropout is no mismatch
+        if name == "start":
+            (first, *later) = (row["policy/kl_ref"] for row in quiet[0][1:])
+            assert first == 0 < min(later)
 
 
 def small_model() -> tuple[nn.Module, torch.optim.Optimizer]:

@@ -1,11 +1,15 @@
 """The engine generates the same tokens for the same requests, whatever else is in the batch."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import on_ranks
+from transformers import PretrainedConfig
 
 import fsdp_utils
+import rollout
 from rollout import Engine, Request, add_lora_linear
 from sync import HeldLinear
 
@@ -29,6 +33,30 @@ def test_requests_that_exceed_one_pass_are_answered_as_if_alone(model_folder, tm
     ((together, alone),) = on_ranks(1, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path)
     assert [completion.request for completion in together] == [i for i in range(40) for _ in range(2)]
     assert [c.token_ids for c in together] == [c.token_ids for answers in alone for c in answers]
+
+
+def test_vllm_gets_the_weights_that_the_trainer_reads_and_its_refusals_are_one_line(tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors", "adapter_model.safetensors"):
+        (tmp_path / name).write_text(name)
+    seen = []
+
+    def refusing(folder: str, error: Exception) -> None:
+        seen.append({path.name: path.read_text() for path in Path(folder).iterdir()})
+        raise error
+
+    monkeypatch.setattr(rollout.vllm, "LLM", refusing)
+    long = (
+        "Model architectures ['MineForCausalLM'] are not supported for now. " + "Supported architectures: ...\n" * 1000
+    )
+    with pytest.raises(AttributeError) as missing:
+        print(PretrainedConfig().block_dim)
+    refusals = {"MineForCausalLM": ValueError(long), "config.json lacks 'block_dim'": missing.value}
+    for words, error in refusals.items():
+        with pytest.raises(ValueError) as raised:
+            rollout.start_vllm(str(tmp_path), error=error)
+        line = str(raised.value)
+        assert words in line and str(tmp_path) in line and len(line) < 250 and "\n" not in line
+    assert seen == [{name: name for name in ("config.json", "model.safetensors")}] * 2
 
 
 def test_adapters_on_a_cpu_are_what_a_loop_over_tokens_makes_of_them():
@@ -62,16 +90,19 @@ def vllm_linear(weight, rows, sizes, columns, rank, **more):
 
 
 def test_a_ranks_share_of_a_weight_is_read_in_its_place():
-    """Of 4 ranks: queries by heads, keys by heads that two ranks share, and a linear that is split by columns."""
+    """Of 4 ranks: queries by heads, keys by heads that two ranks share, both as one matrix of a checkpoint that fuses
+    them, and a linear that is split by columns.
+    """
     q, k, everything = torch.randn(8, 6), torch.randn(4, 6), range(6)
     for rank in range(4):
         rows = [*range(2 * rank, 2 * rank + 2), *range(8 + rank // 2 * 2, 10 + rank // 2 * 2)]
-        fused = vllm_linear(torch.cat([q, k]), rows, [2, 2], everything, rank, output_size=16, num_kv_head_replicas=2)
-        for index, whole in enumerate((q, k)):
-            held = HeldLinear(fused, index).weight([5, 0, 3])
+        more = {"output_size": 16, "num_kv_head_replicas": 2, "tp_size": 4}
+        fused = vllm_linear(torch.cat([q, k]), rows, [2, 2], everything, rank, **more)
+        for parts, whole in ((range(1), q), (range(1, 2), k), (range(2), torch.cat([q, k]))):
+            held = HeldLinear(fused, parts).weight([5, 0, 3])
             assert held.places == [0, 1, 2] and torch.equal(held.values, whole[held.rows][:, [5, 0, 3]])
     for rank in range(3):
         split = vllm_linear(q, range(8), [8], range(2 * rank, 2 * rank + 2), rank)
-        held = HeldLinear(split, 0).weight([3, 5, 2])
+        held = HeldLinear(split, range(1)).weight([3, 5, 2])
         assert held.places == [[], [0, 2], [1]][rank]
         assert torch.equal(held.values, q[:, [[3, 5, 2][place] for place in held.places]])

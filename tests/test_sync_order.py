@@ -41,7 +41,7 @@ def calls_of_a_step(sleep_level, monkeypatch):
     engine = Engine.__new__(Engine)
     engine.llm, engine.sleep_level, engine.adapters, engine.copies_at_once = RecordingLLM(), sleep_level, {}, False
     engine.asleep = set()
-    engine.with_tied_head = iter
+    engine.for_packing = iter
     block = torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4), "down": torch.nn.Linear(4, 4, bias=False)})
     model = torch.nn.ModuleDict({"block": block})
     lora.inject(model, ["down"], 2, 2.0)

@@ -3,7 +3,10 @@
     python tools/adapter.py export --base MODEL --adapter DIR --out DIR     # a merged Hugging Face model
     python tools/adapter.py inspect DIR [--base MODEL]                      # its sizes, and what merging it loses
 
-Tensors are read, merged and written one at a time, so a model is never in memory as a whole.
+An adapter that was trained on an NF4 base belongs to what NF4 made of the weights. It is merged into those, so that the
+export computes what was trained; `--into files` merges it into the 16-bit weights, and measures the difference.
+
+Tensors are read, merged and written one at a time, so a model is only in memory as a whole if it is measured.
 """
 
 import argparse
@@ -13,12 +16,36 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
+import lora
+import nf4
 from lora import merge
 from runtime.adapter_files import AdapterFile, open_adapter
-from runtime.files import FLOATS, find_model, read_model, write_model
+from runtime.files import FLOATS, check_tied_head, find_model, read_model, write_model
+from runtime.setup import load_tokenizer, meta_model, read_model_config
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TEXTS = (  # whose logprobs two exports of one adapter are compared by
+    "Question: A train leaves at 3 pm and drives 180 miles at 60 miles per hour. When does it arrive?\nAnswer: It "
+    "drives 180 / 60 = 3 hours, so it arrives at 6 pm.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "The water cycle: the sun heats the sea, water evaporates and rises, cools in the air, and falls as rain or snow.",
+    "12+30=42 7+8=15 61+27=88",
+)
+
+
+def base_weights(folder: Path, dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model's folder, one at a time; with dtype "nf4", the linears as NF4 rounds them, in bfloat16."""
+    linears = ()
+    if dtype == "nf4":
+        linears = {f"{path}.weight" for path in lora.base_linears(meta_model(str(folder), torch.bfloat16))}
+    for name, tensor in read_model(folder):
+        if name in linears:
+            tensor = nf4.dequantize(*nf4.quantize(tensor.to(DEVICE)), tensor.shape[1], torch.bfloat16).cpu()
+        yield name, tensor
 
 
 def merge_all(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> Iterator[tuple[str, Tensor]]:
@@ -49,12 +76,48 @@ def matrices_for(adapter: AdapterFile, path: str, weight: Tensor) -> tuple[Tenso
     return A, B
 
 
-def export(base: str, adapter: str, out: str) -> None:
-    """Writes base + adapter as a model: merged in float32, rounded once."""
+def export(base: str, adapter: str, out: str, into: str = "trained") -> None:
+    """Writes base + adapter as a model: merged in float32, rounded once.
+
+    into: "trained", the base as the adapter was trained on it; "nf4", what NF4 makes of the base; "files", as it is.
+    """
     source = Path(find_model(base))
     with open_adapter(adapter) as file:
-        write_model(merge_all(read_model(source), file), Path(out), like=source)
-    print(f"wrote {out}")
+        dtype = file.base_dtype if into == "trained" else into
+        if getattr(read_model_config(str(source)), "tie_word_embeddings", False):
+            check_tied_head(source)
+            if any(path.endswith("lm_head") for path in file.paths):
+                raise ValueError(f"{adapter!r} changes lm_head, which {base!r} ties to its embedding; untie it first")
+        write_model(merge_all(base_weights(source, dtype), file), Path(out), like=source)
+        print(f"wrote {out}" + (", merged into what NF4 makes of the base, in bfloat16" if dtype == "nf4" else ""))
+        if file.base_dtype == "nf4" and dtype != "nf4":
+            print_difference(Path(out), merge_all(base_weights(source, "nf4"), file))
+
+
+@torch.no_grad()
+def print_difference(out: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
+    """Prints how far an exported model's logprobs are from those with the weights that were trained."""
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").to(DEVICE)
+    tokenizer = load_tokenizer(str(out))
+    texts = [tokenizer(text, return_tensors="pt")["input_ids"].to(DEVICE) for text in TEXTS]
+    exported = next_token_logprobs(model, texts)
+    parameters = dict(model.named_parameters())
+    for name, tensor in trained:
+        if name in parameters:  # the file of a model with a tied head may have both
+            parameters[name].copy_(tensor)
+    expected = next_token_logprobs(model, texts)
+    tokens = torch.cat([ids[0, 1:] for ids in texts])[:, None]
+    difference = (exported - expected).gather(1, tokens).abs().mean().item()
+    changed = (exported.argmax(1) != expected.argmax(1)).float().mean().item()
+    print(
+        f"merged into the 16-bit base, but trained on NF4: on {len(tokens)} tokens of text, logprobs differ by "
+        f"{difference:.3f} nats on average, and {changed:.1%} of the likeliest next tokens are others"
+    )
+
+
+def next_token_logprobs(model: PreTrainedModel, texts: list[Tensor]) -> Tensor:
+    """Texts of (1, tokens) -> (all tokens after a first one, vocabulary), float32."""
+    return torch.cat([model(ids).logits[0, :-1].float().log_softmax(-1) for ids in texts])
 
 
 def inspect(folder: str, base: str) -> None:
@@ -66,14 +129,14 @@ def inspect(folder: str, base: str) -> None:
         base = base or file.base_model
         if not base:
             raise ValueError("it does not name its base; say --base MODEL")
-        print(f"base     {base}")
+        print(f"base     {base}" + (f", trained on it in {file.base_dtype}" if file.base_dtype else ""))
         print(f"targets  {', '.join(file.target_modules)}: {len(file.paths)} modules")
         scale = f"alpha / sqrt(rank) = {file.scale:g}" if file.rslora else f"alpha / rank = {file.scale:g}"
         print(f"rank     {file.rank}, alpha {file.alpha:g}: the update is scaled by {scale}")
         parameters = sum(matrix.numel() for path in file.paths for matrix in file.matrices(path))
         print(f"size     {parameters:,} parameters")
         print(f"\n{'module':<48}{'|s BA|':>10}{'|s BA|/|W|':>12}{'survival':>10}")
-        for _, weight, path in with_paths(read_model(Path(find_model(base))), file):
+        for _, weight, path in with_paths(base_weights(Path(find_model(base)), file.base_dtype), file):
             if path:
                 print(f"{path:<48}{survival_columns(file, path, weight)}")
 
@@ -96,13 +159,20 @@ def main() -> None:
     command.add_argument("--base", required=True, help="a folder, or a name on the hub")
     command.add_argument("--adapter", required=True, help="a folder in peft's format")
     command.add_argument("--out", required=True, help="the folder to write; must not exist yet, or be empty")
+    command.add_argument(
+        "--into",
+        default="trained",
+        choices=("trained", "nf4", "files"),
+        help="the weights to merge into: as the adapter was trained (the default), what NF4 makes of the base, or as "
+        "the base's files have them",
+    )
     command = commands.add_parser("inspect", help="print what an adapter holds, and what merging it would lose")
     command.add_argument("adapter", help="a folder in peft's format")
     command.add_argument("--base", default="", help="the model it belongs to, if not the one that it names")
     arguments = parser.parse_args()
     try:
         if arguments.command == "export":
-            export(arguments.base, arguments.adapter, arguments.out)
+            export(arguments.base, arguments.adapter, arguments.out, arguments.into)
         else:
             inspect(arguments.adapter, arguments.base)
     except (ValueError, OSError) as error:

@@ -2,7 +2,7 @@
 
     python tools/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --eval_samples 8
     torchrun --nproc-per-node=8 tools/evaluate.py --adapter runs/x/checkpoints/step_000100/adapter
-    python tools/evaluate.py --run runs/x --checkpoint best
+    python tools/evaluate.py --run_folder runs/x --checkpoint best
 
 Every setting of training (configs/base.py) is an option here. A checkpoint, also if only its adapter is named, brings
 those of its run; by default all test problems are evaluated, and vLLM takes 90% of a GPU's memory. Written are
@@ -29,15 +29,13 @@ from transformers import PreTrainedTokenizerBase
 
 import fsdp_utils
 import lora
-import nf4
 import reward
 from configs.base import Config
 from rollout import Engine
 from runtime import checkpoint
-from runtime.adapter_files import open_adapter
+from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.command_line import OneLineParser, parse_over, read_config_file
 from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, sample_records
-from runtime.files import read_model
 from runtime.launch import launch
 from runtime.prompts import check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Prompt, Scorer
@@ -45,7 +43,7 @@ from runtime.setup import build_engine, check_writable, meta_model, model_folder
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
-from tools.adapter import merge_all
+from tools.adapter import base_weights, merge_all
 
 ALL = 1_000_000  # problems
 DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}  # whatever they were in training
@@ -53,46 +51,60 @@ DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}  # whatever the
 # ---- What is evaluated ----------------------------------------------------------------------------------------
 
 
-def parse(arguments: list[str]) -> tuple[Config, str]:
-    """The settings, of which `model` and `lora_adapter_path` are what is evaluated; and the output folder, if given.
+def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
+    """The settings, of which `model` and `lora_adapter_path` are what is evaluated; the output folder, if given; and
+    what may be wrong with the adapter.
 
     Raises ValueError or OSError of one line for whatever is wrong.
     """
     parser = OneLineParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", default="", help="a file of configs/", group="What is evaluated")
     parser.add_argument("--adapter", default="", help="an adapter's folder, in peft's format")
-    parser.add_argument("--run", default="", help="a run's folder: one of its checkpoints is evaluated")
+    parser.add_argument("--run_folder", default="", help="a run's folder: one of its checkpoints is evaluated")
     parser.add_argument("--checkpoint", default="", help="of that run: latest (the default), best, or a step")
     parser.add_argument("--out", default="", help="the folder to write; default: OUTPUT_DIR/evaluations/TASK_TIME")
     given, _ = parser.parse_known_args(arguments)
-    if given.run and (given.adapter or given.config):
-        raise ValueError("a run brings its own settings: leave out --run, or --adapter and --config")
-    if given.checkpoint and not given.run:
-        raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run")
+    adapter, settings = given.adapter or given.lora_adapter_path, {}
+    if given.run_folder and (adapter or given.config):
+        raise ValueError("a run brings its own settings: leave out --run_folder, or --adapter and --config")
+    if given.checkpoint and not given.run_folder:
+        raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run_folder")
 
-    adapter, settings = given.adapter, {}
     if given.config:
         settings = dataclasses.asdict(read_config_file(given.config))
-    elif given.run:
-        folder = find_checkpoint(Path(given.run), given.checkpoint or "latest")
+        adapter = adapter or settings["lora_adapter_path"]
+    elif given.run_folder:
+        folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
         settings = read_settings(folder)
         if settings["lora_rank"]:
             adapter = str(folder / "adapter")
         else:
             settings["model"] = str(folder / "model")
-    elif adapter and in_checkpoint(adapter):
+    elif adapter and (Path(adapter).parent / "state.json").is_file():  # of the run that trained it
         settings = read_settings(Path(adapter).parent)
-    if adapter:
-        with open_adapter(adapter) as file:
-            named = {"model": file.base_model} if file.base_model else {}
-        settings = named | settings | {"lora_adapter_path": adapter}
+    if not adapter:  # with sync adapter, vLLM would wait for one
+        return dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged"), given.out, []
 
+    with open_adapter(adapter) as file:
+        named = {"model": file.base_model, "dtype": file.base_dtype}
+    settings = {name: value for name, value in named.items() if value} | settings | {"lora_adapter_path": adapter}
     config = parse_over(settings | DEFAULTS, parser, arguments)
-    if not config.lora_adapter_path:
-        return dataclasses.replace(config, sync="merged"), given.out  # with sync adapter, vLLM would wait for one
-    with open_adapter(config.lora_adapter_path) as file:
-        scale = {"lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
-    return dataclasses.replace(config, **scale), given.out
+    changes = {"lora_adapter_path": adapter, "lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
+    if file.keys != {key: key for key in file.keys}:
+        changes["sync"] = "merged"  # vLLM reads only the keys that peft writes
+    return dataclasses.replace(config, **changes), given.out, doubts(config, file)
+
+
+def doubts(config: Config, file: AdapterFile) -> list[str]:
+    """What may be wrong with the base that the adapter is evaluated on."""
+    told = []
+    if file.base_model and file.base_model not in (config.model, config.model_source):
+        told.append(f"which names another base: {file.base_model}")
+    if file.base_dtype not in ("", config.dtype):
+        told.append(f"which was trained on a base in {file.base_dtype}")
+    if not file.base_dtype and config.dtype != "nf4":
+        told.append("which does not say how its base was stored; if that was NF4, add --dtype nf4")
+    return told
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
@@ -109,11 +121,6 @@ def find_checkpoint(run: Path, which: str) -> Path:
     if error:
         raise ValueError(f"checkpoint {str(folder)!r} cannot be used: {error}")
     return folder
-
-
-def in_checkpoint(adapter: str) -> bool:
-    """Whether the run that trained the adapter has left its settings beside it."""
-    return (Path(adapter).parent / "state.json").is_file()
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -136,6 +143,7 @@ class Sampler(NamedTuple):
     prompts: list[Prompt]
     scorer: Scorer
     engine: Engine
+    doubts: list[str]  # see above
 
     def evaluate(self) -> Evaluation:
         return evaluate_prompts(self.engine, self.prompts, self.config, self.scorer, self.tokenizer, self.world)
@@ -144,7 +152,7 @@ class Sampler(NamedTuple):
 def setup() -> tuple[Sampler, Path]:
     """The sampler of this command line, and the output folder."""
     listen(signal.SIG_DFL)
-    config, out = parse(sys.argv[1:])
+    config, out, told = parse(sys.argv[1:])
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
     out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -157,12 +165,14 @@ def setup() -> tuple[Sampler, Path]:
     stops = find_stops(config, tokenizer, model_config)
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompts[0].problem]))
     with fast_folder(model) as files:
-        engine = build_engine(dataclasses.replace(config, sleep_level=0), files, stops)
+        with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
+            targets = adapter and adapter.target_modules
+        engine = build_engine(dataclasses.replace(config, sleep_level=0), files, stops, targets)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(files)))
-    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine)
+    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine, told)
     if world.rank == 0:
         print_header(sampler)
     return sampler, folder
@@ -180,20 +190,13 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
     """The weights that training with these settings gives vLLM: the base, dequantised if it was in four bits, with the
     adapter merged.
     """
-    dtype, device = getattr(torch, config.compute_dtype), "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, config.compute_dtype)
     model = meta_model(str(folder), dtype)
-    wanted = dict(lora.base_weights(model))  # the file of a model with a tied head may have both
-    quantized = {f"{path}.weight" for path in lora.base_linears(model)} if config.dtype == "nf4" else set()
-
-    def base() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in read_model(folder):
-            if name in quantized:
-                tensor = nf4.dequantize(*nf4.quantize(tensor.to(device)), tensor.shape[1], dtype).cpu()
-            if name in wanted:
-                yield name, tensor.to(dtype)
-
+    # The files of a model with a tied head may have both.
+    wanted = {name for path, weight in lora.base_weights(model) for name, *_ in fsdp_utils.stored(path, weight)}
+    base = ((name, tensor.to(dtype)) for name, tensor in base_weights(folder, config.dtype) if name in wanted)
     with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
-        yield from merge_all(base(), adapter) if adapter else base()
+        yield from merge_all(base, adapter) if adapter else base
 
 
 # ---- Results --------------------------------------------------------------------------------------------------
@@ -205,11 +208,8 @@ def print_header(sampler: Sampler) -> None:
     print(f"model  {config.model}, base weights in {config.dtype}")
     if adapter:
         print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
-        with open_adapter(adapter) as file:
-            if file.base_model and file.base_model not in (config.model, sampler.tokenizer.name_or_path):
-                print(f"       which names another base: {file.base_model}")
-        if config.dtype != "nf4" and not in_checkpoint(adapter):
-            print("       which does not say how its base was stored; if that was NF4, add --dtype nf4")
+        for doubt in sampler.doubts:
+            print(f"       {doubt}")
     print(f"task   {config.task}, {len(sampler.prompts):,} test problems, {config.eval_samples} samples of each")
     print(f"world  {sampler.world.size} x {hardware()}", flush=True)
 
@@ -236,7 +236,7 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
         for k in sorted({2**power for power in range(n.bit_length())} | {n}):
             metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(sampled, k))
     completions = evaluation.completions
-    tokens = sum(len(completion.token_ids) for completion in completions)
+    tokens = sum(completion.length for completion in completions)
     return metrics | {
         "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
         "length_mean": tokens / len(completions),

@@ -56,6 +56,7 @@ SIZES = (
     *("vocab_size", "tie_word_embeddings"),
 )
 SHAPES = {  # from the models' config.json
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 4864, 24, 14, 2, 151936, True),
     "Qwen/Qwen2.5-3B-Instruct": (2048, 11008, 36, 16, 2, 151936, True),
     "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064, False),
     "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
@@ -108,6 +109,7 @@ class Trainer:
     policy: Learner
     critic: Learner | None  # with PPO
     model: float  # whole, as vLLM has it
+    active: float  # of that, what a token passes through: some of the experts, and all else
     engine: float  # one GPU's share of that
     streamed: float  # by a sync
     streamed_peak: float  # of that, at a time
@@ -171,6 +173,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     return Trainer(
         *learners,
         model=sum(whole.values()),
+        active=setup.active_parameters(policy.model) * width,
         engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
         streamed=sum(sent),
         streamed_peak=max(sent),
@@ -190,7 +193,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     module.model.to_empty(device=HERE)
     fsdp_utils.compute_buffers(module.model, HERE)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(config, module, config.learning_rate)
+    optimizer = make_optimizer(config, module, 0.0)
     checkpoint.allocate_state(optimizer, trained)  # it is there in every step but the first
     batch = full_batch(config)
     with Tracker(module, optimizer) as forward, torch.no_grad():
@@ -355,10 +358,13 @@ def report(
         raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
     trainer = plan_trainer(config, shape, gpus, prompt_head)
     ledgers = phases(config, shape, trainer, gpus, gpu_gb * GB)
+    width = getattr(torch, config.compute_dtype).itemsize
+    total, active = trainer.model / width / GB, trainer.active / width / GB
+    of_them = f", of which {active:.1f}B are active for a token" if active < total else ""
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
     lines = [
-        f"{config.model}, {trainer.model / getattr(torch, config.compute_dtype).itemsize / GB:.1f}B parameters, "
-        f"on {gpus} x {gpu_gb:g} GB; at its peak, each GPU holds (GB)",
+        f"{config.model}, {total:.1f}B parameters{of_them}, on {gpus} x {gpu_gb:g} GB; "
+        "at its peak, each GPU holds (GB)",
         "",
         f"{'':<22}" + "".join(f"{phase:>10}" for phase in ledgers),
     ]
