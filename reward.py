@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data import NO_SOURCE, Problem, Source, download, optional_package, read_problems
+from runtime.data import NO_SOURCE, Problem, Source, download, optional_package, read_problems
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
 Message = dict[str, str]  # of a chat: its "role" and its "content"

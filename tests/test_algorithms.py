@@ -15,8 +15,8 @@ import train_grpo
 from configs.base import Config
 from configs.checks import resolve_config
 from fsdp_utils import World
-from rollout import Completion
 from runtime.batching import MicroBatch, make_updates
+from runtime.conversation import Completion
 from runtime.optimize import schedule, update_metrics
 from train_grpo import (
     ALGORITHMS,

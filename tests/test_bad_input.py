@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import reward
 from configs.base import Config
 from configs.checks import LIMITS
-from data import Source
 from runtime import adapter_files, checkpoint
 from runtime.command_line import parse_config
+from runtime.data import Source
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}

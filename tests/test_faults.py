@@ -24,10 +24,10 @@ import reward
 import train_grpo
 from configs.base import Config
 from configs.checks import resolve_config
-from rollout import Completion
 from runtime import signals
 from runtime.batching import make_updates
 from runtime.checkpoint import Progress
+from runtime.conversation import Completion
 from runtime.evaluation import task_reward
 from runtime.health import HealthMonitor
 

@@ -11,9 +11,9 @@ from conftest import ROOT, torchrun
 
 import train_grpo
 from configs.base import Config
-from rollout import Completion
 from runtime import steps
 from runtime.checkpoint import Progress
+from runtime.conversation import Completion
 from runtime.health import (
     HealthMonitor,
     describe_rewards,

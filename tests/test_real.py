@@ -223,8 +223,8 @@ def hand_over(run, reference: Reference) -> dict[str, torch.Tensor]:
 
 def turns(run, questions: list[list[int]]) -> list[tuple]:
     """Completions, and what the update would train on: (completion, its targets, their weights)."""
-    from rollout import Request
     from runtime.batching import make_updates
+    from runtime.conversation import Request
     from train_grpo import ALGORITHMS
 
     completions = run.engine.generate([Request(ids, 8, 1.0, seed=9 * i) for i, ids in enumerate(questions)])

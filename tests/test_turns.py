@@ -23,10 +23,11 @@ from configs.base import Config
 from configs.checks import resolve_config
 from policy import Critic, Policy
 from reward import Problem
-from rollout import Completion, Engine, Request
+from rollout import Engine
 from runtime import prompts, setup
 from runtime.batching import batch_metrics, make_updates
-from runtime.conversation import Environment
+from runtime.conversation import Completion, Request
+from runtime.environment import Environment
 from runtime.optimize import update_metrics
 from train_grpo import ALGORITHMS
 
