@@ -193,7 +193,7 @@ def two_runs(folder: Path, reference: Reference, short_questions: list[list[int]
     }
     found, alive = {}, []  # an engine takes the process groups with it when it goes
     for name, (setup, train, options) in ways.items():
-        command = f"--config {ROOT}/configs/{options} --model {folder} --output_dir {out} --run_name {name} {SMALL_RUN}"
+        command = f"--config {ROOT}/configs/{options} --model {folder} --output_dir {out}/{name} {SMALL_RUN}"
         sys.argv[1:] = command.split()
         run = setup()
         train(run)

@@ -533,10 +533,10 @@ def calculator_runs(out: Path) -> None:
     small = "--prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
     ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
     runs = [
-        (train_grpo.setup_grpo, train_grpo.train, f"--run_name whole --steps 2 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--run_name parts --steps 1 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--run_name parts --steps 2 {small} --resume"),
-        (train_ppo.setup_ppo, train_ppo.train, f"--run_name ppo {ppo}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/whole --steps 2 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts --steps 1 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts --steps 2 {small} --resume"),
+        (train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo {ppo}"),
     ]
     alive = []
     for prepare, train, options in runs:
