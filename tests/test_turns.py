@@ -540,7 +540,7 @@ def calculator_runs(out: Path) -> None:
     ]
     alive = []
     for prepare, train, options in runs:
-        given = f"--config {ROOT}/examples/calculator_tool.py --output_dir {out} --tensor_parallel_size 2 {options}"
+        given = f"--config {ROOT}/examples/calculator_tool.py --tensor_parallel_size 2 {options}"
         sys.argv[1:] = given.split()
         alive.append(prepare())  # an engine takes the process groups with it when it goes
         train(alive[-1])
