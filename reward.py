@@ -1,7 +1,7 @@
 """Tasks: problems in, completion text in, score out. Strings only.
 
 A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. Rows of your
-own (data.py) take the place of its problems, functions of your own (runtime/user_rewards.py) that of its score.
+own (runtime/data.py) take the place of its problems, functions of your own (runtime/user_rewards.py) that of its score.
 
     own          problems from files of yours, scored by functions of yours
     arithmetic   two-digit sums, generated; what the tiny model of `tools/tiny_model.py` has learned, badly
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data import NO_SOURCE, Problem, Source, download, optional_package, read_problems
+from runtime.data import NO_SOURCE, Problem, Source, download, optional_package, read_problems
 
 GSM8K_URL = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl"
 Message = dict[str, str]  # of a chat: its "role" and its "content"

@@ -8,14 +8,12 @@ import runtime.quiet  # noqa: F401, I001  before torch
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -32,6 +30,7 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 import lora  # noqa: E402
 from fsdp_utils import on_every_rank, on_first_rank  # noqa: E402
+from runtime.conversation import Completion, Conversation, Request  # noqa: E402
 from runtime.files import one_line_errors, other_weights  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 from runtime.signals import StopRequest  # noqa: E402
@@ -39,113 +38,6 @@ from runtime.signals import StopRequest  # noqa: E402
 CPU_KV_CACHE = 1 << 30  # bytes
 STEPS_ALIKE = 16  # engine steps between two agreements of the ranks of one engine whether to stop
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
-
-# What the environment says to a turn of the model: from the turn's tokens to those that follow it; None: nothing more.
-Reply = Callable[[list[int]], list[int] | None]
-
-
-def single_turn() -> Reply:
-    """An environment that says nothing: the model's first turn is its last."""
-    return lambda turn: None
-
-
-@dataclass(frozen=True)
-class Request:
-    prompt_ids: list[int]
-    samples: int
-    temperature: float  # 0: greedy
-    seed: int  # sample i uses seed + i, so the same request always gives the same tokens
-    adapter: str = lora.POLICY  # a name given to `load_adapter`; the policy may be merged into the weights instead
-    environment: Callable[[], Reply] = single_turn  # called for each sample, which then has a conversation of its own
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the model said; in a conversation of several turns, also what the environment replied."""
-
-    request: int  # index of the request it answers
-    prompt_ids: list[int]  # of that request
-    token_ids: list[int]  # with the end tokens or stop texts that were reached, and the environment's replies
-    logprobs: list[float | None]  # of those tokens, by the sampler, at the sampling temperature; None: not sampled
-    truncated: bool  # cut off at max_completion_length
-
-    @property
-    def trained(self) -> list[bool]:
-        """Which of `token_ids` the model sampled. It learns from these alone; the others are only read."""
-        return [logprob is not None for logprob in self.logprobs]
-
-    @property
-    def length(self) -> int:
-        """The number of trained tokens: what every mean over tokens divides by."""
-        return sum(self.trained)
-
-    @property
-    def last_turn(self) -> list[int]:
-        """The tokens after the environment's last reply."""
-        replied = [place for place, trained in enumerate(self.trained) if not trained]
-        return self.token_ids[replied[-1] + 1 :] if replied else self.token_ids
-
-
-@dataclass
-class Conversation:
-    """One sample of a request, while it is generated turn by turn."""
-
-    index: int  # of the request
-    request: Request
-    sample: int
-    max_length: int  # in tokens, of all turns and replies together
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float | None] = field(default_factory=list)
-    turns: int = 0
-    truncated: bool = False
-    ended: bool = False
-
-    def __post_init__(self) -> None:
-        self.environment = self.request.environment()
-
-    @property
-    def name(self) -> str:
-        """Unique among the conversations of a call."""
-        return f"{self.index}.{self.sample}"
-
-    @property
-    def context(self) -> list[int]:
-        """What the model reads before its next turn: exactly the tokens that it has sampled, never tokenised again."""
-        return self.request.prompt_ids + self.token_ids
-
-    @property
-    def seed(self) -> int:
-        """Of the next turn: a function of the request, the sample and the turn alone."""
-        seed = self.request.seed + self.sample
-        return mix_seeds(seed, self.turns) if self.turns else seed
-
-    @property
-    def tokens_left(self) -> int:
-        return self.max_length - len(self.token_ids)
-
-    def add_turn(self, output: "vllm.CompletionOutput") -> None:
-        """What the model has said."""
-        self.turns += 1
-        self.turn = list(output.token_ids)
-        self.token_ids += self.turn
-        self.logprobs += output.logprobs.logprobs
-        self.truncated = output.finish_reason == "length"
-
-    def reply(self) -> list[int] | None:
-        """The environment's reply to the last turn; None for a turn that was cut off."""
-        return None if self.truncated else self.environment(self.turn)
-
-    def add_reply(self, reply: list[int] | None) -> None:
-        """Ends the conversation if there is no reply, or no room for it and one more token."""
-        if reply is not None and len(reply) < self.tokens_left:
-            self.token_ids += reply
-            self.logprobs += [None] * len(reply)
-        else:
-            self.truncated |= reply is not None
-            self.ended = True
-
-    def completion(self) -> Completion:
-        return Completion(self.index, self.request.prompt_ids, self.token_ids, self.logprobs, self.truncated)
 
 
 class Engine:
@@ -425,11 +317,6 @@ def add_lora_linear(
             else:
                 target.index_add_(0, rows, low @ B[slot, 0].T, alpha=scale)
             start += width
-
-
-def mix_seeds(*numbers: int) -> int:
-    """Several numbers hashed into one seed, of 32 bits, since a generator on a CPU ignores the others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:

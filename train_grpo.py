@@ -28,7 +28,7 @@ from torch import Tensor, nn
 import lora
 from configs.base import Config
 from configs.checks import resolve_config
-from rollout import Completion
+from runtime.conversation import Completion
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.command_line import parse_config
 from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, total_rewards

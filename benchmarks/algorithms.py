@@ -32,8 +32,7 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
     """The default task with two updates per rollout, without which no ratio is ever clipped."""
     config = dataclasses.replace(
         default,
-        run_name=f"{algorithm}_{seed}",
-        output_dir=f"{arguments.out}_runs",
+        output_dir=f"{arguments.out}_runs/{algorithm}_{seed}",
         algorithm=algorithm,
         seed=seed,
         steps=arguments.steps,

@@ -126,8 +126,8 @@ def report_update(rows: Rows, name: str, whole: Callable[..., None], size: Size,
 def update_run(size: Size, work: Path):
     """A run with an optimizer and no engine, and the micro-batches of an update of random tokens."""
     from configs.checks import resolve_config
-    from rollout import Completion
     from runtime.batching import make_updates
+    from runtime.conversation import Completion
     from train_grpo import ALGORITHMS
 
     scale = vs_trl.SCALES[size.scale]

@@ -150,7 +150,7 @@ def compare_logprobs(rows: Rows, when: str, run, folder: str, prompts: list[list
     """
     import fsdp_utils
     from policy import pack
-    from rollout import Request
+    from runtime.conversation import Request
 
     written = run.engine.generate([Request(p, samples=4, temperature=1.0, seed=i) for i, p in enumerate(prompts)])
     texts = prompts + [prompts[completion.request] + completion.token_ids for completion in written]

@@ -34,8 +34,7 @@ def train(rank: int, rate: float, seed: int, arguments: argparse.Namespace) -> l
         "learning_rate": rate,
         "seed": seed,
         "steps": arguments.steps,
-        "run_name": f"rank{rank}_{rate:g}_{seed}",
-        "output_dir": f"{arguments.out}_runs",
+        "output_dir": f"{arguments.out}_runs/rank{rank}_{rate:g}_{seed}",
         "eval_every": curves.EVERY,
         "save_every": 0,
         "max_useless": 0,  # a learning rate that is too high may show what becomes of it
@@ -43,7 +42,7 @@ def train(rank: int, rate: float, seed: int, arguments: argparse.Namespace) -> l
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
     command += ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     subprocess.run(command + [f"--{name}={value}" for name, value in options.items()], cwd=ROOT, check=True)
-    return curves.accuracies(Path(ROOT, options["output_dir"], options["run_name"]))
+    return curves.accuracies(Path(ROOT, options["output_dir"]))
 
 
 def main() -> None:

@@ -67,8 +67,7 @@ def train(cell: Cell, seed: int, arguments: Namespace) -> real_runs.Rows:
         "learning_rate": cell.rate,
         "seed": seed,
         "steps": ENDLESS if axis == "minutes" else int(limit),
-        "run_name": name,
-        "output_dir": output,
+        "output_dir": f"{output}/{name}",
         "max_useless": 0,  # what becomes of a bad setting is shown, and not stopped
     }
     command = real_runs.torchrun(arguments.ranks, arguments.config, options) + ["--resume", *arguments.more]

@@ -34,10 +34,10 @@ with patch("torch.cuda.is_available", return_value=True):  # they choose sizes w
 
 from benchmarks.counting import CARDS, Card, Counter  # noqa: E402
 from configs.base import Config  # noqa: E402
-from rollout import Completion  # noqa: E402
 from runtime import setup  # noqa: E402
 from runtime.batching import MicroBatch, make_updates  # noqa: E402
 from runtime.checkpoint import allocate_state  # noqa: E402
+from runtime.conversation import Completion  # noqa: E402
 from runtime.optimize import MAX_GRAD_NORM, make_optimizer  # noqa: E402
 from tools import plan  # noqa: E402
 from train_grpo import ALGORITHMS, configure, policy_loss  # noqa: E402

@@ -28,7 +28,7 @@ SLOPE = 1.0  # MB per 100 steps
 def start(folder: Path, name: str, options: list[str]) -> subprocess.Popen:
     """The default task on two processes, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train_grpo.py"]
-    command += ["--config", "configs/arithmetic_cpu.py", "--output_dir", str(folder), "--run_name", name]
+    command += ["--config", "configs/arithmetic_cpu.py", "--output_dir", str(folder / name)]
     command += ["--lr_schedule", "constant", "--learning_rate", "1e-4", *options]
     log = open(folder / f"{name}.log", "w")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "USE_SHM": "1"}

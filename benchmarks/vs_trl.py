@@ -198,8 +198,7 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
     problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
     reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
     config = Config(
-        run_name="lorl",
-        output_dir=str(folder),
+        output_dir=str(folder / "lorl"),
         task=TASK,
         model=str(model),
         steps=steps,

@@ -47,7 +47,6 @@ def run_lorl(config: Config, arguments: argparse.Namespace) -> None:
     options = {
         "seed": config.seed,
         "steps": config.steps,
-        "run_name": config.run_name,
         "output_dir": config.output_dir,
         "model": config.model,
         "eval_every": config.eval_every,
@@ -214,8 +213,7 @@ def configure(side: str, seed: int, arguments: argparse.Namespace) -> Config:
         seed=seed,
         steps=arguments.steps or ENDLESS,
         eval_every=arguments.eval_every,
-        run_name=f"{side}_{seed}",
-        output_dir=str(Path(f"{arguments.out}_runs").absolute()),
+        output_dir=str(Path(f"{arguments.out}_runs", f"{side}_{seed}").absolute()),
         **{name: value for name in SETTINGS if (value := getattr(arguments, name)) is not None},
     )
 

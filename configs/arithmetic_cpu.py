@@ -3,7 +3,7 @@
 from configs.base import Config
 
 config = Config(
-    run_name="arithmetic",
+    output_dir="runs/arithmetic",
     task="arithmetic",
     model="tiny",  # comes with the code: configs/tiny, made by tools/tiny_model.py
     steps=200,

@@ -6,7 +6,7 @@ from configs.arithmetic_cpu import config as default
 
 config = dataclasses.replace(
     default,
-    run_name="arithmetic_ppo",
+    output_dir="runs/arithmetic_ppo",
     steps=60,  # enough to see it learn
     algorithm="ppo",
     prompts_per_step=512,  # as many completions per step, each of another problem

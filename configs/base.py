@@ -24,8 +24,7 @@ def option(default: Any, help: str, **more: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    run_name: str = option("grpo", "The run's folder is OUTPUT_DIR/RUN_NAME; an older one is renamed.", group="The run")
-    output_dir: str = option("runs", "The folder that holds the folders of runs.")
+    output_dir: str = option("runs/grpo", "The run's folder; an older run's is renamed.", group="The run")
     steps: int = option(100, "Number of training steps, each a rollout and its updates.", least=1)
     seed: int = option(0, "The seed of the order of problems, the adapter and every sampled token.", least=0)
     eval_every: int = option(10, "Steps between evaluations; 0 evaluates only first and last.", least=0)
@@ -159,7 +158,7 @@ class Config:
     @property
     def run_folder(self) -> Path:
         """The folder of everything that the run writes."""
-        return Path(self.output_dir, self.run_name)
+        return Path(self.output_dir)
 
     @property
     def model_source(self) -> str:

@@ -56,8 +56,8 @@ def check_together(c: Any) -> None:
     # Names
     refuse(not c.target_modules, "target_modules must be a list of names, or [all-linear], not []")
     refuse(
-        Path(c.run_name).name != c.run_name or c.run_name in ("", ".", "..") or len(c.run_name) > 128,
-        f"run_name must be the name of one folder, of at most 128 characters: {c.run_name!r}",
+        Path(c.output_dir).name in ("", "..") or len(Path(c.output_dir).name) > 128,
+        f"output_dir must be a folder of the run's own, named by at most 128 characters: {c.output_dir!r}",
     )
     for name in ("prompt_field", "answer_field"):
         refuse(getattr(c, name) and not c.data, f"{name} names a column of data, which is not given; set data")

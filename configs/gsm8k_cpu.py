@@ -3,7 +3,7 @@
 from configs.base import Config
 
 config = Config(
-    run_name="gsm8k_cpu",
+    output_dir="runs/gsm8k_cpu",
     task="gsm8k",
     model="tiny",
     steps=3,

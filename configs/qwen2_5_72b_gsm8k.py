@@ -8,7 +8,7 @@ With USE_SHM=1, the trainer and vLLM read 145 GB from the disk once instead of t
 from configs.base import Config
 
 config = Config(
-    run_name="qwen2_5_72b_gsm8k",
+    output_dir="runs/qwen2_5_72b_gsm8k",
     task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-72B-Instruct",
     steps=116,  # one epoch: 7,473 problems / 64

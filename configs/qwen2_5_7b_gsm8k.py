@@ -7,7 +7,7 @@ source, and how its task and loss differ): the accuracy to expect. Not yet run h
 from configs.base import Config
 
 config = Config(
-    run_name="qwen2_5_7b_gsm8k",
+    output_dir="runs/qwen2_5_7b_gsm8k",
     task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-7B-Instruct",
     steps=116,  # one epoch: 7,473 problems / 64

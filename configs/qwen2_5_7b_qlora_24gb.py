@@ -3,7 +3,7 @@
 from configs.base import Config
 
 config = Config(
-    run_name="qwen2_5_7b_qlora_24gb",
+    output_dir="runs/qwen2_5_7b_qlora_24gb",
     task="gsm8k",  # asks for \boxed{}, the form in which Qwen2.5 was trained to answer mathematics
     model="Qwen/Qwen2.5-7B-Instruct",
     dtype="nf4",  # QLoRA: 15 GB of linears become 4; vLLM runs what the four bits stand for, in bf16

@@ -3,7 +3,7 @@
 from configs.base import Config
 
 config = Config(
-    run_name="smollm2_times_tables",
+    output_dir="runs/smollm2_times_tables",
     task="times_tables",
     model="HuggingFaceTB/SmolLM2-135M-Instruct",
     steps=60,

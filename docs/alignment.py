@@ -65,5 +65,5 @@ def markdown(table: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) == 1:
-        sys.argv += ["--config", "configs/arithmetic_cpu.py", "--run_name", "alignment"]
+        sys.argv += ["--config", "configs/arithmetic_cpu.py", "--output_dir", "runs/alignment"]
     print(markdown(align(setup_grpo())[1]))

@@ -27,7 +27,7 @@ def calculator(problem: reward.Problem, messages: list[reward.Message]) -> str |
 reward.TASKS["calculator"] = reward.Task(problems, reward.exact_match, reply=calculator)
 
 config = Config(
-    run_name="calculator",
+    output_dir="runs/calculator",
     task="calculator",
     model="tiny",
     steps=60,

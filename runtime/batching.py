@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.base import Config
 from fsdp_utils import World
 from policy import Packed, pack
-from rollout import Completion
+from runtime.conversation import Completion
 
 ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1, 0.1, 0.1 is not exactly 0.1
 

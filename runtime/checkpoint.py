@@ -237,9 +237,7 @@ def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
             raise ValueError(f"checkpoint {which!r} cannot be used: {error}")
         own = [path.resolve() for path in written(run).values()]
         if Path(which).resolve() not in own:
-            raise ValueError(
-                f"{which!r} is no checkpoint of the run {str(run)!r}; set output_dir and run_name to its own"
-            )
+            raise ValueError(f"{which!r} is no checkpoint of the run {str(run)!r}; set output_dir to its own")
         return Path(which)
     folders = written(run)
     for folder in reversed(folders.values()):

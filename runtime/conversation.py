@@ -1,78 +1,124 @@
-"""The environment's side of a conversation: what a task replies, as the tokens that follow a turn of the model.
+"""What the sampler is asked, what it answers, and how a conversation of several turns grows in between.
 
-The chat template writes what stands between two turns: the end of the first, the reply, the beginning of the next. Only
-that text is tokenised. What the model sampled stays as it is, or it would be trained on tokens that it did not choose.
+Nothing here knows of vLLM or of tasks: runtime/environment.py makes a task's replies into tokens.
 """
 
-import json
-import traceback
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+import numpy as np
 
-from data import Problem
-from reward import Message
+import lora
 
-TURN = "What the model said."  # stands for its turn, to find what the chat template writes after one
-
-
-class Environment:
-    """The conversation of one sample."""
-
-    def __init__(self, reply: Callable, problem: Problem, prompt: list[Message], tokenizer: PreTrainedTokenizerBase):
-        """reply: a `Task.reply`."""
-        self.reply, self.problem, self.messages, self.tokenizer = reply, problem, list(prompt), tokenizer
-
-    def __call__(self, turn: list[int]) -> list[int] | None:
-        """The tokens that follow the model's turn, up to where its next one begins; None: the conversation has ended.
-
-        Raises ValueError, in one line, for whatever is wrong with the reply.
-        """
-        text = self.tokenizer.decode(turn, skip_special_tokens=True)
-        self.messages.append({"role": "assistant", "content": text})
-        try:
-            message = ask(self.reply, self.problem, self.messages)
-            if message is None:
-                return None
-            self.messages.append(message)
-            return tokens_of_reply(self.messages, self.tokenizer, end=turn[-1])
-        except ValueError as error:
-            raise ValueError(f"the reply {error}, on {self.problem!r} and turn {text!r}") from error
+# What the environment says to a turn of the model: from the turn's tokens to those that follow it; None: nothing more.
+Reply = Callable[[list[int]], list[int] | None]
 
 
-def ask(reply: Callable, problem: Problem, messages: list[Message]) -> Message | None:
-    """The reply as a message. Raises ValueError if the task's function fails or returns something else."""
-    try:
-        said = reply(problem, [dict(message) for message in messages])
-    except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        raise ValueError(cause) from error
-    message = {"role": "user", "content": said} if isinstance(said, str) else said
-    if message is not None and not (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    ):
-        raise ValueError(f"is {said!r}, and must be a text, a message with role and content, or None")
-    return message
+def single_turn() -> Reply:
+    """An environment that says nothing: the model's first turn is its last."""
+    return lambda turn: None
 
 
-def tokens_of_reply(messages: list[Message], tokenizer: PreTrainedTokenizerBase, end: int) -> list[int]:
-    """The tokens of the last message and of what the chat template puts around it.
+@dataclass(frozen=True)
+class Request:
+    prompt_ids: list[int]
+    samples: int
+    temperature: float  # 0: greedy
+    seed: int  # sample i uses seed + i, so the same request always gives the same tokens
+    adapter: str = lora.POLICY  # a name given to `load_adapter`; the policy may be merged into the weights instead
+    environment: Callable[[], Reply] = single_turn  # called for each sample, which then has a conversation of its own
 
-    end: the token with which the model ended its turn, which the template writes, too. Raises ValueError if the
-    template does not show the reply.
-    """
-    *before, turn, reply = messages
-    text = reply["content"]
-    if tokenizer.chat_template:
-        chat = [*before, turn | {"content": TURN}, reply]
-        try:
-            whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template may raise whatever it likes
-            raise ValueError(f"of role {reply['role']!r} is refused by the chat template ({error})") from error
-        text = whole.rpartition(TURN)[2].removeprefix(tokenizer.decode([end]))
-    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    shown = reply["content"].strip() in text or json.dumps(reply["content"], ensure_ascii=False) in text
-    if not (tokens and shown):
-        raise ValueError(f"{reply!r} is not seen by the model; the conversation goes on with {text!r}")
-    return tokens
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model said; in a conversation of several turns, also what the environment replied."""
+
+    request: int  # index of the request it answers
+    prompt_ids: list[int]  # of that request
+    token_ids: list[int]  # with the end tokens or stop texts that were reached, and the environment's replies
+    logprobs: list[float | None]  # of those tokens, by the sampler, at the sampling temperature; None: not sampled
+    truncated: bool  # cut off at max_completion_length
+
+    @property
+    def trained(self) -> list[bool]:
+        """Which of `token_ids` the model sampled. It learns from these alone; the others are only read."""
+        return [logprob is not None for logprob in self.logprobs]
+
+    @property
+    def length(self) -> int:
+        """The number of trained tokens: what every mean over tokens divides by."""
+        return sum(self.trained)
+
+    @property
+    def last_turn(self) -> list[int]:
+        """The tokens after the environment's last reply."""
+        replied = [place for place, trained in enumerate(self.trained) if not trained]
+        return self.token_ids[replied[-1] + 1 :] if replied else self.token_ids
+
+
+@dataclass
+class Conversation:
+    """One sample of a request, while it is generated turn by turn."""
+
+    index: int  # of the request
+    request: Request
+    sample: int
+    max_length: int  # in tokens, of all turns and replies together
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+    turns: int = 0
+    truncated: bool = False
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.environment = self.request.environment()
+
+    @property
+    def name(self) -> str:
+        """Unique among the conversations of a call."""
+        return f"{self.index}.{self.sample}"
+
+    @property
+    def context(self) -> list[int]:
+        """What the model reads before its next turn: exactly the tokens that it has sampled, never tokenised again."""
+        return self.request.prompt_ids + self.token_ids
+
+    @property
+    def seed(self) -> int:
+        """Of the next turn: a function of the request, the sample and the turn alone."""
+        seed = self.request.seed + self.sample
+        return mix_seeds(seed, self.turns) if self.turns else seed
+
+    @property
+    def tokens_left(self) -> int:
+        return self.max_length - len(self.token_ids)
+
+    def add_turn(self, output: Any) -> None:
+        """output: what the model has said, a `vllm.CompletionOutput`."""
+        self.turns += 1
+        self.turn = list(output.token_ids)
+        self.token_ids += self.turn
+        self.logprobs += output.logprobs.logprobs
+        self.truncated = output.finish_reason == "length"
+
+    def reply(self) -> list[int] | None:
+        """The environment's reply to the last turn; None for a turn that was cut off."""
+        return None if self.truncated else self.environment(self.turn)
+
+    def add_reply(self, reply: list[int] | None) -> None:
+        """Ends the conversation if there is no reply, or no room for it and one more token."""
+        if reply is not None and len(reply) < self.tokens_left:
+            self.token_ids += reply
+            self.logprobs += [None] * len(reply)
+        else:
+            self.truncated |= reply is not None
+            self.ended = True
+
+    def completion(self) -> Completion:
+        return Completion(self.index, self.request.prompt_ids, self.token_ids, self.logprobs, self.truncated)
+
+
+def mix_seeds(*numbers: int) -> int:
+    """Several numbers hashed into one seed, of 32 bits, since a generator on a CPU ignores the others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 import reward as tasks
 from configs.base import Config
-from data import Problem
 from fsdp_utils import World, on_every_rank
-from rollout import Completion, Engine, mix_seeds
+from rollout import Engine
+from runtime.conversation import Completion, mix_seeds
+from runtime.data import Problem
 from runtime.run import Prompt, Run, Scorer, request_of
 from runtime.signals import Stopped
 from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised

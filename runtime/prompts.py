@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreT
 import fsdp_utils
 import reward
 from configs.base import Config
-from data import Problem, Source
-from runtime.conversation import Environment
+from runtime.data import Problem, Source
+from runtime.environment import Environment
 from runtime.files import one_line_errors
 from runtime.run import Prompt
 

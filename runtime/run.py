@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from configs.base import Config
-from data import Problem
 from fsdp_utils import World
 from policy import Policy
-from rollout import Engine, Reply, Request, mix_seeds, single_turn
+from rollout import Engine
 from runtime.checkpoint import Progress, Saved
+from runtime.conversation import Reply, Request, mix_seeds, single_turn
+from runtime.data import Problem
 from runtime.health import HealthMonitor
 from runtime.signals import StopRequest
 from runtime.tracking import RunLog
@@ -30,7 +31,7 @@ class Prompt:
 
     problem: Problem
     token_ids: list[int]
-    environment: Callable[[], Reply] = single_turn  # see runtime/conversation.py
+    environment: Callable[[], Reply] = single_turn  # see runtime/environment.py
 
 
 @dataclass

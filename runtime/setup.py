@@ -113,7 +113,7 @@ def check_writable(folder: Path) -> None:
     """Raises ValueError if the run's folder cannot be made or written, or if another run is writing it."""
     check_parent(folder)
     if in_use(folder):
-        raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another run_name")
+        raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another output_dir")
 
 
 def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
@@ -169,7 +169,7 @@ def changed_options(before: dict[str, Any], config: Config, step: int) -> str:
     """
     now = asdict(config)
     before = now | {name: value for name, value in before.items() if name in now}
-    changed = [name for name in now if before[name] != now[name] and name not in ("resume", "output_dir", "run_name")]
+    changed = [name for name in now if before[name] != now[name] and name not in ("resume", "output_dir")]
     changes = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
     old, new = (c.learning_rate * schedule(step + 1, c) for c in (SimpleNamespace(**before), config))
     if step < config.steps and old != new:

@@ -76,7 +76,7 @@ class RunLog:
             position and position["wandb"],
             self.print,
             project=os.environ.get("WANDB_PROJECT", "lorl"),
-            name=config.run_name,
+            name=config.run_folder.name,
             config=record,
         )
 

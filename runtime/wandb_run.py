@@ -3,6 +3,7 @@
 All calls to wandb are made here. Those about a run are made by a thread of its own, so none can stop or slow a step.
 """
 
+import logging
 import netrc
 import os
 import re
@@ -21,6 +22,7 @@ MODES = get_args(wandb.Settings.model_fields["mode"].annotation)
 REJECTED = re.compile(r"API key|invalid credentials|error 40[13]")  # in wandb's messages; others are about the network
 TIMEOUT = 15  # seconds, for the connection at the start and for what is not uploaded at the end
 WAITING = 10_000  # calls that may wait for the thread; later ones are dropped
+logging.raiseExceptions = False  # otherwise a full disk under wandb's own log prints a traceback for each of its lines
 
 
 def choose_mode() -> None:

@@ -15,8 +15,8 @@ import train_grpo
 from configs.base import Config
 from configs.checks import resolve_config
 from fsdp_utils import World
-from rollout import Completion
 from runtime.batching import MicroBatch, make_updates
+from runtime.conversation import Completion
 from runtime.optimize import schedule, update_metrics
 from train_grpo import (
     ALGORITHMS,
@@ -489,7 +489,7 @@ def test_every_row_learns(name):
 def test_a_run_with_everything_on(tmp_path):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
     options = {
-        "algorithm": "dapo", "steps": 2, "output_dir": tmp_path, "run_name": "all",
+        "algorithm": "dapo", "steps": 2, "output_dir": tmp_path / "all",
         "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_penalty": "k2_reward",
         "entropy_coef": 0.01, "tis_mode": "sequence_mask", "lr_schedule": "cosine", "warmup_steps": 1,
         "tokens_per_microbatch": 2048, "eval_problems": 32, "group_size": 2,

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 import reward
 from configs.base import Config
 from configs.checks import LIMITS
-from data import Source
 from runtime import adapter_files, checkpoint
 from runtime.command_line import parse_config
+from runtime.data import Source
 
 ARITHMETIC = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -68,11 +68,10 @@ OPTIONS = [
     ("--dtype=nf4 --sync=adapter", ["nf4", "use sync merged"]),
     ("--lora_forward=merged --sync=adapter", ["lora_forward merged", "lora_forward factored"]),
     ("--sleep_level=2 --sync=adapter", ["sleep_level 2", "use sleep_level 1"]),
-    ("--run_name=a/b", ["run_name", "'a/b'"]),
-    ("--run_name=..", ["run_name", "'..'"]),
-    ("--run_name=", ["run_name", "''"]),
-    (f"--run_name={'x' * 200}", ["run_name", "128"]),
-    ("--run_name=\udcff", ["run_name", "printable"]),
+    ("--output_dir=..", ["output_dir", "'..'"]),
+    ("--output_dir=", ["output_dir", "''"]),
+    (f"--output_dir={'x' * 200}", ["output_dir", "128"]),
+    ("--output_dir=\udcff", ["output_dir", "printable"]),
     ("--model=", ["model", "''"]),
     ("--prompt_field=q", ["prompt_field", "set data"]),
     ("--answer_field=a", ["answer_field", "set data"]),
@@ -130,7 +129,7 @@ CONFIG = "from configs.base import Config\n"
         (b"def f(): f()\nf()", ["RecursionError"]),
         (b"open('/nowhere/at/all')", ["FileNotFoundError", "/nowhere/at/all"]),
         (CONFIG.encode() + b"config = Config", ["must define config", "type"]),
-        (CONFIG.encode() + b"config = Config(3, 4)", ["run_name must be str, not 3"]),
+        (CONFIG.encode() + b"config = Config(3, 4)", ["output_dir must be str, not 3"]),
         (CONFIG.encode() + b"config = Config(steps=None)", ["steps must be int, not None"]),
         (CONFIG.encode() + b"config = Config(steps=True)", ["steps must be int, not True"]),
         (CONFIG.encode() + b"config = Config(steps=3.0)", ["steps must be int, not 3.0"]),
@@ -146,7 +145,7 @@ CONFIG = "from configs.base import Config\n"
         (CONFIG.encode() + b"config = Config(dtype=None)", ["dtype must be one of", "None"]),
         (CONFIG.encode() + b"config = Config(clip_low='a')", ["clip_low must be float, not 'a'"]),
         (CONFIG.encode() + b"config = Config(tis_mode=3)", ["tis_mode", "3"]),
-        (CONFIG.encode() + b"config = Config(run_name='a\\nb')", ["run_name must be printable"]),
+        (CONFIG.encode() + b"config = Config(output_dir='a\\nb')", ["output_dir must be printable"]),
     ],
 )
 def test_config_files(tmp_path, text, words):
@@ -263,7 +262,7 @@ def test_what_only_a_run_can_find_out(tmp_path):
         *bad_checkpoints(tmp_path / "runs" / "r", bad),
     ]
     before = sorted(tmp_path.rglob("*"))
-    run = [*ARITHMETIC, "--output_dir", str(tmp_path / "runs"), "--run_name", "r"]
+    run = [*ARITHMETIC, "--output_dir", str(tmp_path / "runs/r")]
     (said,) = on_ranks(1, complaints, [run + options for options, _ in cases], folder=tmp_path)
     wrong = []
     for (options, words), line in zip(cases, said, strict=True):
@@ -501,7 +500,7 @@ def bad_adapters(bad: Path) -> list[Case]:
 
 def bad_checkpoints(run: Path, bad: Path) -> list[Case]:
     """A run's checkpoint with one thing wrong, the run's only one or of another run."""
-    now = parse_config([*ARITHMETIC, "--run_name", "r"], "")
+    now = parse_config([*ARITHMETIC, "--output_dir", "runs/r"], "")
     progress = {"step": 1, "prompts_drawn": 8}
     state = {
         "progress": progress,
@@ -543,12 +542,12 @@ def bad_checkpoints(run: Path, bad: Path) -> list[Case]:
     case(run, ["lora_A", "None"])
     name = "policy.model.model.layers.0.self_attn.q_proj.adapters.policy.lora_A"
     case(run, [name, "[3, 3]"], state, {name: torch.zeros(3, 3)})
-    case(bad / "runs" / "other", ["no checkpoint of the run", "set output_dir and run_name"])
+    case(bad / "runs" / "other", ["no checkpoint of the run", "set output_dir to its own"])
     cases.append((["--resume", str(run / "checkpoints" / "step_000777")], ["step_000777"]))
     cases.append((["--resume", str(run)], ["checksums.json"]))
     shutil.copytree(run, bad / "runs" / "harmed")
     for path in (bad / "runs" / "harmed").rglob("state.json"):
         path.write_text("{}")
-    harmed = ["--output_dir", str(bad / "runs"), "--run_name", "harmed", "--resume"]
+    harmed = ["--output_dir", str(bad / "runs/harmed"), "--resume"]
     cases.append((harmed, ["is whole", "without --resume"]))
     return cases

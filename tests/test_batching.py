@@ -14,9 +14,9 @@ import fsdp_utils
 import lora
 from configs.base import Config
 from policy import Policy
-from rollout import Completion
 from runtime import setup
 from runtime.batching import assign, batch_metrics, make_updates
+from runtime.conversation import Completion
 
 TEMPERATURE = 0.7
 

@@ -15,7 +15,7 @@ from conftest import ROOT, torchrun
 TIMES = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # metrics that differ from run to run
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
 OPTIONS = f"--config {ROOT}/configs/arithmetic_cpu.py --prompts_per_step 8 --group_size 4 --eval_problems 8"
-OPTIONS += " --eval_every 1 --save_every 1 --lr_schedule constant --run_name grpo"
+OPTIONS += " --eval_every 1 --save_every 1 --lr_schedule constant --output_dir runs/grpo"
 
 
 class Machine:
@@ -106,12 +106,12 @@ def test_two_machines_are_one_world(machines, tmp_path):
 
     shutil.copytree(machines[0].folder / "runs", machines[1].folder / "runs")
     finish(start("3"))
-    alone = torchrun(2, *script, "--steps", "3", "--output_dir", str(tmp_path / "alone"))
+    alone = torchrun(2, *script, "--steps", "3", "--output_dir", str(tmp_path / "alone/grpo"))
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert read_metrics(machines[0].folder / "runs/grpo") == read_metrics(tmp_path / "alone/grpo")
 
     # From two machines to one.
-    done = torchrun(2, *script, "--steps", "4", "--output_dir", str(machines[0].folder / "runs"))
+    done = torchrun(2, *script, "--steps", "4", "--output_dir", str(machines[0].folder / "runs/grpo"))
     assert done.returncode == 0 and "step 4/4" in " ".join(done.stdout.split()), done.stderr[-3000:]
 
 
@@ -120,7 +120,7 @@ def test_replicas_across_machines(machines, tmp_path):
     """Two ranks on each share a copy of the weights, and the copies stay equal: the loss is that of one machine."""
     script = [str(ROOT / "train_grpo.py"), *OPTIONS.split(), "--steps", "1", "--fsdp_size", "2"]
     finish([machine.start(rank, *script, processes=2) for rank, machine in enumerate(machines)])
-    alone = torchrun(4, *script, "--output_dir", str(tmp_path / "alone"))
+    alone = torchrun(4, *script, "--output_dir", str(tmp_path / "alone/grpo"))
     assert alone.returncode == 0, alone.stderr[-3000:]
     assert read_metrics(machines[0].folder / "runs/grpo") == read_metrics(tmp_path / "alone/grpo")
 

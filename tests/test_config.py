@@ -60,7 +60,7 @@ def test_every_config_file_is_valid_and_short(path):
         (["--gradient_checkpointing", "perhaps"], ["gradient_checkpointing", "perhaps"]),
         (["--gpu_memory_utilization", "1.5"], ["gpu_memory_utilization", "1.5"]),
         (["--updates_per_rollout", "5"], ["updates_per_rollout", "5", "prompts_per_step"]),
-        (["--run_name", "../elsewhere"], ["run_name", "../elsewhere"]),
+        (["--output_dir", "elsewhere/.."], ["output_dir", "elsewhere/.."]),
         (["--seed", "-1"], ["seed", "-1"]),
     ],
 )

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 import reward
-from data import Problem, Source, read_problems
+from runtime.data import Problem, Source, read_problems
 
 ROWS = [{"question": f'What, "{i}"\nsquared?', "label": str(i * i), "level": "é"} for i in range(40)]
 VERL = {

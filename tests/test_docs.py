@@ -121,7 +121,7 @@ def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
         "eval_problems": 8,
         "eval_samples": 1,
     }
-    places = {"output_dir": folder, "run_name": "run"}
+    places = {"output_dir": folder / "run"}
     sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
     sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
     train_grpo.VERIFY_EVERY, os.environ["WANDB_MODE"] = 1, "offline"

@@ -158,7 +158,7 @@ def test_the_page_has_every_family():
 def arrives(folder, sync: str) -> tuple[dict[str, float], torch.Tensor, torch.Tensor, list]:
     """A sync's metrics, the logprobs of the texts by the trainer and by vLLM after it, and completions."""
     from benchmarks.gpu_shared import bare_run
-    from rollout import Request
+    from runtime.conversation import Request
 
     settings = dict(lora_rank=RANK, lora_alpha=ALPHA, dtype="float32", sync=sync)
     config = Config(max_prompt_length=60, max_completion_length=4, **settings)

@@ -24,10 +24,10 @@ import reward
 import train_grpo
 from configs.base import Config
 from configs.checks import resolve_config
-from rollout import Completion
 from runtime import signals
 from runtime.batching import make_updates
 from runtime.checkpoint import Progress
+from runtime.conversation import Completion
 from runtime.evaluation import task_reward
 from runtime.health import HealthMonitor
 
@@ -113,7 +113,7 @@ def start(fault: str, folder: Path, *options: str, **more) -> subprocess.Popen:
     (folder / "faulty.py").write_text(FAULTY.format(root=str(ROOT)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(folder / "faulty.py"), fault, "--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
-    command += ["--output_dir", str(folder), "--run_name", "r"]
+    command += ["--output_dir", str(folder / "r")]
     command += "--steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "process_group": 0} | more
     return subprocess.Popen([*command, *options], cwd=folder, **more)
@@ -346,7 +346,7 @@ def test_fewer_problems_than_a_batch(tmp_path):
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
     done = torchrun(
         2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data", str(tmp_path), "--steps", "2",
-        "--output_dir", str(tmp_path), "--run_name", "r",
+        "--output_dir", str(tmp_path / "r"),
         "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -11,9 +11,9 @@ from conftest import ROOT, torchrun
 
 import train_grpo
 from configs.base import Config
-from rollout import Completion
 from runtime import steps
 from runtime.checkpoint import Progress
+from runtime.conversation import Completion
 from runtime.health import (
     HealthMonitor,
     describe_rewards,
@@ -133,7 +133,7 @@ def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved(monkeypatch):
 def test_a_real_run_stops(tmp_path):
     """Two tokens hold no answer, so all rewards are 0."""
     options = "--steps 9 --max_useless 2 --max_completion_length 2 --prompts_per_step 4 --group_size 2 --save_every 0"
-    options += f" --eval_problems 4 --eval_samples 1 --output_dir {tmp_path} --run_name silent"
+    options += f" --eval_problems 4 --eval_samples 1 --output_dir {tmp_path}/silent"
     done = torchrun(1, "train_grpo.py", "--config", str(ROOT / "configs/arithmetic_cpu.py"), *options.split())
     assert done.returncode == 1
     (step, why, _, again) = done.stdout.splitlines()[-4:]

@@ -248,7 +248,8 @@ def with_adapters(model: str, adapters: dict[str, str]) -> list[tuple[list[float
     """Under each of vLLM's own LoRAs and under none: logprobs of `TOKENS`, and a token generated after them with its
     logprob, all of one batch.
     """
-    from rollout import Engine, Request
+    from rollout import Engine
+    from runtime.conversation import Request
 
     fsdp_utils.init_world()
     engine = Engine(

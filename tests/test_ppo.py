@@ -120,10 +120,10 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
 
 def test_a_short_run(tmp_path):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
-    options = "--steps 4 --run_name ppo --eval_problems 32 --prompts_per_step 128"
+    options = "--steps 4 --eval_problems 32 --prompts_per_step 128"
     options += " --kl_coef 0.01 --kl_penalty k1_reward --epochs_per_rollout 2"
     config = str(ROOT / "configs/arithmetic_cpu_ppo.py")
-    done = torchrun(2, "train_ppo.py", "--config", config, *options.split(), "--output_dir", str(tmp_path))
+    done = torchrun(2, "train_ppo.py", "--config", config, *options.split(), "--output_dir", str(tmp_path / "ppo"))
     assert done.returncode == 0, done.stderr[-3000:]
     _before, *steps = map(json.loads, (tmp_path / "ppo/metrics.jsonl").read_text().splitlines())
     assert ["policy/kl_ref" in step for step in steps] == [False, False, True, True]

@@ -193,7 +193,7 @@ def two_runs(folder: Path, reference: Reference, short_questions: list[list[int]
     }
     found, alive = {}, []  # an engine takes the process groups with it when it goes
     for name, (setup, train, options) in ways.items():
-        command = f"--config {ROOT}/configs/{options} --model {folder} --output_dir {out} --run_name {name} {SMALL_RUN}"
+        command = f"--config {ROOT}/configs/{options} --model {folder} --output_dir {out}/{name} {SMALL_RUN}"
         sys.argv[1:] = command.split()
         run = setup()
         train(run)
@@ -223,8 +223,8 @@ def hand_over(run, reference: Reference) -> dict[str, torch.Tensor]:
 
 def turns(run, questions: list[list[int]]) -> list[tuple]:
     """Completions, and what the update would train on: (completion, its targets, their weights)."""
-    from rollout import Request
     from runtime.batching import make_updates
+    from runtime.conversation import Request
     from train_grpo import ALGORITHMS
 
     completions = run.engine.generate([Request(ids, 8, 1.0, seed=9 * i) for i, ids in enumerate(questions)])

@@ -38,9 +38,7 @@ def start(folder: Path, *options: str, ranks: int = 2, **environment: str) -> su
     command += [
         *program.split(),
         "--output_dir",
-        str(folder),
-        "--run_name",
-        "r",
+        str(folder / "r"),
     ]
     command += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16".split()
     command += ["--steps", "8", "--save_every", "2", "--eval_every", "4", *options]
@@ -184,7 +182,7 @@ def variants(base: list[str], cases: list[list[str]]) -> list[list]:
     compared = []
     for case in cases:
         quiet = run(*case, "--save_every", "2")
-        resumed = run(*case, "--resume", f"{base[base.index('--output_dir') + 1]}/r/checkpoints/step_000002")
+        resumed = run(*case, "--resume", f"{base[base.index('--output_dir') + 1]}/checkpoints/step_000002")
         compared.append([quiet, resumed])
     return compared
 
@@ -197,21 +195,12 @@ def test_every_kind_of_run_goes_on(tmp_path):
     saved_adapter(TINY, tmp_path / "start", std=0.01)
     cases = {
         "full": ["--lora_rank", "0", "--learning_rate", "1e-4"],
-        "nf4": [
-            "--dtype",
-            "nf4",
-            "--lora_forward",
-            "merged",
-            "--lora_adapter_path",
-            str(tmp_path / "start"),
-            "--kl_coef",
-            "0.1",
-        ],
+        "nf4": f"--dtype nf4 --lora_forward merged --kl_coef 0.1 --lora_adapter_path {tmp_path}/start".split(),
         "adapter": ["--sync", "adapter", "--lora_dropout", "0.2"],
         "flowrl": ["--algorithm", "flowrl", "--lr_schedule", "cosine"],
         "dapo": ["--algorithm", "dapo", "--updates_per_rollout", "2", "--offload", "all"],
     }
-    base = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py"), "--output_dir", str(tmp_path), "--run_name", "r"]
+    base = ["--config", str(ROOT / "configs" / "arithmetic_cpu.py"), "--output_dir", str(tmp_path / "r")]
     base += ["--steps", "4", "--eval_every", "2"]
     base += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 8".split()
     (compared,) = on_ranks(1, variants, base, list(cases.values()), folder=tmp_path, timeout=600)
@@ -341,7 +330,7 @@ def test_what_a_disk_is_too_full_for_fails_and_leaves_nothing(tmp_path, capsys):
             checkpoint.write(tmp_path, 2, {}, {"a": torch.zeros(50_000)}, lambda folder: None)
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_000001"]
 
-        log = RunLog(Config(output_dir=str(tmp_path), run_name="r"), write=True)
+        log = RunLog(Config(output_dir=str(tmp_path / "r")), write=True)
         for step in range(100):
             log.append("samples", [{"step": step, "text": "x" * 1000}])
         with pytest.raises(OSError, match="samples.jsonl are not on the disk"):
@@ -426,7 +415,7 @@ def test_a_run_whose_end_could_not_be_saved_fails(tmp_path):
 
 def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):
     """Resumed, from any folder, before the better one, for which the one that was best until then had been deleted."""
-    config = Config(output_dir=str(tmp_path.parent), run_name=tmp_path.name)
+    config = Config(output_dir=str(tmp_path))
     for step, best in ((10, 10), (20, 10)):
         state = {"config": dataclasses.asdict(config), "log": {}, "progress": {"step": step, "best_step": best}}
         state["progress"]["started"] = "2024-02-29T23:59:59"

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import reward
-from data import Source
+from runtime.data import Source
 from tools.tiny_model import arithmetic_solution
 
 WAYS = ("#### N", "\\(\\boxed{N}\\)", "The answer is **$N**.", "**Answer:** N eggs.\n\nThat is all.")

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 import fsdp_utils
 import rollout
-from rollout import Engine, Request, add_lora_linear
+from rollout import Engine, add_lora_linear
+from runtime.conversation import Request
 from sync import HeldLinear
 
 

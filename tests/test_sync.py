@@ -98,7 +98,7 @@ def test_the_stream_arrives_in_vllm(ranks, tp, faults, overrides, model_folder, 
 
 def adapter_syncs(folder, tensor_parallel_size):
     """vLLM's own LoRA: three versions of the policy's adapter, one after the other, and then faulty ones."""
-    from rollout import Request
+    from runtime.conversation import Request
 
     a = a_run(folder, tensor_parallel_size, sync="adapter", sleep_level=1)
     found, before = [], set(Path("/dev/shm").glob("lorl-*"))

@@ -31,7 +31,7 @@ from runtime.tracking import RunLog
 
 def test_timeline(tmp_path, monkeypatch):
     monkeypatch.setenv("PROFILE_STEP", "2")
-    config = Config(output_dir=str(tmp_path), run_name="run", steps=3)
+    config = Config(output_dir=str(tmp_path / "run"), steps=3)
     log = RunLog(config, write=True)
     for step in log.traced(range(1, 4)):
         start = time.perf_counter()
@@ -73,10 +73,10 @@ def test_timeline(tmp_path, monkeypatch):
 
 def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
     """A second run of the same name would move it aside and write its own checkpoints among those of the first."""
-    config = Config(output_dir=str(tmp_path), run_name="run")
+    config = Config(output_dir=str(tmp_path / "run"))
     check_writable(tmp_path / "run")
     log = RunLog(config, write=True)
-    with pytest.raises(ValueError, match="is being written by a run that has not ended; choose another run_name"):
+    with pytest.raises(ValueError, match="is being written by a run that has not ended; choose another output_dir"):
         check_writable(tmp_path / "run")
     with pytest.raises(ValueError, match="is being written"):  # also where the other one came after the first look
         open_log(config, write=True, saved=None)
@@ -153,7 +153,7 @@ from configs.base import Config
 from runtime.tracking import COLUMNS, RunLog
 
 folder, fault = sys.argv[1:]
-log = RunLog(Config(output_dir=folder, run_name="r"), write=True)
+log = RunLog(Config(output_dir=folder + "/r"), write=True)
 log.record({"step": 1, "loss": 0.5})
 while not log.wandb.calls.empty():
     time.sleep(0.01)
@@ -236,7 +236,7 @@ def test_an_operators_time_is_without_that_of_those_it_calls():
 
 def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
     """A changed loop may lack every phase and metric; NaN is no number for the console, JSON or wandb."""
-    config = Config(output_dir=str(tmp_path), run_name="run", steps=3)
+    config = Config(output_dir=str(tmp_path / "run"), steps=3)
     log = RunLog(config, write=True)
     logged = []
     log.wandb = SimpleNamespace(log=lambda metrics, step: logged.append(metrics), finish=lambda: None)

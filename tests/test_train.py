@@ -17,7 +17,7 @@ def train(ranks: int, config: str, folder: Path, *options: str) -> tuple[list[di
     """Runs a configuration; its metrics and its run folder."""
     name = Path(config).stem
     done = torchrun(
-        ranks, "train_grpo.py", "--config", str(ROOT / config), "--output_dir", str(folder), "--run_name", name,
+        ranks, "train_grpo.py", "--config", str(ROOT / config), "--output_dir", str(folder / name),
         *options,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -80,7 +80,7 @@ def test_your_own_data_and_rewards(tmp_path):
     sizes = "--steps 2 --prompts_per_step 8 --max_prompt_length 16 --max_completion_length 24 --learning_rate 2e-3"
     own = f"--data {ROOT}/examples/sums.csv --prompt_field question --answer_field label"
     rewards = f"--reward {ROOT}/examples/rewards.py:score {ROOT}/examples/rewards.py:short=0.5"
-    command = f"--model tiny {own} {rewards} {sizes} --output_dir {tmp_path} --run_name own"
+    command = f"--model tiny {own} {rewards} {sizes} --output_dir {tmp_path}/own"
     on_ranks(2, train_on, command, folder=tmp_path)
     assert "54 problems to train on, 6 held out" in (tmp_path / "rank_0.txt").read_text()
     _, *metrics = [json.loads(line) for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()]

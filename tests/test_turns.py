@@ -23,10 +23,11 @@ from configs.base import Config
 from configs.checks import resolve_config
 from policy import Critic, Policy
 from reward import Problem
-from rollout import Completion, Engine, Request
+from rollout import Engine
 from runtime import prompts, setup
 from runtime.batching import batch_metrics, make_updates
-from runtime.conversation import Environment
+from runtime.conversation import Completion, Request
+from runtime.environment import Environment
 from runtime.optimize import update_metrics
 from train_grpo import ALGORITHMS
 
@@ -532,14 +533,14 @@ def calculator_runs(out: Path) -> None:
     small = "--prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
     ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
     runs = [
-        (train_grpo.setup_grpo, train_grpo.train, f"--run_name whole --steps 2 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--run_name parts --steps 1 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--run_name parts --steps 2 {small} --resume"),
-        (train_ppo.setup_ppo, train_ppo.train, f"--run_name ppo {ppo}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/whole --steps 2 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts --steps 1 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts --steps 2 {small} --resume"),
+        (train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo {ppo}"),
     ]
     alive = []
     for prepare, train, options in runs:
-        given = f"--config {ROOT}/examples/calculator_tool.py --output_dir {out} --tensor_parallel_size 2 {options}"
+        given = f"--config {ROOT}/examples/calculator_tool.py --tensor_parallel_size 2 {options}"
         sys.argv[1:] = given.split()
         alive.append(prepare())  # an engine takes the process groups with it when it goes
         train(alive[-1])

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 import fsdp_utils
 from configs.base import Config
-from data import Problem
-from rollout import Completion
+from runtime.conversation import Completion
+from runtime.data import Problem
 from runtime.evaluation import Evaluation, compute_rewards, make_scorer, part_metrics, total_rewards
 from runtime.run import Prompt
 from runtime.user_rewards import UserRewards
@@ -284,4 +284,4 @@ def test_the_functions_in_the_page(tmp_path):
 
 def test_examples_are_short():
     for path in (ROOT / "examples").glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 30, path.name
+        assert len(path.read_text().splitlines()) <= 50, path.name

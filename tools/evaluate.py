@@ -155,7 +155,7 @@ def setup() -> tuple[Sampler, Path]:
     config, out, told = parse(sys.argv[1:])
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
-    out = out or f"{config.output_dir}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
+    out = out or f"{config.run_folder.parent}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))
     model = model_folder(config)
     tokenizer = load_tokenizer(model)

@@ -1,0 +1,78 @@
+"""The environment's side of a conversation: what a task replies, as the tokens that follow a turn of the model.
+
+The chat template writes what stands between two turns: the end of the first, the reply, the beginning of the next. Only
+that text is tokenised. What the model sampled stays as it is, or it would be trained on tokens that it did not choose.
+"""
+
+import json
+import traceback
+from collections.abc import Callable
+
+from transformers import PreTrainedTokenizerBase
+
+from reward import Message
+from runtime.data import Problem
+
+TURN = "What the model said."  # stands for its turn, to find what the chat template writes after one
+
+
+class Environment:
+    """The conversation of one sample."""
+
+    def __init__(self, reply: Callable, problem: Problem, prompt: list[Message], tokenizer: PreTrainedTokenizerBase):
+        """reply: a `Task.reply`."""
+        self.reply, self.problem, self.messages, self.tokenizer = reply, problem, list(prompt), tokenizer
+
+    def __call__(self, turn: list[int]) -> list[int] | None:
+        """The tokens that follow the model's turn, up to where its next one begins; None: the conversation has ended.
+
+        Raises ValueError, in one line, for whatever is wrong with the reply.
+        """
+        text = self.tokenizer.decode(turn, skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": text})
+        try:
+            message = ask(self.reply, self.problem, self.messages)
+            if message is None:
+                return None
+            self.messages.append(message)
+            return tokens_of_reply(self.messages, self.tokenizer, end=turn[-1])
+        except ValueError as error:
+            raise ValueError(f"the reply {error}, on {self.problem!r} and turn {text!r}") from error
+
+
+def ask(reply: Callable, problem: Problem, messages: list[Message]) -> Message | None:
+    """The reply as a message. Raises ValueError if the task's function fails or returns something else."""
+    try:
+        said = reply(problem, [dict(message) for message in messages])
+    except (Exception, SystemExit) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+        raise ValueError(cause) from error
+    message = {"role": "user", "content": said} if isinstance(said, str) else said
+    if message is not None and not (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    ):
+        raise ValueError(f"is {said!r}, and must be a text, a message with role and content, or None")
+    return message
+
+
+def tokens_of_reply(messages: list[Message], tokenizer: PreTrainedTokenizerBase, end: int) -> list[int]:
+    """The tokens of the last message and of what the chat template puts around it.
+
+    end: the token with which the model ended its turn, which the template writes, too. Raises ValueError if the
+    template does not show the reply.
+    """
+    *before, turn, reply = messages
+    text = reply["content"]
+    if tokenizer.chat_template:
+        chat = [*before, turn | {"content": TURN}, reply]
+        try:
+            whole = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise whatever it likes
+            raise ValueError(f"of role {reply['role']!r} is refused by the chat template ({error})") from error
+        text = whole.rpartition(TURN)[2].removeprefix(tokenizer.decode([end]))
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = reply["content"].strip() in text or json.dumps(reply["content"], ensure_ascii=False) in text
+    if not (tokens and shown):
+        raise ValueError(f"{reply!r} is not seen by the model; the conversation goes on with {text!r}")
+    return tokens
