@@ -31,7 +31,15 @@ from configs.checks import resolve_config
 from runtime.conversation import Completion
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.command_line import parse_config
-from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, total_rewards
+from runtime.evaluation import (
+    compute_rewards,
+    evaluate,
+    groups_that_differ,
+    log_samples,
+    part_metrics,
+    rollout_metrics,
+    total_rewards,
+)
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
@@ -386,31 +394,6 @@ def select_groups(scores: Tensor, config: Config) -> list[int]:
     differ = groups_that_differ(scores, config.group_size) | (config.max_rollouts == 1)
     chosen = differ.nonzero()[: config.prompts_per_step]
     return (chosen * config.group_size + torch.arange(config.group_size)).flatten().tolist()
-
-
-def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
-    """(N,) -> (P,) bool: whether a group's scores are not all the same."""
-    groups = scores.view(-1, group_size)
-    return (groups != groups[:, :1]).any(1)
-
-
-def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
-    """Metrics of all completions sampled in the step; group_size None: the algorithm compares no groups."""
-    metrics = {}
-    if group_size:
-        differ = groups_that_differ(scores, group_size)
-        metrics |= {"rollout/groups": len(differ), "reward/mixed_groups_frac": differ.double().mean().item()}
-    if len(scores) > 1:
-        metrics["reward/std"] = scores.std().item()
-    lengths = [completion.length for completion in completions]
-    return metrics | {
-        "reward/mean": scores.mean().item(),
-        "reward/min": scores.min().item(),
-        "reward/max": scores.max().item(),
-        "rollout/tokens": sum(lengths),
-        "completion/length_mean": sum(lengths) / len(lengths),
-        "completion/truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
-    }
 
 
 def overlong_penalties(completions: list[Completion], config: Config, share: float) -> Tensor:

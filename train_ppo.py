@@ -32,7 +32,7 @@ from configs.checks import resolve_config
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.checkpoint import restore_state
 from runtime.command_line import parse_config
-from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, total_rewards
+from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, rollout_metrics, total_rewards
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, make_optimizer, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
@@ -47,7 +47,6 @@ from train_grpo import (
     clip_token,
     kl,
     overlong_penalties,
-    rollout_metrics,
     update_policy,
 )
 

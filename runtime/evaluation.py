@@ -92,6 +92,31 @@ def total_rewards(rewards: list[Reward]) -> Tensor:
     return torch.tensor([reward.total for reward in rewards], dtype=torch.float64)
 
 
+def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
+    """(N,) -> (P,) bool: whether a group's scores are not all the same."""
+    groups = scores.view(-1, group_size)
+    return (groups != groups[:, :1]).any(1)
+
+
+def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
+    """Metrics of all completions sampled in the step; group_size None: the algorithm compares no groups."""
+    metrics = {}
+    if group_size:
+        differ = groups_that_differ(scores, group_size)
+        metrics |= {"rollout/groups": len(differ), "reward/mixed_groups_frac": differ.double().mean().item()}
+    if len(scores) > 1:
+        metrics["reward/std"] = scores.std().item()
+    lengths = [completion.length for completion in completions]
+    return metrics | {
+        "reward/mean": scores.mean().item(),
+        "reward/min": scores.min().item(),
+        "reward/max": scores.max().item(),
+        "rollout/tokens": sum(lengths),
+        "completion/length_mean": sum(lengths) / len(lengths),
+        "completion/truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
+    }
+
+
 def part_metrics(rewards: list[Reward]) -> dict[str, float]:
     """Mean and standard deviation of each part, where a reward without it counts 0; and the number of timeouts."""
     names = dict.fromkeys(name for reward in rewards for name in reward.parts)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import ROOT, torchrun
 
-import train_grpo
 from configs.base import Config
 from runtime import steps
 from runtime.checkpoint import Progress
 from runtime.conversation import Completion
+from runtime.evaluation import rollout_metrics
 from runtime.health import (
     HealthMonitor,
     describe_rewards,
@@ -34,15 +34,13 @@ def completions(count: int) -> list[Completion]:
 
 def test_groups_with_different_rewards_are_counted():
     scores = torch.tensor([0, 0, 1, 1, 0, 1, 0.1, 0.1, 0.1, -1], dtype=torch.float64)
-    found = train_grpo.rollout_metrics(completions(10), scores, group_size=2)
+    found = rollout_metrics(completions(10), scores, group_size=2)
     assert found["rollout/groups"] == 5 and found["reward/mixed_groups_frac"] == pytest.approx(2 / 5)
     assert (found["reward/min"], found["reward/max"]) == (-1, 1) and rewards_differ(found)
-    solved_or_not = train_grpo.rollout_metrics(completions(4), scores[:4], group_size=2)
+    solved_or_not = rollout_metrics(completions(4), scores[:4], group_size=2)
     assert not rewards_differ(solved_or_not), "each group has one reward"
-    assert rewards_differ(train_grpo.rollout_metrics(completions(4), scores[:4], None)), (
-        "the step is compared as a whole"
-    )
-    (alone,) = [train_grpo.rollout_metrics(completions(1), scores[:1], None)]
+    assert rewards_differ(rollout_metrics(completions(4), scores[:4], None)), "the step is compared as a whole"
+    (alone,) = [rollout_metrics(completions(1), scores[:1], None)]
     assert "reward/std" not in alone and not rewards_differ(alone), "of one completion there is no deviation"
     assert rewards_differ({"my/metric": 1.0}), "a loop that does not measure rewards is not judged"
 

@@ -28,6 +28,7 @@ from runtime import prompts, setup
 from runtime.batching import batch_metrics, make_updates
 from runtime.conversation import Completion, Request
 from runtime.environment import Environment
+from runtime.evaluation import rollout_metrics
 from runtime.optimize import update_metrics
 from train_grpo import ALGORITHMS
 
@@ -95,7 +96,7 @@ def step_of(name: str, folder: Path, world, completions: list[Completion]) -> tu
     policy = make(Policy, folder, world, prompt_head=head(algorithm))
     set_values(policy, 1, fsdp_utils.fill)
     run = SimpleNamespace(config=config, policy=policy, world=world, optimizer=Recorder(policy), learners={})
-    metrics = train_grpo.rollout_metrics(completions, REWARDS, None)
+    metrics = rollout_metrics(completions, REWARDS, None)
     penalized = REWARDS + train_grpo.overlong_penalties(completions, config, algorithm.overlong)
     if config.kl_in_reward and name != "ppo":
         penalized = penalized - config.kl_coef * train_grpo.reference_kl(run, completions)
