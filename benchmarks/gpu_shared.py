@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,9 @@ def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True)
 
     world = fsdp_utils.init_world()
     policy = setup.build_policy(config, folder, world)
-    engine = setup.build_engine(config, folder, Stops(), lora.target_names(policy.model)) if sample else None
+    engine = (
+        setup.build_engine(config, folder, Stops(), lora.target_names(policy.model)) if sample else SimpleNamespace()
+    )
     asked = [Prompt(None, token_ids) for token_ids in prompts]
     return Run(config, world, None, asked, asked, None, engine, policy, None, None)
 

@@ -30,6 +30,7 @@ from runtime.conversation import Completion, Request
 from runtime.environment import Environment
 from runtime.evaluation import rollout_metrics
 from runtime.optimize import update_metrics
+from runtime.signals import StopRequest
 from train_grpo import ALGORITHMS
 
 TEMPERATURE = 0.7
@@ -95,7 +96,8 @@ def step_of(name: str, folder: Path, world, completions: list[Completion]) -> tu
     config, algorithm = settings(name)
     policy = make(Policy, folder, world, prompt_head=head(algorithm))
     set_values(policy, 1, fsdp_utils.fill)
-    run = SimpleNamespace(config=config, policy=policy, world=world, optimizer=Recorder(policy), learners={})
+    parts = {"optimizer": Recorder(policy), "learners": {}, "stop": StopRequest()}
+    run = SimpleNamespace(config=config, policy=policy, world=world, **parts)
     metrics = rollout_metrics(completions, REWARDS, None)
     penalized = REWARDS + train_grpo.overlong_penalties(completions, config, algorithm.overlong)
     if config.kl_in_reward and name != "ppo":
