@@ -46,7 +46,6 @@ from train_grpo import (
     all_tokens,
     clip_token,
     kl,
-    overlong_penalties,
     update_policy,
 )
 
@@ -164,8 +163,7 @@ def train(run: Run) -> None:
 
         # 3. advantage, from values; and 4. logprobs, before it because the reward may need those of the reference
         log.phase("logprobs")
-        rewards = scores + overlong_penalties(completions, config, PPO.overlong)
-        updates = make_updates(completions, None, PPO.weight, config, world, rewards=rewards)
+        updates = make_updates(completions, None, PPO.weight, config, world, rewards=scores)
         add_logprobs(run, updates, reference=config.kl_coef > 0)
         compute_advantages(run, list(chain.from_iterable(updates)))
 

@@ -82,7 +82,7 @@ class Config:
     algorithm: str = option("grpo", "A row of train_grpo.ALGORITHMS, or ppo (train_ppo.py).", group="The algorithm")
     clip_low: float | None = option(None, "Lower clip, ratio >= 1 - clip_low; default mostly 0.2.", least=0, most=1)
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
-    kl_coef: float = option(0.0, "The weight of the KL penalty; 0 has no reference forward.", least=0)
+    kl_coef: float = option(0.0, "The weight of the KL penalty; 0: none.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
         "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from configs.base import Config
 from runtime.checkpoint import Progress
-from runtime.tracking import LOW_SURVIVAL, RunLog, shorten
+from runtime.tracking import LOW_SURVIVAL, RunLog, judged, shorten
 
 Metrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
@@ -107,9 +107,7 @@ def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
     line += f"; {cut_off:.0%} of the completions are cut off" if cut_off else ""
     if samples:
         sample = samples[0]
-        line += (
-            f". A sample: {shorten(sample['completion'])!r} (answer {sample['extracted']}, truth {sample['answer']})"
-        )
+        line += f". A sample: {shorten(sample['completion'])!r} ({judged(sample)})"
     return line
 
 

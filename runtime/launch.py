@@ -35,9 +35,10 @@ def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     except Exception as error:
         fail(error, code=1)
     try:
-        train(run)
-    except Stopped:
-        finish_stopped(run)
+        try:
+            train(run)
+        except Stopped:
+            finish_stopped(run)
     except Exception as error:
         fail(error, code=1)
 

@@ -110,8 +110,12 @@ def active_parameters(model: PreTrainedModel) -> float:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ValueError if the run's folder cannot be made or written, or if another run is writing it."""
+    """Raises ValueError if a run may not write its folder: it cannot, another run is writing it, or it is no run's."""
     check_parent(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():  # it would be renamed
+        raise ValueError(
+            f"output_dir {str(folder)!r} has files, and no run wrote them; choose a folder of the run's own"
+        )
     if in_use(folder):
         raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another output_dir")
 
@@ -123,7 +127,7 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder.parent):
-        check_writable(folder)  # again: another run of this name may have started while the models were read
+        check_writable(folder)  # again: another run in this folder may have started while the models were read
         if saved:
             checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)
         return RunLog(config, write, saved and saved.log)

@@ -86,7 +86,7 @@ def fast_folder(folder: str) -> AbstractContextManager[str]:
 
 def use_shm() -> bool:
     """Whether the environment sets USE_SHM."""
-    return os.environ.get("USE_SHM", "0") != "0"
+    return os.environ.get("USE_SHM", "") not in ("", "0")
 
 
 @contextmanager

@@ -98,10 +98,13 @@ def write_checkpoint(run: Run, progress: Progress, tensors: dict[str, Tensor]) -
         run.log.flush()
         checkpoint.write(folder, progress.step, state, tensors, export=lambda target: export(run, target, tensors))
         checkpoint.set_pointers(folder, progress.step, progress.best_step)
-        checkpoint.prune(folder, progress.best_step)
     except OSError as error:
         run.log.print(f"no checkpoint of step {progress.step}: {error}. The run goes on; older ones are whole.")
         return False
+    try:
+        checkpoint.prune(folder, progress.best_step)
+    except OSError as error:
+        run.log.print(f"older checkpoints are not deleted: {error}. The next save tries again.")
     return True
 
 

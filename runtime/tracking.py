@@ -1,11 +1,11 @@
 """The log of a run: its folder, the console, wandb. All ranks call it, and one rank writes.
 
-runs/NAME/config.json      what ran: configuration, versions, commit
-runs/NAME/metrics.jsonl    one object per step
-runs/NAME/samples.jsonl    completions with their rewards
-runs/NAME/evals/           those of each evaluation as a table, for people
-runs/NAME/trace_N.json.gz  with PROFILE_STEP=N: what the first rank did in step N, for https://ui.perfetto.dev
-runs/NAME/checkpoints/     see runtime/checkpoint.py
+OUTPUT_DIR/config.json      what ran: configuration, versions, commit
+OUTPUT_DIR/metrics.jsonl    one object per step
+OUTPUT_DIR/samples.jsonl    completions with their rewards
+OUTPUT_DIR/evals/           those of each evaluation as a table, for people
+OUTPUT_DIR/trace_N.json.gz  with PROFILE_STEP=N: what the first rank did in step N, for https://ui.perfetto.dev
+OUTPUT_DIR/checkpoints/     see runtime/checkpoint.py
 """
 
 import dataclasses
@@ -58,7 +58,9 @@ class RunLog:
         self.peaks: dict[str, int] = {}  # bytes, per phase
         if not write:
             return
-        if self.folder.exists() and position is None:  # an older run is renamed to NAME.1, or the next free number
+        if (
+            self.folder.exists() and any(self.folder.iterdir()) and position is None
+        ):  # an older run is renamed to NAME.1, or the next free number
             taken = (self.folder.with_name(f"{self.folder.name}.{number}") for number in itertools.count(1))
             self.folder.rename(next(path for path in taken if not path.exists()))
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -151,9 +153,8 @@ class RunLog:
         """Writes a line of metrics.jsonl, and logs the same to wandb."""
         if self.write:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            self.append(
-                "metrics", [dict.fromkeys(metrics) | finite]
-            )  # JSON has no NaN: null is a value that is not finite
+            # JSON has no NaN: null is a value that is not finite.
+            self.append("metrics", [dict.fromkeys(metrics) | finite])
             self.wandb.log(finite, step=metrics["step"])
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
@@ -192,8 +193,7 @@ class RunLog:
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]
         self.wandb.log_table("eval/samples", list(COLUMNS), texts, step)
         shown = shorten(f"{first['prompt']} {first['completion']}")
-        answer = f"answer {first['extracted']}, " if first["extracted"] is not None else ""
-        self.print(f"  sample: {shown}  ({answer}truth {first['answer']}, reward {first['reward']:g})")
+        self.print(f"  sample: {shown}  ({judged(first)})")
 
     def close(self) -> None:
         """Closes the files and the wandb run."""
@@ -294,3 +294,9 @@ def hardware() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
     return f"CPU, {os.cpu_count()} cores of {processor}"
+
+
+def judged(sample: dict[str, Any]) -> str:
+    """What was read in a sample's completion, the truth and the reward; the first two if there are any."""
+    read = {"answer": sample["extracted"], "truth": sample["answer"], "reward": f"{sample['reward']:g}"}
+    return ", ".join(f"{name} {value}" for name, value in read.items() if value is not None)

@@ -144,6 +144,7 @@ def test_every_metric_is_defined_and_every_definition_is_a_metric(real):
     usual = (
         "always",
         "always, but `ppo`",
+        "always, but `opmd`",
         "algorithms with groups",
         "evaluations",
         "verified syncs",

@@ -156,7 +156,7 @@ def setup() -> tuple[Sampler, Path]:
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
     out = out or f"{config.run_folder.parent}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = fsdp_utils.on_first_rank(lambda: new_folder(Path(out)))
+    folder = fsdp_utils.on_first_rank(lambda: results_folder(Path(out)))
     model = model_folder(config)
     tokenizer = load_tokenizer(model)
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
@@ -178,7 +178,7 @@ def setup() -> tuple[Sampler, Path]:
     return sampler, folder
 
 
-def new_folder(folder: Path) -> Path:
+def results_folder(folder: Path) -> Path:
     """The folder, after a check that it can be written and has no results yet."""
     check_writable(folder)
     if (folder / "results.json").exists():

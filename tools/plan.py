@@ -71,7 +71,7 @@ KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
     "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
     "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
-    "vLLM working memory": "a smaller prompts_per_step or group_size, if an engine has fewer than 1,024 sequences",
+    "vLLM working memory": "fewer sequences at once: of a rollout and of an evaluation",
     "vLLM CUDA graphs": "nothing",
     "KV cache": "a smaller gpu_memory_utilization; outside of the rollout: sleep_level 1",
     "streamed weights": "sleep_level 1 in place of 2",
@@ -424,7 +424,9 @@ def load_script(path: str, config: Config) -> ModuleType:
     name = Path(path).stem or ("train_ppo" if config.algorithm == "ppo" else "train_grpo")
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
         raise ValueError(f"there is no training script {path!r} in the root") from None
 
 
