@@ -36,8 +36,8 @@ class Task:
     extract: Callable[[str], str | None] = lambda completion: extract_answer(completion)  # its answer, to be shown
     instruction: str = ""  # follows each problem, unless the configuration has another
     truth: Callable[[Any, str], Any] | None = lambda answer, field: number_truth(answer, field)  # see `read_problems`
-    # What the environment says to a conversation so far, such as a tool's result: the text of a user's message, or any
-    # message; None ends the conversation. Scored is what the model says last.
+    # The environment's reply to a conversation, such as a tool's result: text for a user message, or a whole message;
+    # None ends the conversation. The model's last turn is scored.
     reply: Callable[[Problem, list[Message]], str | Message | None] | None = None
 
 

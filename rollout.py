@@ -36,7 +36,7 @@ from runtime.progress_bar import progress_bar  # noqa: E402
 from runtime.signals import StopRequest  # noqa: E402
 
 CPU_KV_CACHE = 1 << 30  # bytes
-STEPS_ALIKE = 16  # engine steps between two agreements of the ranks of one engine whether to stop
+AGREE_EVERY = 16  # engine steps; then the ranks of one engine agree whether a signal has come
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
 
 
@@ -147,7 +147,7 @@ class Engine:
     def converse(self, conversations: list[Conversation], label: str) -> None:
         """Runs the engine until all conversations have ended, or a signal drops those that have not.
 
-        Each goes on as soon as its own turn is done, beside the others, so the engine stays full.
+        A conversation starts its next turn as soon as its last one is done, while others still generate.
         """
         label += f" (engine 1 of {self.engines})" if self.engines > 1 else ""  # the bar is the first rank's
         with progress_bar(label, len(conversations), "sequences") as bar:
@@ -199,7 +199,7 @@ class Engine:
         """Whether a signal has come. The ranks of one engine must make the same steps, so they agree now and then."""
         if self.tensor_parallel_size == 1:
             return self.stop.came
-        return step % STEPS_ALIKE == 0 and self.stop.asked(self.group)
+        return step % AGREE_EVERY == 0 and self.stop.asked(self.group)
 
     def logprobs(self, token_ids: list[int], adapter: str = lora.POLICY) -> list[float]:
         """Logprob of every token after the first, by the weights in vLLM, at temperature 1."""

@@ -10,7 +10,7 @@ import reward
 from configs.base import Config
 
 
-def problems(split: str, *_) -> list[reward.Problem]:
+def problems(split: str) -> list[reward.Problem]:
     return [reward.Problem(f"{a}*{b}/10=", digit(a, b)) for a, b in reward.arithmetic_pairs(split)]
 
 

@@ -66,7 +66,7 @@ def cut(problems: list[Problem], split: str, name: str) -> list[Problem]:
     A hash of the prompt decides, so two problems with one prompt are on the same side, and rows that are added later
     hardly move the others.
     """
-    digests = [hashlib.sha256(json.dumps(problem.prompt).encode()).hexdigest() for problem in problems]
+    digests = [hashlib.sha256(json.dumps(problem.prompt, default=str).encode()).hexdigest() for problem in problems]
     prompts = sorted(set(digests))
     if len(prompts) == 1:
         raise ValueError(f"{name!r} has a single prompt: nothing can be held out; add rows, or a folder with splits")

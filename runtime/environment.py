@@ -5,13 +5,13 @@ that text is tokenised. What the model sampled stays as it is, or it would be tr
 """
 
 import json
-import traceback
 from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
 from reward import Message
-from runtime.data import Problem
+from runtime.data import Problem, check_characters
+from runtime.user_rewards import raised
 
 TURN = "What the model said."  # stands for its turn, to find what the chat template writes after one
 
@@ -45,14 +45,14 @@ def ask(reply: Callable, problem: Problem, messages: list[Message]) -> Message |
     try:
         said = reply(problem, [dict(message) for message in messages])
     except (Exception, SystemExit) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        cause = f"raised {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
-        raise ValueError(cause) from error
+        raise ValueError(raised(error)) from error
     message = {"role": "user", "content": said} if isinstance(said, str) else said
     if message is not None and not (
         isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
     ):
         raise ValueError(f"is {said!r}, and must be a text, a message with role and content, or None")
+    if message is not None:
+        check_characters(message["content"], "is wrong", "content")
     return message
 
 

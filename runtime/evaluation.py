@@ -30,7 +30,7 @@ SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 def make_scorer(config: Config, problems: list[Problem]) -> Scorer:
     """How this run scores completions: by the functions of `reward`, else as its task does.
 
-    problems: some of the data, which must have what the functions need. Raises ValueError or OSError of one line.
+    problems: all of the data, which must have what the functions need. Raises ValueError or OSError of one line.
     """
     if not config.reward:
         if not tasks.find_task(config.task).score:
@@ -45,7 +45,7 @@ def make_scorer(config: Config, problems: list[Problem]) -> Scorer:
 
 
 def reward_row(problem: Problem, text: str) -> dict[str, Any]:
-    """What functions of `reward` may ask for about a completion."""
+    """The row from which reward functions take their arguments: the data's columns, answer, prompt, completion."""
     answer = {} if problem.answer is None else {"answer": problem.answer}
     return problem.columns | answer | {"prompt": problem.prompt, "completion": text}
 

@@ -66,7 +66,7 @@ def fail(error: Exception, code: int) -> NoReturn:
 def first_to_fail() -> bool:
     """True on the first rank that calls this, False on all others."""
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return os.environ.get("LOCAL_RANK", "0") == "0"  # of each machine: the others may have no error
     try:
         return dist.distributed_c10d._get_default_store().add("first_to_fail", 1) == 1
     except RuntimeError:  # the machine that keeps the store is gone

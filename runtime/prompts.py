@@ -72,7 +72,7 @@ def instructed(problem: Problem, instruction: str) -> Problem:
 
 
 def check_chats(problems: list[Problem], system_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for chat messages and system turns that the chat template does not show to the model."""
+    """Raises ValueError for chat messages without a chat template, and for a `system_prompt` that it does not show."""
     name, fix = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
     chats = [problem.prompt for problem in problems if not isinstance(problem.prompt, str)]
     if chats and not tokenizer.chat_template:

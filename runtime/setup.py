@@ -49,8 +49,8 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_prompts(config, model_config, train_prompts + test_prompts)
     stops = find_stops(config, tokenizer, model_config)
-    first = [train_prompts[0].problem, test_prompts[0].problem]
-    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, first))
+    problems = [prompt.problem for prompt in train_prompts + test_prompts]
+    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, problems))
     with fast_folder(folder) as files:
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
         policy = build_policy(start, files, world, prompt_head)

@@ -8,7 +8,7 @@ The names of a function's parameters say how it is called:
 `columns` are those of the data's row, in the second form as lists; a function gets the ones that it names, or all by
 `**`. `prompt` is there, too. `solution_str` and `ground_truth`, verl's names, mean completion and answer. Completions
 are texts; in the second form they are lists of one chat message if the prompt is a list of messages. `async def` runs
-up to 64 completions at a time. A function may be called for a part of a step's completions, but whole groups.
+up to 64 completions at a time. One batch call may get only a part of a step's completions, but always whole groups.
 
 Functions run in worker processes, so one that hangs can be killed: after `reward_timeout` seconds, or when it raises
 TimeoutError, its completion counts 0. Workers import nothing but your file. Whatever else goes wrong ends the run.
@@ -74,7 +74,7 @@ def named_parts(value: dict[Any, Any]) -> Parts:
     """A dict of parts with finite numbers. Raises WrongValue for others, and for names that metrics have."""
     parts = {str(name): finite(part) for name, part in value.items()}
     for name in parts:
-        if name in METRICS or not re.fullmatch(r"[\w.-]+", name):
+        if name in METRICS or name.endswith("_std") or not re.fullmatch(r"[\w.-]+", name):
             raise WrongValue(f"has a part {name!r}: reward/{name} is another metric's name, or none; choose another")
     return parts
 
@@ -264,6 +264,8 @@ def serve(descriptor: int) -> None:
             random.seed(job.seed)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed(job.seed)
+            if "torch" in sys.modules:
+                sys.modules["torch"].manual_seed(job.seed)
             try:
                 answer = functions[job.function].run(job.rows, job.timeout, runner)
             except ValueError as error:
@@ -335,7 +337,10 @@ class UserRewards:
             if missing:
                 fix = "; answer_field names the answer's" if "answer" in missing else ""
                 columns = ", ".join(map(str, row))
-                raise ValueError(f"reward {spec.text} needs {', '.join(missing)}, and there are: {columns}{fix}")
+                raise ValueError(
+                    f"reward {spec.text} needs {', '.join(missing)}, and there are: {columns}{fix}; "
+                    f"the first without is {str(row['prompt'])[:80]!r}"
+                )
 
     def score(self, rows: list[Row]) -> list[Reward]:
         """The rewards of completions. Raises ValueError for whatever goes wrong, but for timeouts, which count 0."""

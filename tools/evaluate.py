@@ -36,10 +36,11 @@ from runtime import checkpoint
 from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.command_line import OneLineParser, parse_over, read_config_file
 from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, sample_records
+from runtime.files import new_folder
 from runtime.launch import launch
 from runtime.prompts import check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Prompt, Scorer
-from runtime.setup import build_engine, check_writable, meta_model, model_folder, read_model_config
+from runtime.setup import build_engine, meta_model, model_folder, read_model_config
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
@@ -62,24 +63,25 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     parser.add_argument("--adapter", default="", help="an adapter's folder, in peft's format")
     parser.add_argument("--run_folder", default="", help="a run's folder: one of its checkpoints is evaluated")
     parser.add_argument("--checkpoint", default="", help="of that run: latest (the default), best, or a step")
-    parser.add_argument("--out", default="", help="the folder to write; default: OUTPUT_DIR/evaluations/TASK_TIME")
+    parser.add_argument("--out", default="", help="the folder to write; default: in evaluations, beside OUTPUT_DIR")
     given, _ = parser.parse_known_args(arguments)
     adapter, settings = given.adapter or given.lora_adapter_path, {}
-    if given.run_folder and (adapter or given.config):
-        raise ValueError("a run brings its own settings: leave out --run_folder, or --adapter and --config")
+    if given.run_folder and adapter:
+        raise ValueError("a run has its own adapter: leave out --run_folder, or --adapter")
     if given.checkpoint and not given.run_folder:
         raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run_folder")
 
-    if given.config:
+    if given.config:  # with a run, only for the task that it may add
         settings = dataclasses.asdict(read_config_file(given.config))
-        adapter = adapter or settings["lora_adapter_path"]
-    elif given.run_folder:
+    if given.run_folder:
         folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
         settings = read_settings(folder)
         if settings["lora_rank"]:
             adapter = str(folder / "adapter")
         else:
             settings["model"] = str(folder / "model")
+    elif given.config:
+        adapter = adapter or settings["lora_adapter_path"]
     elif adapter and (Path(adapter).parent / "state.json").is_file():  # of the run that trained it
         settings = read_settings(Path(adapter).parent)
     if not adapter:  # with sync adapter, vLLM would wait for one
@@ -152,38 +154,37 @@ class Sampler(NamedTuple):
 def setup() -> tuple[Sampler, Path]:
     """The sampler of this command line, and the output folder."""
     listen(signal.SIG_DFL)
-    config, out, told = parse(sys.argv[1:])
+    config, out, doubts = parse(sys.argv[1:])
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
     out = out or f"{config.run_folder.parent}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = fsdp_utils.on_first_rank(lambda: results_folder(Path(out)))
+    folder = fsdp_utils.on_first_rank(lambda: new_folder(out))
     model = model_folder(config)
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, started(config))
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
     model_config = read_model_config(model)
     check_prompts(config, model_config, prompts)
     stops = find_stops(config, tokenizer, model_config)
-    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompts[0].problem]))
+    scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompt.problem for prompt in prompts]))
     with fast_folder(model) as files:
         with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
             targets = adapter and adapter.target_modules
-        engine = build_engine(dataclasses.replace(config, sleep_level=0), files, stops, targets)
+        sync = "adapter" if config.sends_adapter else "merged"  # as in training, which may have slept
+        engine = build_engine(dataclasses.replace(config, sleep_level=0, sync=sync), files, stops, targets)
         if config.sends_adapter:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(files)))
-    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine, told)
+    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine, doubts)
     if world.rank == 0:
         print_header(sampler)
     return sampler, folder
 
 
-def results_folder(folder: Path) -> Path:
-    """The folder, after a check that it can be written and has no results yet."""
-    check_writable(folder)
-    if (folder / "results.json").exists():
-        raise ValueError(f"{str(folder)!r} has the results of another evaluation; choose another --out")
-    return folder
+def started(config: Config) -> str:
+    """The date that the prompts of a checkpoint's run show, see `Progress`; "" if it is no checkpoint's."""
+    state = Path(config.lora_adapter_path or config.model).parent / "state.json"
+    return json.loads(state.read_text())["progress"].get("started", "") if state.is_file() else ""
 
 
 def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -203,7 +204,7 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
 
 
 def print_header(sampler: Sampler) -> None:
-    """Prints what is evaluated, and what may be wrong with it."""
+    """Prints model, adapter, task and machine, and doubts about the adapter's base."""
     config, adapter = sampler.config, sampler.config.lora_adapter_path
     print(f"model  {config.model}, base weights in {config.dtype}")
     if adapter:
@@ -228,7 +229,7 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
-    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n, and what the completions took."""
+    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n; truncation, length and speed."""
     metrics = evaluation.metrics()
     if evaluation.right:
         sampled, _ = evaluation.right
@@ -238,6 +239,7 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
     completions = evaluation.completions
     tokens = sum(completion.length for completion in completions)
     return metrics | {
+        "timeouts": sum(len(reward.timeouts) for reward in evaluation.rewards),
         "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
         "length_mean": tokens / len(completions),
         "tokens_per_second": tokens / evaluation.seconds,
