@@ -49,6 +49,9 @@ def init_world() -> World:
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if torch.cuda.is_available():
+        ranks, cards = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if ranks > cards:  # on all ranks alike, since only the first one prints before there is a process group
+            raise ValueError(f"{ranks} processes on a machine with {cards} GPU(s); set --nproc-per-node to {cards}")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
@@ -195,9 +198,8 @@ def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
     parameters = list(weight.parameters()) if quantized else [weight]
     shards, start = [local(parameter) for parameter in parameters], first_row(parameters[0])
     rows = source[start : start + len(shards[0])]
-    rows = (
-        rows.cuda() if quantized and torch.cuda.is_available() else rows
-    )  # on a CPU core, billions of values take minutes
+    if quantized and torch.cuda.is_available():  # on a CPU core, billions of values take minutes
+        rows = rows.cuda()
     with torch.no_grad():
         for shard, values in zip(shards, nf4.quantize(rows) if quantized else [rows]):
             shard.copy_(values)
@@ -405,10 +407,8 @@ class Gathering:
         if isinstance(sharded, DTensor):
             mesh = sharded.device_mesh["shard"]
             ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
-        self.length, share = (
-            weight.shape[0],
-            -(-weight.shape[0] // ranks),
-        )  # as torch.chunk: the last rank may have fewer
+        self.length = weight.shape[0]
+        share = -(-self.length // ranks)  # rows of a rank, as torch.chunk: the last one may have fewer
         self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
         # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
         self.own = self.buffer[mine * share : (mine + 1) * share]
@@ -440,4 +440,5 @@ def write_rows(
     if adapter and stats and len(target):
         sample = slice(None, None, -(-4 * target.numel() // lora.MERGED_AT_ONCE))
         W = local_rows(weight, sample, target.device)
-        stats.compare(target[sample] - W, B[sample] @ A, share=len(W) / len(target))  # the scale is everywhere the same
+        # B A without s: s is the same in all layers, so the cosine is, too.
+        stats.compare(target[sample] - W, B[sample] @ A, share=len(W) / len(target))

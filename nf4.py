@@ -1,4 +1,4 @@
-"""NF4: a weight in four bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, sections 3 and appendix E).
+"""NF4: a weight in four bits (QLoRA, Dettmers et al. 2023, arXiv 2305.14314, section 3 and appendix E).
 
 Every 64 values of a row are divided by the largest magnitude among them, and each is replaced by the nearest of 16
 values that split a normal distribution evenly. Those magnitudes are quantised in turn ("double quantisation"): to

@@ -20,9 +20,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
-# Elements of the logits that the head holds at a time, in float32: 256 MiB on a GPU, where reading W for fewer rows
-# takes longer than multiplying;
-# 64 MiB on a CPU, which is 110 rows of Qwen2.5's vocabulary and was the fastest of 16 to 512 MiB there.
+# Logits that the head holds at a time, in float32. On a GPU 256 MiB: with fewer rows, reading W takes longer than
+# multiplying. On a CPU 64 MiB, 110 rows of Qwen2.5's vocabulary: the fastest of 16 to 512 MiB.
 LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 24)
 
 # Fewer heads of keys and values than of queries: torch 2.11 takes them as they are, later ones want to be told.
@@ -190,11 +189,12 @@ class FrozenHead(torch.autograd.Function):
             log_norm = logits.amax(-1) - p.amax(-1).log()  # for p = exp(logits - log_norm)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_norm
             entropy[rows] = log_norm - torch.einsum("rv,rv->r", p, logits)
-            if directions is not None:
-                up, down = weight[targets[rows]], p
-                if slope is not None:
-                    up, down = up * slope.gather(1, targets[rows, None]), p * slope
-                directions[rows] = (up - down.to(weight.dtype) @ weight) * gain
+            if directions is not None:  # p_y - 1 in float32: in bfloat16, a p_y above 0.998 is 1
+                target = targets[rows, None]
+                dlogits = p.to(weight.dtype, copy=True)
+                dlogits.scatter_(1, target, (p.gather(1, target) - 1).to(weight.dtype))
+                dlogits = dlogits if slope is None else dlogits.mul_(slope)
+                directions[rows] = (dlogits @ weight).mul_(-gain)
             if entropy_directions is not None:
                 dlogits = p.mul_(logits.add_((entropy[rows] - log_norm)[:, None])).neg_()
                 dlogits = dlogits if slope is None else dlogits.mul_(slope)

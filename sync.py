@@ -37,7 +37,7 @@ from rollout import Engine
 from runtime.adapter_files import save_adapter
 from runtime.shared_memory import first_on_host, shared_folder
 
-HEADERS = 1 << 20  # bytes of an adapter's folder beside its tensors, and some
+HEADERS = 1 << 20  # bytes: more than an adapter's folder takes beside its tensors
 VERIFY_EVERY = 50  # steps between checks with the probe
 COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
 DENORMAL = 1e-30  # below this, bfloat16 instructions of some CPUs take a value for zero

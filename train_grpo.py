@@ -205,6 +205,7 @@ class Algorithm(NamedTuple):
     whole_sequences: bool = False  # its loss is sequence-level, so TIS must be, too
     needs_all: bool = False  # completions without advantage have a gradient, too
     reference: bool = False  # its loss reads ref_logprobs
+    clips: bool = True  # its loss reads clip_low and clip_high
     overlong: float = 0.0  # share of the length limit over which the reward falls by up to 1
     prompt_head: Callable[[int], nn.Module] | None = None  # from hidden size to a module; gives `prompt_values`
 
@@ -219,7 +220,7 @@ ALGORITHMS = {
     "rloo": Algorithm(leave_one_out, clip_token, sum_of_tokens),  # TRL clips the ratio of whole completions
     "reinforce_pp": Algorithm(batch_zscore, clip_token, all_tokens, groups=False),
     "reinforce_pp_baseline": Algorithm(center_batch_zscore, clip_token, all_tokens),
-    "opmd": Algorithm(center, mirror_descent, per_sequence, whole_sequences=True, needs_all=True),
+    "opmd": Algorithm(center, mirror_descent, per_sequence, whole_sequences=True, needs_all=True, clips=False),
     "flowrl": Algorithm(
         zscore,
         trajectory_balance,

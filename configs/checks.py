@@ -105,6 +105,8 @@ def resolve_config(config: Any, algorithm: Any) -> Any:
     algorithm: the row of train_grpo.ALGORITHMS, or PPO's.
     """
     name, settings = config.algorithm, algorithm.settings
+    for option in () if algorithm.clips else ("clip_low", "clip_high"):
+        refuse(getattr(config, option) is not None, f"{name} clips nothing: leave out {option}")
     optional = {field.name for field in dataclasses.fields(config) if field.default is None}
     for option in settings:
         if option not in optional:
@@ -126,6 +128,10 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     refuse(
         algorithm.groups and c.group_size < 2,
         f"{name} measures each completion against its group: group_size must be at least 2, not 1",
+    )
+    refuse(
+        algorithm.advantage and c.critic_lora_rank,
+        f"critic_lora_rank is of PPO's critic, and {name} has none: set it to 0",
     )
     refuse(
         algorithm.advantage and c.prompts_per_step * c.group_size < 2,

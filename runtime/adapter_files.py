@@ -249,9 +249,8 @@ def load_adapter(
             if adapter.rank < file.rank:
                 A, B, values = shrink(A, B, adapter.rank)
                 lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
-            if adapter.rank > len(
-                A
-            ):  # than the file's rank, or than the layer's width, which is all that `shrink` gives
+            # Larger than the file's rank, or than the layer's width, which is all that `shrink` gives.
+            if adapter.rank > len(A):
                 A, B = grow(A, B, lora.fresh_A(adapter.rank - len(A), layer.in_features, generator))
             fill(adapter.lora_A, A)
             fill(adapter.lora_B, B * (file.scale / adapter.scale))

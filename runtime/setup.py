@@ -39,6 +39,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     """Builds all parts of a run. Raises ValueError or OSError, of one line, for errors that the user can fix."""
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
+    check_world(config, world)
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     fsdp_utils.on_first_rank(choose_mode)
     folder = model_folder(config)
@@ -70,6 +71,14 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     return run
 
 
+def check_world(config: Config, world: fsdp_utils.World) -> None:
+    """Raises ValueError for groups of ranks that do not divide their number."""
+    for name in ("tensor_parallel_size", "fsdp_size"):
+        size = getattr(config, name) or world.size
+        if world.size % size:
+            raise ValueError(f"{name} {size} does not divide the number of processes, {world.size}")
+
+
 def print_header(run: Run) -> None:
     """Prints the model, the task, the machine, and the memory that each process holds during the whole run."""
     config, log, engine = run.config, run.log, run.engine
@@ -79,7 +88,7 @@ def print_header(run: Run) -> None:
     log.print(f"model  {config.model}, {base:,.1f}M parameters; {learned:,.2f}M ({learned / base:.1%}) are trained")
     if lora.mixtures(run.policy.model):
         active = active_parameters(run.policy.model) / 1e6
-        log.print(f"       {active:,.1f}M are active for a token; experts are frozen, all-linear is attention alone")
+        log.print(f"       {active:,.1f}M are active for a token; experts are frozen")
     task = " ".join(filter(None, (config.task, config.data, *config.reward)))
     log.print(f"task   {task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out")
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"

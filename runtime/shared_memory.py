@@ -100,10 +100,10 @@ def in_shared_memory(folder: str) -> Iterator[str]:
         def copy_files() -> None:
             """Raises ValueError if there is no room."""
             files = [path for path in Path(folder).iterdir() if path.is_file()]
-            needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(SHARED_MEMORY).free
+            needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(copy).free
             if needed > free:
                 raise ValueError(
-                    f"USE_SHM needs {needed / 2**30:.1f} GiB in {SHARED_MEMORY}, which has {free / 2**30:.1f} GiB free"
+                    f"USE_SHM needs {needed / 2**30:.1f} GiB in {copy.parent}, which has {free / 2**30:.1f} GiB free"
                 )
             with progress_bar("copying the model", needed, "bytes", unit_scale=True) as bar:
                 for path in files:

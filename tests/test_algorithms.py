@@ -373,6 +373,8 @@ def test_schedule():
         ({"algorithm": "reinforce_pp", "group_size": 1, "max_rollouts": 2}, "group_size must exceed 1"),
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
         ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
+        ({"algorithm": "opmd", "clip_high": 0.3}, "leave out clip_high"),
+        ({"critic_lora_rank": 8}, "critic_lora_rank is of PPO's critic"),
         ({"algorithm": "reinforce_pp", "group_size": 1, "prompts_per_step": 1}, "prompts_per_step must exceed 1"),
         ({"kl_coef": 0.1, "kl_penalty": "k1_loss"}, "kl_penalty must be one of k2_loss, k3_loss, k1_reward"),
         ({"algorithm": "bnpo", "kl_coef": 0.1, "kl_penalty": "k2_reward"}, "rewards from 0 to 1"),
@@ -459,7 +461,9 @@ def test_command_lines_of_the_page_are_complete(line):
 def test_every_row_learns(name):
     """A table of logits for each of 4 problems, 5 possible tokens, completions of 1 to 3; one token is right."""
     generator = torch.Generator().manual_seed(6)
-    config, algorithm = config_of(name, clip_low=0.5, clip_high=0.5, max_completion_length=3), ALGORITHMS[name]
+    algorithm = ALGORITHMS[name]
+    clips = {"clip_low": 0.5, "clip_high": 0.5} if algorithm.clips else {}
+    config = config_of(name, max_completion_length=3, **clips)
     table = torch.zeros(4, 5, dtype=F64, requires_grad=True)
     log_z = torch.zeros(4, dtype=F64, requires_grad=True)
     optimizer = torch.optim.Adam([table, log_z], lr=0.1)

@@ -37,13 +37,15 @@ TEXTS = (  # whose logprobs two exports of one adapter are compared by
 )
 
 
-def base_weights(folder: Path, dtype: str) -> Iterator[tuple[str, Tensor]]:
+def read_base(folder: Path, dtype: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a model's folder, one at a time; with dtype "nf4", the linears as NF4 rounds them, in bfloat16."""
     linears = ()
     if dtype == "nf4":
         linears = {f"{path}.weight" for path in lora.base_linears(meta_model(str(folder), torch.bfloat16))}
     for name, tensor in read_model(folder):
         if name in linears:
+            if tensor.dtype not in FLOATS.values():
+                raise ValueError(f"{name} is of type {tensor.dtype} in the base: a quantised base cannot be used")
             tensor = nf4.dequantize(*nf4.quantize(tensor.to(DEVICE)), tensor.shape[1], torch.bfloat16).cpu()
         yield name, tensor
 
@@ -88,10 +90,10 @@ def export(base: str, adapter: str, out: str, into: str = "trained") -> None:
             check_tied_head(source)
             if any(path.endswith("lm_head") for path in file.paths):
                 raise ValueError(f"{adapter!r} changes lm_head, which {base!r} ties to its embedding; untie it first")
-        write_model(merge_all(base_weights(source, dtype), file), target, like=source)
+        write_model(merge_all(read_base(source, dtype), file), target, like=source)
         print(f"wrote {out}" + (", merged into what NF4 makes of the base, in bfloat16" if dtype == "nf4" else ""))
         if file.base_dtype == "nf4" and dtype != "nf4":
-            print_difference(target, merge_all(base_weights(source, "nf4"), file))
+            print_difference(target, merge_all(read_base(source, "nf4"), file))
 
 
 @torch.no_grad()
@@ -136,7 +138,7 @@ def inspect(folder: str, base: str) -> None:
         parameters = sum(matrix.numel() for path in file.paths for matrix in file.matrices(path))
         print(f"size     {parameters:,} parameters")
         print(f"\n{'module':<48}{'|s BA|':>10}{'|s BA|/|W|':>12}{'survival':>10}")
-        for _, weight, path in with_paths(base_weights(Path(find_model(base)), file.base_dtype), file):
+        for _, weight, path in with_paths(read_base(Path(find_model(base)), file.base_dtype), file):
             if path:
                 print(f"{path:<48}{survival_columns(file, path, weight)}")
 

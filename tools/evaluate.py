@@ -44,7 +44,7 @@ from runtime.setup import build_engine, meta_model, model_folder, read_model_con
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
-from tools.adapter import base_weights, merge_all
+from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
 DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}  # whatever they were in training
@@ -195,7 +195,7 @@ def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]
     model = meta_model(str(folder), dtype)
     # The files of a model with a tied head may have both.
     wanted = {name for path, weight in lora.base_weights(model) for name, *_ in fsdp_utils.stored(path, weight)}
-    base = ((name, tensor.to(dtype)) for name, tensor in base_weights(folder, config.dtype) if name in wanted)
+    base = ((name, tensor.to(dtype)) for name, tensor in read_base(folder, config.dtype) if name in wanted)
     with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
         yield from merge_all(base, adapter) if adapter else base
 
