@@ -67,10 +67,6 @@ class Engine:
         stop_texts, stop_token_ids: end a completion, of which they are the end, beside the model's own end tokens.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        if world_size % tensor_parallel_size:
-            raise ValueError(
-                f"tensor_parallel_size {tensor_parallel_size} does not divide the number of processes, {world_size}"
-            )
         self.max_completion_length = max_completion_length
         self.stop_texts, self.stop_token_ids = list(stop_texts), list(stop_token_ids)
         self.engines = world_size // tensor_parallel_size
@@ -83,12 +79,7 @@ class Engine:
         if on_cpu and tensor_parallel_size > 1:
             remove_stale_shared_memory()
         if on_cpu and max_lora_rank:
-            from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-            from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-
-            PunicaWrapperCPU.add_lora_linear = add_lora_linear
-            # With LoRA, vLLM takes Triton's kernels for experts, which a CPU lacks. No adapter here is of experts.
-            FusedMoEConfig.is_lora_enabled = property(lambda _: False, lambda *_: None)
+            use_lora_on_cpu()
         self.llm = start_vllm(
             model,
             dtype=dtype,
@@ -292,6 +283,16 @@ def start_vllm(model: str, **options: Any) -> "vllm.LLM":
         for path in set(Path(model).iterdir()).difference(others) if others else ():
             Path(links, path.name).symlink_to(path.absolute())
         return vllm.LLM(links if others else model, **options)
+
+
+def use_lora_on_cpu() -> None:
+    """Replaces two parts of vLLM that are slow on a CPU, or do not run there."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear
+    # With LoRA, vLLM takes Triton's kernels for experts, which a CPU lacks. No adapter here is of experts.
+    FusedMoEConfig.is_lora_enabled = property(lambda _: False, lambda *_: None)
 
 
 def add_lora_linear(

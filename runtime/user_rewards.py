@@ -149,6 +149,7 @@ class Function:
         return [self.run_one(row) for row in rows]
 
     def run_one(self, row: Row) -> Parts | None:
+        """One call, for one completion."""
         with self.explained(row):
             try:
                 return self.parts(self.call(**self.single_arguments(row)))
@@ -156,6 +157,7 @@ class Function:
                 return None
 
     async def run_concurrently(self, rows: list[Row], timeout: float) -> list[Parts | None]:
+        """A call for each completion, up to `CONCURRENT` at a time."""
         gate = asyncio.Semaphore(CONCURRENT)
 
         async def run_one(row: Row) -> Parts | None:
@@ -169,6 +171,7 @@ class Function:
         return await asyncio.gather(*map(run_one, rows))
 
     def run_batch(self, rows: list[Row], runner: asyncio.Runner) -> list[Parts | None]:
+        """One call for all completions, as in TRL."""
         with self.explained(rows[0], f" and {len(rows) - 1} more" if len(rows) > 1 else ""):
             try:
                 values = self.call(**self.batch_arguments(rows))
@@ -194,6 +197,7 @@ class Function:
         return {name: value for name, value in values.items() if name in self.names or (self.takes_all and name in row)}
 
     def batch_arguments(self, rows: list[Row]) -> dict[str, Any]:
+        """What a function in TRL's form asks for; columns are lists, with None where a row lacks one."""
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns["prompts"] = [row["prompt"] for row in rows]

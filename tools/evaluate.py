@@ -40,7 +40,7 @@ from runtime.files import new_folder
 from runtime.launch import launch
 from runtime.prompts import check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Prompt, Scorer
-from runtime.setup import build_engine, meta_model, model_folder, read_model_config
+from runtime.setup import build_engine, check_world, meta_model, model_folder, read_model_config
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware
@@ -157,6 +157,7 @@ def setup() -> tuple[Sampler, Path]:
     config, out, doubts = parse(sys.argv[1:])
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
+    check_world(config, world)
     out = out or f"{config.run_folder.parent}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(out))
     model = model_folder(config)
