@@ -25,7 +25,7 @@ from runtime.health import (
 from runtime.run import Run
 
 NOTHING = {"reward/mixed_groups_frac": 0.0, "reward/min": 0.0, "reward/max": 0.0, "completion/truncated_frac": 0.25}
-SAMPLE = {"completion": "It is\n72.", "extracted": None, "answer": "72"}
+SAMPLE = {"completion": "It is\n72.", "extracted": None, "answer": "72", "reward": 0.0}
 
 
 def completions(count: int) -> list[Completion]:
@@ -98,7 +98,7 @@ def test_a_run_says_it_once_in_full_counts_and_stops_saved(monkeypatch):
         steps.finish_step(run, step, dict(metrics))
     assert said == [
         "  nothing to learn from in this step: all rewards are 0; 25% of the completions are cut off. "
-        "A sample: 'It is 72.' (answer None, truth 72)",
+        "A sample: 'It is 72.' (truth 72, reward 0)",
         "  nothing to learn from, 1 step in a row",
         "  nothing to learn from, 2 steps in a row",
     ]
