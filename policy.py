@@ -189,12 +189,8 @@ class FrozenHead(torch.autograd.Function):
             log_norm = logits.amax(-1) - p.amax(-1).log()  # for p = exp(logits - log_norm)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - log_norm
             entropy[rows] = log_norm - torch.einsum("rv,rv->r", p, logits)
-            if directions is not None:  # p_y - 1 in float32: in bfloat16, a p_y above 0.998 is 1
-                target = targets[rows, None]
-                dlogits = p.to(weight.dtype, copy=True)
-                dlogits.scatter_(1, target, (p.gather(1, target) - 1).to(weight.dtype))
-                dlogits = dlogits if slope is None else dlogits.mul_(slope)
-                directions[rows] = (dlogits @ weight).mul_(-gain)
+            if directions is not None:
+                directions[rows] = direction(p, targets[rows, None], slope, weight).mul_(-gain)
             if entropy_directions is not None:
                 dlogits = p.mul_(logits.add_((entropy[rows] - log_norm)[:, None])).neg_()
                 dlogits = dlogits if slope is None else dlogits.mul_(slope)
@@ -211,6 +207,16 @@ class FrozenHead(torch.autograd.Function):
         if entropy_directions is not None:
             dhidden.addcmul_(entropy_directions, dentropy[:, None].to(directions.dtype))
         return dhidden, None, None, None, None
+
+
+def direction(p: Tensor, targets: Tensor, slope: Tensor | None, weight: Tensor) -> Tensor:
+    """(p - 1 at the targets) W, each logit times its slope: (R, V), (R, 1) -> (R, D).
+
+    The difference is formed in float32: in bfloat16, a p above 0.998 is 1.
+    """
+    dlogits = p.to(weight.dtype, copy=True)
+    dlogits.scatter_(1, targets, (p.gather(1, targets) - 1).to(weight.dtype))
+    return (dlogits if slope is None else dlogits.mul_(slope)) @ weight
 
 
 def trained_head(

@@ -7,10 +7,10 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -27,20 +27,20 @@ WATCH_EVERY = 2.0  # seconds between two looks at whether another rank has faile
 def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     """Runs `train(prepare())`. A user's error in `prepare` is one line and exit code 2; later ones exit with 1."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and by default it ends a process
-    Thread(target=watch_other_ranks, daemon=True).start()
-    try:
-        run = prepare()
-    except (ValueError, OSError) as error:
-        fail(error, code=2)
-    except Exception as error:
-        fail(error, code=1)
-    try:
+    with other_ranks_watched():
         try:
-            train(run)
-        except Stopped:
-            finish_stopped(run)
-    except Exception as error:
-        fail(error, code=1)
+            run = prepare()
+        except (ValueError, OSError) as error:
+            fail(error, code=2)
+        except Exception as error:
+            fail(error, code=1)
+        try:
+            try:
+                train(run)
+            except Stopped:
+                finish_stopped(run)
+        except Exception as error:
+            fail(error, code=1)
 
 
 def fail(error: Exception, code: int) -> NoReturn:
@@ -73,18 +73,34 @@ def first_to_fail() -> bool:
         return True
 
 
-def watch_other_ranks() -> None:
-    """Ends this process when another rank has failed and this one waits for it all the same.
+@contextmanager
+def other_ranks_watched() -> Iterator[None]:
+    """A context in which a thread watches the other ranks. It must end before Python does, which aborts otherwise."""
+    over = Event()
+    watcher = Thread(target=watch_other_ranks, args=(over,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(EXIT_TIMEOUT)
+
+
+def watch_other_ranks(over: Event) -> None:
+    """Until it is over: ends this process when another rank has failed and this one waits for it all the same.
 
     torchrun does that for the ranks of one machine. A rank of another one may wait for hours where no connection is
     open that could break: for a new process group that the failed rank never joins.
     """
     while not dist.is_initialized():
-        time.sleep(WATCH_EVERY)
+        if over.wait(WATCH_EVERY):
+            return
     store = dist.distributed_c10d._get_default_store().clone()  # a waiting rank keeps the store's own connection busy
     with suppress(RuntimeError):  # the machine that keeps the store is gone
         while not store.check(["first_to_fail"]):
-            time.sleep(WATCH_EVERY)
-    time.sleep(EXIT_TIMEOUT)  # a rank that notices by itself says more, and exits before
+            if over.wait(WATCH_EVERY):
+                return
+    if over.wait(EXIT_TIMEOUT):  # a rank that notices by itself says more
+        return
     print("error: another rank has failed, or its machine is gone", file=sys.stderr, flush=True)
     os._exit(1)

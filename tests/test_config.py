@@ -131,7 +131,7 @@ def test_what_only_a_run_can_find_out(tmp_path):
     }
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
-    run = [*ARITHMETIC, "--output_dir", str(tmp_path)]
+    run = [*ARITHMETIC, "--output_dir", str(tmp_path / "arithmetic")]
     (said,) = on_ranks(1, complaints, [run + more for more in cases.values()], folder=tmp_path)
     for word, line in zip(cases, said, strict=True):
         assert word in line and "\n" not in line

@@ -31,6 +31,7 @@ from runtime.tracking import RunLog
 
 def test_timeline(tmp_path, monkeypatch):
     monkeypatch.setenv("PROFILE_STEP", "2")
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # its thread takes memory at any time
     config = Config(output_dir=str(tmp_path / "run"), steps=3)
     log = RunLog(config, write=True)
     for step in log.traced(range(1, 4)):
