@@ -28,7 +28,12 @@ FLOPS = flop_registry | {aten.addmm_: flop_registry[aten.addmm]}
 CAUSAL = ("torch_attn._varlen_attn", "torch_attn._varlen_attn_backward")  # half of what the formula counts is skipped
 NO_KERNEL = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten._unsafe_view}
 GATHERS = {aten.embedding, aten.index, aten.index_select, aten.gather}  # read as much as they return
-SCATTERS = {aten.index_put_, aten._index_put_impl_, aten.index_add_}  # read and write as much as they add
+SCATTERS = {
+    aten.index_put_,
+    aten._index_put_impl_,
+    aten.index_add_,
+    aten.scatter_,
+}  # read and write as much as they add
 OVERWRITES = {aten.copy_, aten.fill_, aten.zero_}  # do not read what they write
 LISTED = 40  # tensors that one kernel of a `_foreach_` operation takes, about
 

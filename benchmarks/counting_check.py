@@ -21,7 +21,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import lora  # noqa: E402
 from benchmarks.counting import Card, Counter  # noqa: E402
-from policy import FrozenHead  # noqa: E402
+from policy import FrozenHead, Head  # noqa: E402
 
 RANK = 64
 
@@ -88,7 +88,7 @@ def phases() -> dict[str, Callable[[], object]]:
         lora.LowRankLinear.apply(x, W, None, A, B, 1.0, False).backward(dy)
 
     def score() -> None:
-        FrozenHead.apply(states, head, targets, 1.0, False)[0].backward(ones)
+        FrozenHead.apply(states, Head(head), targets, 1.0, False)[0].backward(ones)
 
     return {
         "LoRA layer, forward and backward": layer,

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with patch("torch.cuda.is_available", return_value=True):  # they choose sizes when they are imported: a GPU's
     import fsdp_utils
     import lora
-    from policy import FrozenHead, Policy
+    from policy import FrozenHead, Head, Policy
 
 from benchmarks.counting import CARDS, Card, Counter  # noqa: E402
 from configs.base import Config  # noqa: E402
@@ -81,7 +81,7 @@ def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card
     model = AutoModelForCausalLM.from_config(plan.with_layers(shape, 1), dtype=torch.bfloat16)
     setup.add_adapters(model, config, config.lora_rank)
     policy, packed, found = Policy(model), batch.packed, {}
-    block, head = model.base_model.layers[0], model.get_output_embeddings().weight
+    block, head = model.base_model.layers[0], Head.of(model)
     x = torch.empty(1, sum(packed.lengths), shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     rotary = model.base_model.rotary_emb(x, packed.position_ids[None])
     states = x[0, packed.rows].detach().requires_grad_()
