@@ -294,7 +294,7 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 # tensor that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
-# Linears of an expert; all experts' together, in this order, are one parameter (experts, out, in) of transformers.
+# The linears of an expert. transformers stacks those of all experts, in this order, as (experts, out, in).
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

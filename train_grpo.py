@@ -28,9 +28,9 @@ from torch import Tensor, nn
 import lora
 from configs.base import Config
 from configs.checks import resolve_config
-from runtime.conversation import Completion
 from runtime.batching import MicroBatch, batch_metrics, make_updates
 from runtime.command_line import parse_config
+from runtime.conversation import Completion
 from runtime.evaluation import (
     compute_rewards,
     evaluate,

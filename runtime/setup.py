@@ -226,7 +226,7 @@ def build_engine(config: Config, folder: str, stops: Stops, targets: list[str] |
 
 def sequences_at_once(config: Config, ranks: int, gpu_bytes: float) -> int:
     """Sequences that one engine generates at a time: its share of a rollout or evaluation, up to vLLM's own limits."""
-    engines = max(1, ranks // config.tensor_parallel_size)
+    engines = ranks // config.tensor_parallel_size
     rollout = -(-config.prompts_per_step // engines) * config.group_size
     evaluation = -(-config.eval_problems // engines) * (config.eval_samples + 1)
     return min(max(rollout, evaluation), 1024 if gpu_bytes >= 70 * 2**30 else 256)

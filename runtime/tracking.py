@@ -58,9 +58,8 @@ class RunLog:
         self.peaks: dict[str, int] = {}  # bytes, per phase
         if not write:
             return
-        if (
-            self.folder.exists() and any(self.folder.iterdir()) and position is None
-        ):  # an older run is renamed to NAME.1, or the next free number
+        # An older run is renamed to NAME.1, or the next free number.
+        if position is None and self.folder.exists() and any(self.folder.iterdir()):
             taken = (self.folder.with_name(f"{self.folder.name}.{number}") for number in itertools.count(1))
             self.folder.rename(next(path for path in taken if not path.exists()))
         self.folder.mkdir(parents=True, exist_ok=True)

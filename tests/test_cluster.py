@@ -1,21 +1,19 @@
 """Several machines: each agent of torchrun has a network, a /dev/shm and a working folder of its own."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import uuid
 
 import pytest
 from conftest import ROOT, torchrun
+from test_resume import await_step, rows
 
-TIMES = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # metrics that differ from run to run
 ADDRESSES = ("10.231.7.1", "10.231.7.2")
 OPTIONS = f"--config {ROOT}/configs/arithmetic_cpu.py --prompts_per_step 8 --group_size 4 --eval_problems 8"
-OPTIONS += " --eval_every 1 --save_every 1 --lr_schedule constant --output_dir runs/grpo"
+OPTIONS += " --eval_every 1 --save_every 1 --lr_schedule constant --output_dir runs/r"
 
 
 class Machine:
@@ -85,12 +83,6 @@ def finish(agents: list[subprocess.Popen], timeout: float = 240) -> list[str]:
     return outputs
 
 
-def read_metrics(folder) -> list[dict]:
-    """Metrics that are the same whenever a run is repeated."""
-    steps = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in step.items() if not name.startswith(TIMES)} for step in steps]
-
-
 @pytest.mark.slow
 def test_two_machines_are_one_world(machines, tmp_path):
     """The same run as on one machine, also when it resumes, for which both need the checkpoint."""
@@ -106,12 +98,12 @@ def test_two_machines_are_one_world(machines, tmp_path):
 
     shutil.copytree(machines[0].folder / "runs", machines[1].folder / "runs")
     finish(start("3"))
-    alone = torchrun(2, *script, "--steps", "3", "--output_dir", str(tmp_path / "alone/grpo"))
+    alone = torchrun(2, *script, "--steps", "3", "--output_dir", str(tmp_path / "alone/r"))
     assert alone.returncode == 0, alone.stderr[-3000:]
-    assert read_metrics(machines[0].folder / "runs/grpo") == read_metrics(tmp_path / "alone/grpo")
+    assert rows(machines[0].folder / "runs") == rows(tmp_path / "alone")
 
     # From two machines to one.
-    done = torchrun(2, *script, "--steps", "4", "--output_dir", str(machines[0].folder / "runs/grpo"))
+    done = torchrun(2, *script, "--steps", "4", "--output_dir", str(machines[0].folder / "runs/r"))
     assert done.returncode == 0 and "step 4/4" in " ".join(done.stdout.split()), done.stderr[-3000:]
 
 
@@ -120,9 +112,9 @@ def test_replicas_across_machines(machines, tmp_path):
     """Two ranks on each share a copy of the weights, and the copies stay equal: the loss is that of one machine."""
     script = [str(ROOT / "train_grpo.py"), *OPTIONS.split(), "--steps", "1", "--fsdp_size", "2"]
     finish([machine.start(rank, *script, processes=2) for rank, machine in enumerate(machines)])
-    alone = torchrun(4, *script, "--output_dir", str(tmp_path / "alone/grpo"))
+    alone = torchrun(4, *script, "--output_dir", str(tmp_path / "alone/r"))
     assert alone.returncode == 0, alone.stderr[-3000:]
-    assert read_metrics(machines[0].folder / "runs/grpo") == read_metrics(tmp_path / "alone/grpo")
+    assert rows(machines[0].folder / "runs") == rows(tmp_path / "alone")
 
 
 @pytest.mark.slow
@@ -130,11 +122,7 @@ def test_replicas_across_machines(machines, tmp_path):
 def test_a_machine_that_dies_ends_the_others(machines, victim):
     script = [str(ROOT / "train_grpo.py"), *OPTIONS.split(), "--steps", "1000", "--eval_every", "0"]
     agents = [machine.start(rank, *script) for rank, machine in enumerate(machines)]
-    metrics = machines[0].folder / "runs/grpo/metrics.jsonl"
-    deadline = time.monotonic() + 180
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert time.monotonic() < deadline and agents[0].poll() is None, "it did not start"
-        time.sleep(0.5)
+    await_step(agents[0], machines[0].folder / "runs", 2)
     machines[victim].die()
     survivor = agents[1 - victim]
     output, _ = survivor.communicate(timeout=60)

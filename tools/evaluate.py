@@ -145,7 +145,7 @@ class Sampler(NamedTuple):
     prompts: list[Prompt]
     scorer: Scorer
     engine: Engine
-    doubts: list[str]  # see above
+    doubts: list[str]  # about the base that the adapter is evaluated on
 
     def evaluate(self) -> Evaluation:
         return evaluate_prompts(self.engine, self.prompts, self.config, self.scorer, self.tokenizer, self.world)
