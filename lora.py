@@ -44,12 +44,11 @@ class Adapter(nn.Module):
         alpha: float,
         *,
         rslora: bool = False,
-        dropout: float = 0.0,
         merged: bool = False,
         trainable: bool = True,
     ):
         super().__init__()
-        self.rank, self.alpha, self.rslora, self.dropout, self.merged = rank, alpha, rslora, dropout, merged
+        self.rank, self.alpha, self.rslora, self.merged = rank, alpha, rslora, merged
         empty = {"dtype": torch.float32, "device": next(layer.parameters()).device}
         self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **empty), requires_grad=trainable)
         self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **empty), requires_grad=trainable)
@@ -83,9 +82,6 @@ class LoRALinear(nn.Module):
             return self.base(x)
         adapter = self.adapters[self.active]
         A, B = adapter.lora_A, adapter.lora_B
-        if adapter.dropout and self.training and torch.is_grad_enabled():  # logprobs without gradients have no dropout
-            low = F.linear(F.dropout(x, adapter.dropout), A.to(x.dtype))
-            return self.base(x) + adapter.scale * F.linear(low, B.to(x.dtype))
         return LowRankLinear.apply(x, self.weight, self.bias, A, B, adapter.scale, adapter.merged)
 
     def base(self, x: Tensor) -> Tensor:

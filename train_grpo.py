@@ -411,8 +411,7 @@ def overlong_penalties(completions: list[Completion], config: Config, share: flo
 def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = False) -> None:
     """Sets `ref_logprobs` (with `reference`) and `old_logprobs` of the micro-batches.
 
-    The old ones are only computed if the update's own forward does not give them: if the step has several updates, or
-    if that forward has dropout, which the sampler does not.
+    The old ones are only computed if the step has several updates; a single one's own forward gives them.
     """
     config, policy = run.config, run.policy
     several = len(updates) * config.epochs_per_rollout > 1
@@ -423,7 +422,7 @@ def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = Fa
             if reference:
                 with lora.reference(policy):
                     batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-            if several or config.lora_dropout:
+            if several:
                 batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
             bar.update()
 

@@ -132,8 +132,7 @@ def adapter_faults(run, layer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a folder or a name on the hub")
-    parser.add_argument("--sync", default="adapter", choices=["adapter", "merged"])
-    parser.add_argument("--lora_forward", default="factored", choices=["factored", "merged"])
+    parser.add_argument("--sync", default="adapter", choices=["adapter", "merged", "straight_through"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--checks", type=int, default=100, help="of right weights")
     arguments = parser.parse_args()
@@ -144,7 +143,7 @@ def main():
     from configs.base import Config
     from runtime.prompts import load_prompts
 
-    settings = {name: getattr(arguments, name) for name in ("model", "sync", "lora_forward", "dtype")}
+    settings = {name: getattr(arguments, name) for name in ("model", "sync", "dtype")}
     config = Config(task="times_tables", lora_rank=16, max_prompt_length=100, max_completion_length=28, **settings)
     fsdp_utils.init_world()
     folder = files.find_model(arguments.model)

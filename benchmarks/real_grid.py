@@ -22,11 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import real_runs, real_table  # noqa: E402
 
-SENT = {  # how the policy reaches the sampler, and what the trainer's forward uses
-    "adapter + factored": {"sync": "adapter", "lora_forward": "factored"},
-    "merged + factored": {"sync": "merged", "lora_forward": "factored"},
-    "merged + merged": {"sync": "merged", "lora_forward": "merged"},
-}
+SENT = {mode: {"sync": mode} for mode in ("adapter", "merged", "straight_through")}  # how vLLM gets the policy
 TRAINED = {f"LoRA, rank {rank}": {"lora_rank": rank} for rank in (1, 8, 32)}  # alpha stays the same
 FULL = "all weights"
 TRAINED[FULL] = {"lora_rank": 0}
@@ -109,7 +105,7 @@ def write(grid: list[Cell], arguments: Namespace) -> None:
 def main() -> None:
     parser = real_runs.make_parser(__doc__)
     parser.add_argument("grid", choices=RATES)
-    parser.add_argument("--settings", nargs="+", help="some rows of the grid, e.g. 'adapter + factored'; mostly all")
+    parser.add_argument("--settings", nargs="+", help="some rows of the grid, e.g. 'adapter'; mostly all")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates of LoRA")
     parser.add_argument("--full_rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="those of all weights")
     parser.add_argument("--ranks", type=int, default=2, help="processes per run")

@@ -46,6 +46,7 @@ class Config:
     reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0)
     instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
     system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
+    chat_template_kwargs: list[str] = option([], "Values for the chat template, NAME=JSON: enable_thinking=false.")
 
     model: str = option("Qwen/Qwen2.5-3B-Instruct", "A folder, a name on the hub, or 'tiny'.", group="Model and LoRA")
     dtype: Literal["bfloat16", "float32", "nf4"] = option(
@@ -54,10 +55,6 @@ class Config:
     lora_rank: int = option(32, "The rank of the adapters; 0 trains all weights, in float32.", least=0)
     lora_alpha: float = option(32.0, "The adapter's update is scaled by lora_alpha / lora_rank.", above=0)
     target_modules: list[str] = option(["all-linear"], "Names of the linears with adapters, or all-linear.")
-    lora_dropout: float = option(0.0, "Dropout of the adapter's inputs in the update.", least=0, below=1)
-    lora_forward: Literal["factored", "merged"] = option(
-        "factored", "merged computes the update with base + adapter rounded, the weight that vLLM runs."
-    )
     lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
     ref_adapter_path: str = option(
         "", "The KL reference: an adapter folder, or 'base'; empty takes the adapter that the run starts from, if any."
@@ -71,8 +68,9 @@ class Config:
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
-    sync: Literal["merged", "adapter"] | None = option(
-        None, "adapter sends vLLM the adapter, merged new weights; default: adapter where possible."
+    sync: Literal["adapter", "merged", "straight_through"] | None = option(
+        None,
+        "adapter (default if possible) sends the adapter, merged new weights; straight_through trains with these, too.",
     )
     sleep_level: Literal[0, 1, 2] = option(
         0, "During updates vLLM's weights stay (0), move to the host (1) or are dropped and sent again (2)."
@@ -130,8 +128,13 @@ class Config:
     @property
     def sends_adapter(self) -> bool:
         """Whether a sync sends the adapter alone, which is the default where vLLM can run it."""
-        merged = self.dtype == "nf4" or self.lora_forward == "merged" or self.sleep_level == 2
-        return self.sync == "adapter" or (self.sync is None and 0 < self.lora_rank <= 512 and not merged)
+        possible = 0 < self.lora_rank <= 512 and self.dtype != "nf4" and self.sleep_level != 2
+        return self.sync == "adapter" or (self.sync is None and possible)
+
+    @property
+    def straight_through(self) -> bool:
+        """Whether the update computes with the merged weights, and gradients pass through their rounding."""
+        return self.sync == "straight_through"
 
     @property
     def kl_estimator(self) -> str:

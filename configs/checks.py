@@ -64,12 +64,10 @@ def check_together(c: Any) -> None:
     refuse(not c.model, "model must be a folder, a name on the hub or 'tiny', not ''")
 
     # Adapters
-    merged = c.lora_forward == "merged"
-    refuse(c.lora_dropout and merged, "lora_dropout cannot act inside a merged weight; set lora_forward factored")
     if c.lora_rank == 0:
-        for name in ("lora_dropout", "lora_adapter_path", "ref_adapter_path"):
+        for name in ("lora_adapter_path", "ref_adapter_path"):
             refuse(getattr(c, name), f"{name} needs an adapter, but lora_rank is 0; set lora_rank above 0")
-        refuse(merged, "lora_forward merged needs an adapter, but lora_rank is 0; set lora_rank above 0")
+        refuse(c.straight_through, "sync straight_through: with lora_rank 0 there is no adapter; use sync merged")
         refuse(
             c.dtype == "nf4",
             "dtype nf4 is for a frozen base, but lora_rank 0 trains it; set lora_rank above 0",
@@ -82,7 +80,6 @@ def check_together(c: Any) -> None:
             c.dtype == "nf4",
             "dtype nf4 is not the base that vLLM has, which sync adapter never sends; use sync merged",
         )
-        refuse(merged, "lora_forward merged is the weight that sync merged sends; use that, or lora_forward factored")
         refuse(
             c.sleep_level == 2,
             "sleep_level 2 discards vLLM's weights, which sync adapter never sends; use sleep_level 1",

@@ -142,7 +142,6 @@ def write_adapter(
     rank: int,
     alpha: float,
     rslora: bool,
-    dropout: float,
     base_model: str,
     base_dtype: str,
 ) -> None:
@@ -164,7 +163,7 @@ def write_adapter(
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": alpha,
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0,
         "target_modules": target_modules,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -209,7 +208,6 @@ def save_adapter(
         rank=first.rank,
         alpha=first.alpha,
         rslora=first.rslora,
-        dropout=first.dropout,
         base_model=base_model,
         base_dtype=base_dtype,
     )

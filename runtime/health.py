@@ -47,7 +47,7 @@ class HealthMonitor:
     def reason_to_stop(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> str | None:
         """Counts steps that teach nothing and syncs that lose the update; why the run must stop, if it must."""
         self.count_useless(step, metrics, samples, progress)
-        if self.config.lora_forward == "factored":  # merged: the trainer runs the rounded weights, too
+        if not self.config.straight_through:  # the trainer runs the rounded weights, too
             self.count_lost(metrics.get("sync/update_survival", 1.0), progress)
         useless = reason_of_useless_steps(progress.steps_useless, metrics, samples, self.config)
         return useless or reason_of_lost_updates(progress.syncs_lost, metrics, self.config)
@@ -168,6 +168,6 @@ def explain_survival(survival: float) -> str:
     """
     return (
         f"merging keeps {survival:.2f} of the update (cosine; 1: all of it), because small changes round away. Ways "
-        "out: sync adapter loses nothing, but vLLM generates slower; lora_forward merged trains the rounded weights "
+        "out: sync adapter loses nothing, but vLLM generates slower; sync straight_through trains the rounded weights "
         "themselves; a larger learning_rate or lora_alpha makes larger updates"
     )

@@ -1,6 +1,9 @@
 """What the model reads, and where it stops: problems as tokens, through the chat template, and the end of a turn."""
 
+import json
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -19,14 +22,32 @@ from runtime.run import Prompt
 Chat = list[dict[str, Any]]
 
 
-def load_tokenizer(folder: str, now: str = "") -> PreTrainedTokenizerBase:
-    """A model's tokenizer. now: the ISO time for chat templates that show a date ("": the clock's)."""
+def load_tokenizer(folder: str, now: str = "", template_kwargs: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, whose chat template has `template_kwargs` (the option chat_template_kwargs) as variables.
+
+    now: the ISO time for templates that show a date ("": the clock's).
+    """
     with one_line_errors(f"the tokenizer of model {folder!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    values = dict(template_value(text, tokenizer) for text in template_kwargs)
     if now:  # a run's prompts stay the same, also when it is resumed on another day
-        clock = datetime.fromisoformat(now).strftime
-        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=clock)
+        values["strftime_now"] = datetime.fromisoformat(now).strftime
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **values)
     return tokenizer
+
+
+def template_value(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Any]:
+    """Reads NAME=JSON. Raises ValueError for anything else, and for a name that the chat template does not use."""
+    name, equals, value = text.partition("=")
+    try:
+        value = json.loads(value)
+    except ValueError:
+        equals = ""
+    if not (name.isidentifier() and equals):
+        raise ValueError(f"chat_template_kwargs must be NAME=JSON, such as enable_thinking=false, not {text!r}")
+    if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):  # Jinja would ignore it
+        raise ValueError(f"chat_template_kwargs: the chat template of {tokenizer.name_or_path!r} has no {name!r}")
+    return name, value
 
 
 def say(line: str) -> None:

@@ -70,7 +70,7 @@ class Run:
     def complete_step(self, step: int) -> None:
         """From here on, a checkpoint is one of this step, even if the next step has begun when it is written.
 
-        Random numbers of the next step (dropout, a random reward) depend on seed, step and rank alone, so a run that
+        Random numbers of the next step (of a random reward) depend on seed, step and rank alone, so a run that
         resumes here draws the same.
         """
         self.progress = replace(self.progress, step=step, prompts_drawn=self.prompts_drawn)

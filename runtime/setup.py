@@ -46,7 +46,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     model_config = read_model_config(folder)
     saved = find_checkpoint(config) if config.resume else None
     progress = fsdp_utils.on_first_rank(lambda: saved.progress if saved else Progress())
-    tokenizer = load_tokenizer(folder, progress.started)
+    tokenizer = load_tokenizer(folder, progress.started, config.chat_template_kwargs)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
     check_prompts(config, model_config, train_prompts + test_prompts)
     stops = find_stops(config, tokenizer, model_config)
@@ -313,7 +313,7 @@ def meta_policy(
     if config.reference_adapter:
         with adapter_files.open_adapter(config.reference_adapter) as file:
             scale = {"rank": file.rank, "alpha": file.alpha, "rslora": file.rslora}
-            options = {"merged": config.lora_forward == "merged", "trainable": False}
+            options = {"merged": config.straight_through, "trainable": False}
             lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
         add_adapters(model, config, config.lora_rank)
@@ -342,8 +342,7 @@ def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
     """Freezes the base, stores it in `dtype`, and adds the adapters that are trained."""
     if config.dtype == "nf4":
         lora.quantize_base(model)
-    options = {"dropout": config.lora_dropout, "merged": config.lora_forward == "merged"}
-    lora.inject(model, config.target_modules, rank, config.lora_alpha, **options)
+    lora.inject(model, config.target_modules, rank, config.lora_alpha, merged=config.straight_through)
 
 
 def shard(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:

@@ -435,7 +435,7 @@ def test_a_row_may_not_set_what_the_user_has_set(option):
 
 @pytest.mark.parametrize(
     "updates, settings, asked",
-    [(1, {}, False), (2, {}, True), (1, {"epochs_per_rollout": 2}, True), (1, {"lora_dropout": 0.1}, True)],
+    [(1, {}, False), (2, {}, True), (1, {"epochs_per_rollout": 2}, True)],
 )
 def test_the_policy_that_sampled_is_asked_where_the_update_cannot_tell(updates, settings, asked):
     batches = [[SimpleNamespace(packed=i, old_logprobs=None)] for i in range(updates)]

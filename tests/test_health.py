@@ -123,7 +123,7 @@ def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved(monkeypatch):
     assert said == [f"  {explain_survival(0.6)}"] and run.saved_step is None
     with pytest.raises(RuntimeError, match="for 10 syncs in a row .* 0.5 .cosine.: .*; the last .* saved is 11"):
         steps.finish_step(run, 11, dict(lost))
-    for setting in ({"max_useless": 0}, {"lora_forward": "merged"}):
+    for setting in ({"max_useless": 0}, {"sync": "straight_through"}):
         run = unfinished_run(said, Progress(syncs_lost=9), dataclasses.replace(config, **setting))
         steps.finish_step(run, 1, dict(lost))
 

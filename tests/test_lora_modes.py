@@ -111,11 +111,8 @@ def test_three_ranks_agree_with_one_plain_process(model_folder, tmp_path):
 CONTRADICTIONS = {
     "kl_coef needs the base": {"lora_rank": 0, "kl_coef": 0.1},
     "dtype nf4 is for a frozen base": {"lora_rank": 0, "dtype": "nf4"},
-    "lora_forward merged needs an adapter": {"lora_rank": 0, "lora_forward": "merged"},
+    "sync straight_through: with lora_rank 0": {"lora_rank": 0, "sync": "straight_through"},
     "lora_adapter_path needs an adapter": {"lora_rank": 0, "lora_adapter_path": "somewhere"},
-    "lora_dropout needs an adapter": {"lora_rank": 0, "lora_dropout": 0.1},
-    "lora_dropout must be less than 1": {"lora_dropout": 1.0},
-    "lora_dropout cannot act inside a merged weight": {"lora_dropout": 0.1, "lora_forward": "merged"},
     "lora_rank must be at least 0": {"lora_rank": -1},
     "dtype must be one of bfloat16, float32, nf4": {"dtype": "int8"},
 }
@@ -132,7 +129,7 @@ def test_contradictions_are_refused_at_the_start(message):
 TOKENS = torch.randint(3, 250, (20,), generator=torch.Generator().manual_seed(0)).tolist()
 MODES = {
     "factored": {},
-    "merged": {"lora_forward": "merged"},
+    "straight_through": {"sync": "straight_through"},
     "nf4": {"dtype": "nf4", "target_modules": ["q_proj", "down_proj"]},
     "full": {"lora_rank": 0, "lora_alpha": 32.0},
     "larger rank": {"lora_rank": 32, "lora_adapter_path": "ADAPTER", "kl_coef": 0.1},
@@ -141,7 +138,6 @@ MODES = {
         "ref_adapter_path": "ADAPTER",
         "kl_coef": 0.1,
         "target_modules": ["q_proj", "up_proj"],
-        "lora_dropout": 0.1,
     },
 }
 REFERENCES = {"factored": "base", "larger rank": "adapter", "smaller rank": "base", "reference": "adapter"}

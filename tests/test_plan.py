@@ -19,7 +19,7 @@ WAYS = {  # layers, and settings
     "recomputed": (6, dict(gradient_checkpointing=True)),  # of the plan, three and four layers are run
     "three layers recomputed": (3, dict(gradient_checkpointing=True)),
     "four bits": (3, dict(gradient_checkpointing=True, dtype="nf4", lora_rank=2)),
-    "merged": (3, dict(gradient_checkpointing=False, lora_forward="merged", sleep_level=2)),
+    "merged": (3, dict(gradient_checkpointing=False, sync="straight_through", sleep_level=2)),
     "everything trained": (3, dict(gradient_checkpointing=True, lora_rank=0)),
     "log Z": (3, dict(algorithm="flowrl")),
     "critic": (6, dict(algorithm="ppo", tokens_per_microbatch=4096)),

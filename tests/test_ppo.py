@@ -66,14 +66,13 @@ def critic_on_ranks(folder):
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     dtypes = {p.dtype for name, p in adapted.named_parameters() if ".adapters." not in name and "value" not in name}
 
-    options = dict(dtype="nf4", lora_dropout=0.25, offload="all")
+    options = dict(dtype="nf4", offload="all")
     obedient = build_critic(Config(critic_lora_rank=4, lora_alpha=12.0, **options), str(folder), world)
     layer = obedient.model.model.layers[0].mlp.down_proj
     group = obedient.model.model.layers[0]._get_fsdp_state()._fsdp_param_group
     followed = (
         type(layer.weight).__name__,
         layer.adapters["policy"].scale,
-        layer.adapters["policy"].dropout,
         group.fsdp_params[0].offload_to_cpu,
         group._reshard_after_forward,
     )
@@ -112,7 +111,7 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
     _, _, trained, dtypes, followed, _ = results[0]
     assert len(trained) == 2 * 2 + 1 and all("q_proj.adapters" in n or n == "value.weight" for n in trained)
     assert dtypes == {torch.bfloat16}
-    assert followed == ("NF4Weight", 3.0, 0.25, True, True), "the critic obeys the same options as the policy"
+    assert followed == ("NF4Weight", 3.0, True, True), "the critic obeys the same options as the policy"
     whole = torch.cat([advantages for *_, advantages in results])  # 1, 1, 5, 2, 2, 5 of the two ranks, no filler
     raw = torch.tensor([1, 1, 5, 2, 2, 5], dtype=F64)
     torch.testing.assert_close(whole, (raw - raw.mean()) / (raw.std(unbiased=False) + 1e-6))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,21 @@ def test_a_date_in_the_chat_template_is_that_of_the_runs_start(tmp_path):
         tokenizer = prompts.load_tokenizer(str(tmp_path / "model"), now)
         (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
         assert tokenizer.decode(prompt.token_ids) == f"{date}|[user|2+2?]"
+
+
+def test_variables_of_the_chat_template(tmp_path):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{% if think is false %}quick{% endif %}" + TEMPLATE)
+    load = partial(prompts.load_tokenizer, str(tmp_path / "model"), "2024-02-29T23:59:59")
+    for given, text in ((["think=false"], "quick[user|2+2?]"), (["think=true"], "[user|2+2?]"), ([], "[user|2+2?]")):
+        tokenizer = load(given)
+        (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
+        assert tokenizer.decode(prompt.token_ids) == text
+    for wrong in ("think", "think=False", "=1", "a b=1"):
+        with pytest.raises(ValueError, match=f"must be NAME=JSON, such as enable_thinking=false, not '{wrong}'"):
+            load([wrong])
+    with pytest.raises(ValueError, match="the chat template of .* has no 'thin'"):
+        load(["thin=true"])
 
 
 # ---- Chat messages of the data ----------------------------------------------------------------------------------

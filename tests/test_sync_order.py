@@ -144,9 +144,8 @@ def test_optimizer_steps_are_the_same_with_its_state_elsewhere():
         (dict(sync="adapter", lora_rank=0), "there is no adapter"),
         (dict(sync="adapter", sleep_level=2), "sleep_level 2 discards vLLM's weights"),
         (dict(sync="adapter", dtype="nf4"), "dtype nf4 is not the base that vLLM has"),
-        (dict(sync="adapter", lora_forward="merged"), "lora_forward merged is the weight that sync merged sends"),
         (dict(sleep_level=3), "sleep_level must be one of 0, 1, 2, not 3"),
-        (dict(sync="merge"), "sync must be one of merged, adapter, not 'merge'"),
+        (dict(sync="merge"), "sync must be one of adapter, merged, straight_through, not 'merge'"),
     ],
     ids=str,
 )

@@ -161,7 +161,7 @@ def setup() -> tuple[Sampler, Path]:
     out = out or f"{config.run_folder.parent}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = fsdp_utils.on_first_rank(lambda: new_folder(out))
     model = model_folder(config)
-    tokenizer = load_tokenizer(model, started(config))
+    tokenizer = load_tokenizer(model, started(config), config.chat_template_kwargs)
     _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
     model_config = read_model_config(model)
     check_prompts(config, model_config, prompts)
