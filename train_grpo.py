@@ -201,6 +201,7 @@ class Algorithm(NamedTuple):
     weight: Callable[[Tensor, Config], Tensor]
     settings: dict[str, Any] = {}  # its paper's values for options that are None by default
     groups: bool = True  # compares the completions of a prompt
+    rollouts: int = 1  # at most so many per step, until there are enough groups whose rewards differ
     unit_rewards: bool = False  # needs rewards from 0 to 1
     whole_sequences: bool = False  # its loss is sequence-level, so TIS must be, too
     needs_all: bool = False  # completions without advantage have a gradient, too
@@ -213,7 +214,7 @@ class Algorithm(NamedTuple):
 ALGORITHMS = {
     "grpo": Algorithm(zscore, clip_token, per_sequence),
     "dr_grpo": Algorithm(center, clip_token, constant_length),
-    "dapo": Algorithm(zscore, clip_token, all_tokens, {"clip_high": 0.28, "max_rollouts": 4}, overlong=0.2),
+    "dapo": Algorithm(zscore, clip_token, all_tokens, {"clip_high": 0.28}, rollouts=4, overlong=0.2),
     "bnpo": Algorithm(beta_normalize, clip_token, all_tokens, unit_rewards=True),
     "gspo": Algorithm(zscore, clip_sequence, per_sequence, {"clip_low": 3e-4, "clip_high": 4e-4}, whole_sequences=True),
     "cispo": Algorithm(zscore, clip_weight, all_tokens, {"clip_low": 1.0, "clip_high": 4.0}),
@@ -330,7 +331,7 @@ def train(run: Run) -> None:
 
     for step in log.traced(range(run.progress.step + 1, config.steps + 1)):
         completions, scored = [], []
-        for attempt in range(config.max_rollouts):  # more than one: dynamic sampling, DAPO, arXiv 2503.14476, eq. 11
+        for attempt in range(algorithm.rollouts):  # more than one: dynamic sampling, DAPO, arXiv 2503.14476, eq. 11
             # 1. rollout
             log.phase("rollout")
             prompts = run.next_prompts(config.prompts_per_step)
@@ -343,7 +344,7 @@ def train(run: Run) -> None:
             log_samples(run, step, "train", prompts, sampled, rewards)
             scored += rewards
             scores = total_rewards(scored)  # (attempts * N,)
-            kept = select_groups(scores, config)
+            kept = select_groups(scores, config, all_groups=algorithm.rollouts == 1)
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
         engine.sleep()  # until the sync
@@ -390,9 +391,9 @@ def train(run: Run) -> None:
     finish_training(run)
 
 
-def select_groups(scores: Tensor, config: Config) -> list[int]:
-    """Indices of the completions to train on: P groups; with dynamic sampling, only groups whose scores differ."""
-    differ = groups_that_differ(scores, config.group_size) | (config.max_rollouts == 1)
+def select_groups(scores: Tensor, config: Config, all_groups: bool) -> list[int]:
+    """Indices of the completions to train on: those of the first P groups, or of the first P whose scores differ."""
+    differ = groups_that_differ(scores, config.group_size) | all_groups
     chosen = differ.nonzero()[: config.prompts_per_step]
     return (chosen * config.group_size + torch.arange(config.group_size)).flatten().tolist()
 

@@ -88,9 +88,6 @@ class Config:
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
         None, "Importance weights for the sampler mismatch, truncated or masked; default mostly token."
     )
-    max_rollouts: int | None = option(
-        None, "Dynamic sampling: rollouts per step until all groups have different rewards; mostly 1.", least=1
-    )
     updates_per_rollout: int = option(1, "Optimizer updates per rollout, each on a share of its prompts.", least=1)
     epochs_per_rollout: int = option(1, "Passes over a rollout, each of updates_per_rollout updates.", least=1)
 

@@ -109,7 +109,7 @@ def resolve_config(config: Any, algorithm: Any) -> Any:
         if option not in optional:
             raise ValueError(f"{name} sets {option!r}, and may set only options that are None by default")
     tis_mode = "sequence" if algorithm.whole_sequences else "token"
-    usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": tis_mode, "max_rollouts": 1}
+    usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": tis_mode}
     usual["learning_rate"] = default_rate(config)
     chosen = {option: value for option, value in (usual | settings).items() if getattr(config, option) is None}
     if (config.kl_coef or algorithm.reference) and config.lora_rank and not config.ref_adapter_path:
@@ -143,14 +143,6 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
         f"{name} weighs whole completions: tis_mode must be sequence..., not {c.tis_mode!r}",
     )
     refuse(
-        algorithm.settings.get("max_rollouts", 1) > 1 and c.max_rollouts == 1,
-        f"{name} leaves out groups of equal rewards and samples others: max_rollouts must exceed 1",
-    )
-    refuse(
-        c.max_rollouts > 1 and c.group_size == 1,
-        "max_rollouts > 1 looks for groups whose rewards differ: group_size must exceed 1",
-    )
-    refuse(
         algorithm.reference and c.kl_coef,
         f"{name} has the reference in its objective already: kl_coef must be 0, not {c.kl_coef!r}",
     )
@@ -162,8 +154,3 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
         algorithm.unit_rewards and (algorithm.overlong or c.kl_in_reward),
         f"{name} needs rewards from 0 to 1: no overlong penalty, and kl_penalty must be ..._loss, not {c.kl_penalty!r}",
     )
-    if not algorithm.advantage:  # PPO
-        refuse(
-            c.max_rollouts > 1,
-            "max_rollouts > 1 looks for groups whose rewards differ, and ppo has no groups: set it to 1",
-        )

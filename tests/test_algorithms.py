@@ -340,11 +340,11 @@ def test_importance_weights_undo_the_mismatch(monkeypatch):
 
 def test_dynamic_sampling_keeps_groups_that_differ():
     scores = torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0], [0, 1]], dtype=F64).flatten()
-    keep = lambda **settings: select_groups(scores, config_of(group_size=2, prompts_per_step=2, **settings))  # noqa: E731
-    assert keep() == [0, 1, 2, 3]
-    assert keep(max_rollouts=3) == [2, 3, 6, 7]
+    config = config_of(group_size=2, prompts_per_step=2)
+    assert select_groups(scores, config, all_groups=True) == [0, 1, 2, 3]
+    assert select_groups(scores, config, all_groups=False) == [2, 3, 6, 7]
     scores = torch.ones(10, dtype=F64)
-    assert keep(max_rollouts=3) == []
+    assert select_groups(scores, config, all_groups=False) == []
     for algorithm in ALGORITHMS.values():  # a step in which nothing can be learned is no error
         assert algorithm.advantage(scores[:0].view(0, 2)).shape == (0, 2)
 
@@ -369,8 +369,6 @@ def test_schedule():
     "settings, message",
     [
         ({"algorithm": "gspo", "tis_mode": "token"}, "gspo weighs whole completions"),
-        ({"algorithm": "dapo", "max_rollouts": 1}, "max_rollouts must exceed 1"),
-        ({"algorithm": "reinforce_pp", "group_size": 1, "max_rollouts": 2}, "group_size must exceed 1"),
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
         ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
         ({"algorithm": "opmd", "clip_high": 0.3}, "leave out clip_high"),

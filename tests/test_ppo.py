@@ -136,7 +136,6 @@ def test_a_short_run(tmp_path):
     "options, message",
     [
         ("--algorithm grpo --group_size 2", "train_ppo.py has one algorithm, ppo"),
-        ("--max_rollouts 2 --group_size 2", "ppo has no groups"),
         ("--warmup_steps 60", "must be fewer than the 60 steps"),
     ],
 )
