@@ -3,8 +3,8 @@
     torchrun --nproc-per-node=2 train_ppo.py --config configs/arithmetic_cpu_ppo.py
 
 The critic estimates the expected reward after each token. So each token gets an advantage of its own (GAE), and one
-completion per problem is enough. The price is a second model, sharded like the policy and of the same size. All of its
-weights are trained, in float32, unless `critic_lora_rank` is set.
+completion per problem is enough. The price is a second model, sharded like the policy and of the same size. It is
+trained as the policy is: by adapters, or as a whole with `lora_rank` 0.
 
 PPO: arXiv 1707.06347; for language models, with the KL penalty in each token's reward: arXiv 2009.01325. As in
 verl and TRL, advantages are normalised over the step, and the critic starts from the policy's base.

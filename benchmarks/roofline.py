@@ -79,7 +79,7 @@ def copy(tensor: Tensor) -> Tensor:
 def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card) -> dict[str, Counter]:
     """One linear, one block and the head, alone and not sharded; the block as often as an update computes it."""
     model = AutoModelForCausalLM.from_config(plan.with_layers(shape, 1), dtype=torch.bfloat16)
-    setup.add_adapters(model, config, config.lora_rank)
+    setup.add_adapters(model, config)
     policy, packed, found = Policy(model), batch.packed, {}
     block, head = model.base_model.layers[0], Head.of(model)
     x = torch.empty(1, sum(packed.lengths), shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)

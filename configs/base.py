@@ -52,7 +52,9 @@ class Config:
     dtype: Literal["bfloat16", "float32", "nf4"] = option(
         "bfloat16", "The base's dtype; nf4 stores it in four bits here (QLoRA) and computes in bfloat16."
     )
-    lora_rank: int = option(32, "The rank of the adapters; 0 trains all weights, in float32.", least=0)
+    lora_rank: int = option(
+        32, "The rank of the adapters, of PPO's critic, too; 0 trains all weights, in float32.", least=0
+    )
     lora_alpha: float = option(32.0, "The adapter's update is scaled by lora_alpha / lora_rank.", above=0)
     target_modules: list[str] = option(["all-linear"], "Names of the linears with adapters, or all-linear.")
     lora_adapter_path: str = option("", "An adapter folder to start from, of any rank; empty starts from the base.")
@@ -97,6 +99,9 @@ class Config:
         above=0,
         group="The update",
     )
+    critic_learning_rate: float | None = option(
+        None, "The peak learning rate of PPO's critic; default: ten times the policy's default.", above=0
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = option("constant", "linear and cosine fall to 0 at the end.")
     warmup_steps: int = option(
         0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0
@@ -107,9 +112,6 @@ class Config:
     offload: Literal["none", "optimizer", "all"] = option(
         "none", "Keeps optimizer state, or all shards and gradients too, in host memory: slower."
     )
-
-    critic_learning_rate: float = option(1e-5, "The critic's peak learning rate.", above=0, group="PPO's critic")
-    critic_lora_rank: int = option(0, "The rank of the critic's adapters; 0 trains all its weights.", least=0)
 
     def __post_init__(self) -> None:
         """Raises ValueError, in one line, for the first value that cannot be right."""

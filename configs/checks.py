@@ -111,6 +111,7 @@ def resolve_config(config: Any, algorithm: Any) -> Any:
     tis_mode = "sequence" if algorithm.whole_sequences else "token"
     usual = {"clip_low": 0.2, "clip_high": 0.2, "tis_mode": tis_mode}
     usual["learning_rate"] = default_rate(config)
+    usual["critic_learning_rate"] = 10 * default_rate(config)  # as verl and OpenRLHF have it
     chosen = {option: value for option, value in (usual | settings).items() if getattr(config, option) is None}
     if (config.kl_coef or algorithm.reference) and config.lora_rank and not config.ref_adapter_path:
         chosen["ref_adapter_path"] = config.lora_adapter_path or BASE
@@ -125,10 +126,6 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     refuse(
         algorithm.groups and c.group_size < 2,
         f"{name} measures each completion against its group: group_size must be at least 2, not 1",
-    )
-    refuse(
-        algorithm.advantage and c.critic_lora_rank,
-        f"critic_lora_rank is of PPO's critic, and {name} has none: set it to 0",
     )
     refuse(
         algorithm.advantage and c.prompts_per_step * c.group_size < 2,

@@ -33,8 +33,7 @@ KEPT = 2  # newest checkpoints of a run, beside the best one
 # Settings that a resumed run must keep, because the checkpoint's tensors or its place in the data depend on them.
 FIXED = (
     "model task dtype target_modules lora_rank lora_alpha lora_adapter_path algorithm seed prompts_per_step "
-    "group_size max_prompt_length instruction system_prompt chat_template_kwargs prompt_field answer_field "
-    "critic_lora_rank"
+    "group_size max_prompt_length instruction system_prompt chat_template_kwargs prompt_field answer_field"
 ).split()
 
 

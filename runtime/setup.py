@@ -239,7 +239,7 @@ def gpu_memory() -> int:
 
 def build_policy(config: Config, folder: str, world: fsdp_utils.World, prompt_head: PromptHead | None = None) -> Policy:
     """The sharded policy with its weights; without adapters (`lora_rank` 0), all of them are trained."""
-    model = meta_model(folder, parameter_dtype(config, config.lora_rank))
+    model = meta_model(folder, parameter_dtype(config))
     policy = meta_policy(config, model, world.device, prompt_head)
     fsdp_utils.load_weights(model, folder, world.device, config.offload == "all")
     if config.lora_rank:
@@ -248,18 +248,18 @@ def build_policy(config: Config, folder: str, world: fsdp_utils.World, prompt_he
 
 
 def build_critic(config: Config, folder: str, world: fsdp_utils.World) -> Critic:
-    """The critic, from the policy's base; with `critic_lora_rank` 0, all of its weights are trained."""
-    model = meta_model(folder, parameter_dtype(config, config.critic_lora_rank))
+    """The critic, from the policy's base; trained as the policy is."""
+    model = meta_model(folder, parameter_dtype(config))
     critic = meta_critic(config, model, world.device)
     fsdp_utils.load_weights(model, folder, world.device, config.offload == "all")
-    if config.critic_lora_rank:
+    if config.lora_rank:
         lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
     return critic
 
 
-def parameter_dtype(config: Config, rank: int) -> torch.dtype:
-    """float32 if the base is trained (`rank` 0), because bfloat16 rounds small updates away; else `compute_dtype`."""
-    return getattr(torch, config.compute_dtype) if rank else torch.float32
+def parameter_dtype(config: Config) -> torch.dtype:
+    """float32 if the base is trained (`lora_rank` 0): bfloat16 would round small updates away; else `compute_dtype`."""
+    return getattr(torch, config.compute_dtype) if config.lora_rank else torch.float32
 
 
 # ---- Models without memory -------------------------------------------------------------------------------------------
@@ -316,9 +316,9 @@ def meta_policy(
             options = {"merged": config.straight_through, "trainable": False}
             lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
-        add_adapters(model, config, config.lora_rank)
+        add_adapters(model, config)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
-    shard(policy, config, config.lora_rank, device)
+    shard(policy, config, device)
     return policy
 
 
@@ -332,27 +332,27 @@ def make_prompt_head(prompt_head: PromptHead, hidden_size: int, seed: int, devic
 def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) -> Critic:
     """The sharded critic around a meta model of `parameter_dtype`."""
     critic = Critic(model, device)
-    if config.critic_lora_rank:
-        add_adapters(model, config, config.critic_lora_rank)
-    shard(critic, config, config.critic_lora_rank, device)
+    if config.lora_rank:
+        add_adapters(model, config)
+    shard(critic, config, device)
     return critic
 
 
-def add_adapters(model: PreTrainedModel, config: Config, rank: int) -> None:
+def add_adapters(model: PreTrainedModel, config: Config) -> None:
     """Freezes the base, stores it in `dtype`, and adds the adapters that are trained."""
     if config.dtype == "nf4":
         lora.quantize_base(model)
-    lora.inject(model, config.target_modules, rank, config.lora_alpha, merged=config.straight_through)
+    lora.inject(model, config.target_modules, config.lora_rank, config.lora_alpha, merged=config.straight_through)
 
 
-def shard(module: Policy | Critic, config: Config, rank: int, device: torch.device) -> None:
-    """Shards a policy or critic. A base that is trained (`rank` 0) is float32, and cast to `dtype` to compute.
+def shard(module: Policy | Critic, config: Config, device: torch.device) -> None:
+    """Shards a policy or critic. A base that is trained (`lora_rank` 0) is float32, and cast to `dtype` to compute.
 
     Raises ValueError if that base has experts.
     """
     model: PreTrainedModel = module.train().model
-    if not rank and lora.mixtures(model):
-        raise ValueError("a model with experts learns by adapters alone; set lora_rank (or critic_lora_rank) above 0")
+    if not config.lora_rank and lora.mixtures(model):
+        raise ValueError("a model with experts learns by adapters alone; set lora_rank above 0")
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fsdp_utils.shard(
@@ -360,7 +360,7 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
         model.base_model.layers,
         device,
         config.fsdp_size,
-        compute_dtype=None if rank else getattr(torch, config.compute_dtype),
+        compute_dtype=None if config.lora_rank else getattr(torch, config.compute_dtype),
         param_offload=config.offload == "all",
     )
 

@@ -372,7 +372,6 @@ def test_schedule():
         ({"algorithm": "grpo", "group_size": 1}, "group_size must be at least 2"),
         ({"ref_adapter_path": "somewhere"}, "set kl_coef above 0"),
         ({"algorithm": "opmd", "clip_high": 0.3}, "leave out clip_high"),
-        ({"critic_lora_rank": 8}, "critic_lora_rank is of PPO's critic"),
         ({"algorithm": "reinforce_pp", "group_size": 1, "prompts_per_step": 1}, "prompts_per_step must exceed 1"),
         ({"kl_coef": 0.1, "kl_penalty": "k1_loss"}, "kl_penalty must be one of k2_loss, k3_loss, k1_reward"),
         ({"algorithm": "bnpo", "kl_coef": 0.1, "kl_penalty": "k2_reward"}, "rewards from 0 to 1"),

@@ -22,8 +22,8 @@ WAYS = {  # layers, and settings
     "merged": (3, dict(gradient_checkpointing=False, sync="straight_through", sleep_level=2)),
     "everything trained": (3, dict(gradient_checkpointing=True, lora_rank=0)),
     "log Z": (3, dict(algorithm="flowrl")),
-    "critic": (6, dict(algorithm="ppo", tokens_per_microbatch=4096)),
-    "critic with adapters": (3, dict(algorithm="ppo", critic_lora_rank=4, dtype="nf4")),
+    "critic": (6, dict(algorithm="ppo", lora_rank=0, tokens_per_microbatch=4096)),
+    "critic with adapters": (3, dict(algorithm="ppo", lora_rank=4, dtype="nf4")),
 }
 
 

@@ -54,7 +54,7 @@ def rank_share(rank, size):
 def critic_on_ranks(folder):
     """Values and gradients of a full critic, what a LoRA critic trains, and normalised advantages."""
     world = fsdp_utils.init_world()
-    config = Config(dtype="float32", gradient_checkpointing=False, critic_lora_rank=0)
+    config = Config(dtype="float32", gradient_checkpointing=False, lora_rank=0)
     critic = build_critic(config, str(folder), world)
     with torch.no_grad():
         fsdp_utils.fill(critic.value.weight, torch.linspace(-1, 1, 64)[None])
@@ -62,12 +62,12 @@ def critic_on_ranks(folder):
     (values.square().sum() * world.size).backward()
     gradients = {name: fsdp_utils.gather(p.grad) for name, p in critic.named_parameters() if p.grad is not None}
 
-    adapted = build_critic(Config(critic_lora_rank=4, target_modules=["q_proj"]), str(folder), world)
+    adapted = build_critic(Config(lora_rank=4, target_modules=["q_proj"]), str(folder), world)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     dtypes = {p.dtype for name, p in adapted.named_parameters() if ".adapters." not in name and "value" not in name}
 
     options = dict(dtype="nf4", offload="all")
-    obedient = build_critic(Config(critic_lora_rank=4, lora_alpha=12.0, **options), str(folder), world)
+    obedient = build_critic(Config(lora_rank=4, lora_alpha=12.0, **options), str(folder), world)
     layer = obedient.model.model.layers[0].mlp.down_proj
     group = obedient.model.model.layers[0]._get_fsdp_state()._fsdp_param_group
     followed = (

@@ -188,7 +188,7 @@ def two_runs(folder: Path, reference: Reference, short_questions: list[list[int]
         "ppo": (
             train_ppo.setup_ppo,
             train_ppo.train,
-            "arithmetic_cpu_ppo.py --prompts_per_step 8 --sync adapter --critic_lora_rank 8 --warmup_steps 0",
+            "arithmetic_cpu_ppo.py --prompts_per_step 8 --sync adapter --warmup_steps 0",
         ),
     }
     found, alive = {}, []  # an engine takes the process groups with it when it goes

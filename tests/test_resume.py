@@ -33,7 +33,7 @@ GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"
 
 def start(folder: Path, *options: str, ranks: int = 2, **environment: str) -> subprocess.Popen:
     """A short run of the arithmetic default, or of PPO, in a process group of its own."""
-    program = "train_ppo.py --config configs/arithmetic_cpu_ppo.py" if "critic_lora_rank" in str(options) else GRPO
+    program = "train_ppo.py --config configs/arithmetic_cpu_ppo.py" if "critic_learning_rate" in str(options) else GRPO
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += [
         *program.split(),
@@ -135,8 +135,8 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path):
     The wandb run goes on as well, and no secret of the environment is written anywhere.
     """
     options = [
-        "--critic_lora_rank",
-        "4",
+        "--critic_learning_rate",
+        "2e-3",
         "--offload",
         "optimizer",
     ]

@@ -66,7 +66,7 @@ KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
     "adapters": "a smaller lora_rank",
     "gradients": "a smaller lora_rank",
     "optimizer": "offload optimizer",
-    "critic": "critic_lora_rank above 0, or offload all",
+    "critic": "offload all",
     "gathered weights": "nothing: it is the largest block, and embedding and head",
     "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
@@ -162,8 +162,8 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     config = dataclasses.replace(config, offload="none")  # what lives on the host is told apart in `phases`
     policy_of = partial(setup.meta_policy, prompt_head=prompt_head)
-    policy = make(policy_of, config, shape, config.lora_rank)  # outside of the fake mode: a mesh holds ranks
-    critic = make(setup.meta_critic, config, shape, config.critic_lora_rank) if config.algorithm == "ppo" else None
+    policy = make(policy_of, config, shape)  # outside of the fake mode: a mesh holds ranks
+    critic = make(setup.meta_critic, config, shape) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         learners = [module and run_learner(config, module) for module in (policy, critic)]
     width = getattr(torch, config.compute_dtype).itemsize
@@ -180,10 +180,10 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     )
 
 
-def make(meta: Callable, config: Config, shape: PretrainedConfig, rank: int) -> Policy | Critic:
+def make(meta: Callable, config: Config, shape: PretrainedConfig) -> Policy | Critic:
     """The policy or the critic as it is trained, sharded, but without memory."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=setup.parameter_dtype(config, rank))
+        model = AutoModelForCausalLM.from_config(shape, dtype=setup.parameter_dtype(config))
     setup.check_supported(model, config.model)
     return meta(config, model, HERE)
 
