@@ -377,7 +377,7 @@ def check_spread(model: PreTrainedModel, ranks: int) -> None:
     positions = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
     if ranks > 1 and ("dynamic" in positions or "longrope" in positions):
         raise ValueError(
-            f"{option} needs rotary positions that do not depend on the row's length, as this model's; set 1"
+            f"{option}: this model's rotary positions depend on the row's length (dynamic or longrope); set it to 1"
         )
 
 
