@@ -371,14 +371,14 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
 
 def check_spread(model: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError if so many ranks cannot share a row of the model's: for attention, they share its heads."""
+    if ranks == 1:
+        return
     heads, option = model.config.num_attention_heads, f"sequence_parallel_size {ranks}"
     if heads % ranks:
         raise ValueError(f"{option} does not divide the model's {heads} attention heads; choose a size that does")
     positions = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
-    if ranks > 1 and ("dynamic" in positions or "longrope" in positions):
-        raise ValueError(
-            f"{option}: this model's rotary positions depend on the row's length (dynamic or longrope); set it to 1"
-        )
+    if "dynamic" in positions or "longrope" in positions:
+        raise ValueError(f"{option}: this model's rotary positions depend on the row's length; set it to 1")
 
 
 # ---- Values ---------------------------------------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_a_run_is_that_of_rows_on_one_rank(tmp_path):
     "architecture, settings, size, words",
     [
         ("llama", {}, 3, "sequence_parallel_size 3 does not divide the model's 4 attention heads"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 2, "dynamic"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, 2, "positions"),
     ],
 )
 def test_what_cannot_be_spread_is_refused(architecture, settings, size, words, model_folder):
