@@ -42,15 +42,10 @@ class World:
     device: torch.device
     sequence_group: dist.ProcessGroup | None = None  # the ranks that this one shares its micro-batches with
 
-    @property
-    def ranks_per_row(self) -> int:
-        """Ranks that share each micro-batch's packed row."""
-        return group_size(self.sequence_group)
-
     def sum(self, values: Tensor) -> Tensor:
         """Adds up values of all ranks' micro-batches, in place; one that ranks share counts once. Collective."""
         dist.all_reduce(values)
-        return values.div_(self.ranks_per_row)
+        return values.div_(group_size(self.sequence_group))
 
 
 def init_world() -> World:

@@ -15,6 +15,7 @@ from configs.base import Config
 from fsdp_utils import World
 from policy import Packed, pack
 from runtime.conversation import Completion
+from runtime.sequence_parallel import group_size
 
 ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1, 0.1, 0.1 is not exactly 0.1
 
@@ -103,7 +104,7 @@ def make_updates(
         total = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in useful]
         shortest = useful[total.index(min(total))]
         batches = []
-        sharing = world.ranks_per_row  # each of them has its part of the tokens
+        sharing = group_size(world.sequence_group)  # each of them has its part of the tokens
         assigned = assign(total, world.size // sharing, config.tokens_per_microbatch * sharing)
         for indices in assigned[world.rank // sharing]:
             chosen = [useful[i] for i in indices]
