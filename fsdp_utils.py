@@ -25,6 +25,7 @@ import lora
 import nf4
 from runtime.files import FLOATS, open_safetensors, weight_files
 from runtime.progress_bar import progress_bar
+from runtime.sequence_parallel import group_size
 
 T = TypeVar("T")
 
@@ -39,6 +40,12 @@ class World:
     rank: int
     size: int
     device: torch.device
+    sequence_group: dist.ProcessGroup | None = None  # the ranks that this one shares its micro-batches with
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Adds up values of all ranks' micro-batches, in place; one that ranks share counts once. Collective."""
+        dist.all_reduce(values)
+        return values.div_(group_size(self.sequence_group))
 
 
 def init_world() -> World:

@@ -2,9 +2,10 @@
 
 Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
 layer works on tokens and never notices. Only the positions that predict a trained token reach the head, so nothing
-that follows needs a mask.
+that follows needs a mask. A row may be spread over several ranks (runtime/sequence_parallel.py).
 
-Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary.
+Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary; t, r and
+s are this rank's of them, which are all unless the row is spread.
 """
 
 import inspect
@@ -14,11 +15,14 @@ from itertools import compress, groupby, pairwise
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
+
+from runtime.sequence_parallel import Slices, attend_to_all, group_size, spread, spread_like
 
 # Logits that the head holds at a time, in float32. On a GPU 256 MiB: with fewer rows, reading W takes longer than
 # multiplying. On a CPU 64 MiB, 110 rows of Qwen2.5's vocabulary: the fastest of 16 to 512 MiB.
@@ -35,13 +39,16 @@ GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn)
 class Packed:
     """Sequences packed into one row, in the order given, which must be longest first."""
 
-    input_ids: Tensor  # (T,)
-    position_ids: Tensor  # (T,) each sequence counts from 0
     lengths: list[int]  # of the sequences; their sum is T
     starts: Tensor  # (S + 1,) int32, the first position of each sequence, then T
-    prompt_ends: Tensor  # (S,) position of the last token of each prompt
-    rows: Tensor  # (R,) positions whose next token is a trained token of a completion
-    targets: Tensor  # (R,) those tokens
+    input_ids: Tensor  # (t,) this rank's, as is all that follows
+    position_ids: Tensor  # (t,) each sequence counts from 0
+    prompt_ends: Tensor  # (s,) place among the t of the last token of each prompt
+    rows: Tensor  # (r,) places whose next token is a trained token of a completion
+    targets: Tensor  # (r,) those tokens
+    spread_tokens: Slices  # what each rank has of T,
+    spread_prompts: Slices  # of S
+    spread_rows: Slices  # and of R
 
 
 def pack(
@@ -49,10 +56,12 @@ def pack(
     completions: list[list[int]],
     device: torch.device,
     trained: list[list[bool]] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Packed:
     """Packs prompt + completion of each sequence. What is predicted follows from lengths, never from token ids.
 
     trained: which tokens of each completion are predicted; None: all. The others are only read.
+    group: the ranks that the row is spread over, which all pack the same; None: this one has the whole row.
 
     >>> packed = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], torch.device("cpu"))
     >>> packed.input_ids.tolist(), packed.rows.tolist(), packed.targets.tolist()
@@ -68,18 +77,27 @@ def pack(
         input_ids += prompt + completion
         position_ids += range(len(prompt) + len(completion))
         starts.append(len(input_ids))
+    while len(input_ids) < group_size(group):  # no rank may be without a token: a sequence of one, which counts nowhere
+        input_ids.append(0)
+        position_ids.append(0)
+        starts.append(len(input_ids))
     lengths = [end - start for start, end in pairwise(starts)]
     if lengths != sorted(lengths, reverse=True):
         raise ValueError(f"sequences must be packed longest first, not {lengths}")
     as_tensor = partial(torch.tensor, dtype=torch.long, device=device)
+    tokens = spread(len(input_ids), group)
+    of_prompts, of_rows, first = spread_like(prompt_ends, tokens), spread_like(rows, tokens), tokens.own.start
     return Packed(
-        input_ids=as_tensor(input_ids),
-        position_ids=as_tensor(position_ids),
         lengths=lengths,
         starts=as_tensor(starts, dtype=torch.int32),
-        prompt_ends=as_tensor(prompt_ends),
-        rows=as_tensor(rows),
-        targets=as_tensor(targets),
+        input_ids=as_tensor(input_ids[tokens.own]),
+        position_ids=as_tensor(position_ids[tokens.own]),
+        prompt_ends=as_tensor(prompt_ends[of_prompts.own]) - first,
+        rows=as_tensor(rows[of_rows.own]) - first,
+        targets=as_tensor(targets[of_rows.own]),
+        spread_tokens=tokens,
+        spread_prompts=of_prompts,
+        spread_rows=of_rows,
     )
 
 
@@ -120,7 +138,15 @@ def packed_attention(
     return torch.cat(outputs)[None].to(query.dtype), None
 
 
-AttentionInterface.register("lorl_packed", packed_attention)
+def row_attention(module, query, key, value, attention_mask, packed: Packed | None = None, **more):
+    """`packed_attention` of the whole row: (1, heads, t, head size) in, (1, t, heads, head size) out."""
+    attention = partial(packed_attention, module, attention_mask=attention_mask, packed=packed, **more)
+    if packed is None or packed.spread_tokens.group is None:
+        return attention(query, key, value)
+    return attend_to_all(lambda *whole: attention(*whole)[0], query, key, value, packed.spread_tokens), None
+
+
+AttentionInterface.register("lorl_packed", row_attention)
 
 
 # ---- The logprob head -----------------------------------------------------------------------------------------
@@ -241,13 +267,13 @@ def trained_head(
 
 
 def chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Slices of the rows, each holding about `LOGITS_AT_ONCE` logits."""
+    """Slices of the rows, each holding about `LOGITS_AT_ONCE` logits; of no rows, an empty one."""
     size = max(1, LOGITS_AT_ONCE // vocabulary)
-    return [slice(start, start + size) for start in range(0, rows, size)]
+    return [slice(start, start + size) for start in range(0, max(rows, 1), size)]
 
 
 def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
-    """(T, D) final hidden states, after the last norm."""
+    """(t, D) final hidden states, after the last norm."""
     return model.base_model.forward(  # not __call__: vLLM replaces that of models whose classes it uses
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
@@ -277,12 +303,14 @@ class Policy(nn.Module):
         """The completions' logprobs at that temperature; the entropy has a gradient only if asked for."""
         states, head = last_states(self.model, batch), Head.of(self.model)
         score = trained_head if head.weight.requires_grad else FrozenHead.apply
-        logprobs, entropy = score(states[batch.rows], head, batch.targets, temperature, entropy_gradient)
+        scores = score(states[batch.rows], head, batch.targets, temperature, entropy_gradient)  # (r,), both
+        logprobs, entropy = map(batch.spread_rows.join, scores)
         if self.prompt_head is None:
             return PolicyOutput(logprobs, entropy)
-        prompt_states = states.detach()[batch.prompt_ends]  # (S, D); the prompt head does not train the policy
+        prompt_states = states.detach()[batch.prompt_ends]  # (s, D); the prompt head does not train the policy
         values = self.prompt_head(prompt_states.to(next(self.prompt_head.parameters()).dtype))
-        return PolicyOutput(logprobs, entropy, values[:, 0].float().clone())  # a clone: FSDP warns of views
+        values = values[:, 0].float().clone()  # (s,); a clone: FSDP warns of views
+        return PolicyOutput(logprobs, entropy, batch.spread_prompts.join(values))
 
 
 class Critic(nn.Module):
@@ -298,4 +326,5 @@ class Critic(nn.Module):
 
     def forward(self, batch: Packed) -> Tensor:
         """(R,) float32."""
-        return last_states(self.model, batch)[batch.rows].float() @ self.value.weight[0].float()
+        states = last_states(self.model, batch)[batch.rows]  # (r, D)
+        return batch.spread_rows.join(states.float() @ self.value.weight[0].float())

@@ -22,7 +22,6 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import lora
@@ -445,8 +444,7 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
             owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
             totals.index_add_(0, owners, penalty.double())
             bar.update()
-    dist.all_reduce(totals)
-    return totals.cpu()
+    return world.sum(totals).cpu()
 
 
 def only_advantages_teach(config: Config, algorithm: Algorithm) -> bool:

@@ -21,7 +21,6 @@ import sys
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -115,8 +114,7 @@ def normalize(batches: list[MicroBatch], world: fsdp_utils.World) -> None:
     for batch in batches:
         mine = batch.advantages[batch.weights > 0].double()  # fillers do not count
         moments += torch.stack([mine.new_tensor(len(mine)), mine.sum(), mine.square().sum()])
-    dist.all_reduce(moments)
-    count, total, squares = moments.tolist()
+    count, total, squares = world.sum(moments).tolist()
     mean = total / count
     std = max(squares / count - mean**2, 0.0) ** 0.5
     for batch in batches:

@@ -9,20 +9,20 @@ from heapq import heapreplace
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from configs.base import Config
 from fsdp_utils import World
 from policy import Packed, pack
 from runtime.conversation import Completion
+from runtime.sequence_parallel import group_size
 
 ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1, 0.1, 0.1 is not exactly 0.1
 
 
 @dataclass
 class MicroBatch:
-    """Whole completions that one rank pushes through the model at once; per-token tensors are (R,) float32.
+    """Whole completions that a rank pushes through the model at once; per-token tensors are (R,) float32.
 
     R counts the trained tokens alone. The replies of an environment are in the packed row, and in nothing else.
     """
@@ -104,13 +104,15 @@ def make_updates(
         total = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in useful]
         shortest = useful[total.index(min(total))]
         batches = []
-        for indices in assign(total, world.size, config.tokens_per_microbatch)[world.rank]:
+        sharing = group_size(world.sequence_group)  # each of them has its part of the tokens
+        assigned = assign(total, world.size // sharing, config.tokens_per_microbatch * sharing)
+        for indices in assigned[world.rank // sharing]:
             chosen = [useful[i] for i in indices]
             if chosen:
-                batch = make_micro_batch(chosen, completions, advantages, weights, rewards, world.device)
+                batch = make_micro_batch(chosen, completions, advantages, weights, rewards, world)
             else:  # a filler
                 zeros = torch.zeros_like(weights)
-                batch = make_micro_batch([shortest], completions, advantages, zeros, rewards, world.device)
+                batch = make_micro_batch([shortest], completions, advantages, zeros, rewards, world)
             batches.append(batch)
         updates.append(batches)
     return updates
@@ -122,10 +124,10 @@ def make_micro_batch(
     advantages: Tensor,
     weights: Tensor,
     rewards: Tensor | None,
-    device: torch.device,
+    world: World,
 ) -> MicroBatch:
     """Packs the chosen completions, and expands per-completion values to their trained tokens."""
-    parts = [completions[i] for i in chosen]
+    parts, device = [completions[i] for i in chosen], world.device
     repeats = torch.tensor([completion.length for completion in parts])
     sequences = torch.arange(len(chosen)).repeat_interleave(repeats)  # (R,)
     logprobs = [logprob for completion in parts for logprob in completion.logprobs if logprob is not None]
@@ -138,6 +140,7 @@ def make_micro_batch(
             [completion.token_ids for completion in parts],
             device,
             [completion.trained for completion in parts],
+            world.sequence_group,
         ),
         completions=chosen,
         sequences=sequences.to(device),
@@ -154,12 +157,11 @@ def batch_metrics(updates: list[list[MicroBatch]], completions: int, world: Worl
     batch/imbalance: the heaviest rank's tokens / the mean over ranks. batch/useless_frac: share of the completions
     that `make_updates` dropped.
     """
-    mine = [batch.packed for batch in chain.from_iterable(updates) if batch.weights.any()]  # not the fillers
+    mine = [batch for batch in chain.from_iterable(updates) if batch.weights.any()]  # not the fillers
     counts = torch.zeros(world.size, 2, dtype=torch.float64)
-    counts[world.rank, 0] = sum(sum(packed.lengths) for packed in mine)
-    counts[world.rank, 1] = sum(len(packed.lengths) for packed in mine)
-    dist.all_reduce(counts)
-    tokens, kept = counts.unbind(1)
+    counts[world.rank, 0] = sum(sum(batch.packed.lengths) for batch in mine)
+    counts[world.rank, 1] = sum(len(batch.completions) for batch in mine)
+    tokens, kept = world.sum(counts).unbind(1)
     return {
         "batch/imbalance": (tokens.max() / tokens.mean()).item() if kept.any() else 1.0,
         "batch/useless_frac": 1 - kept.sum().item() / max(1, completions),

@@ -4,7 +4,6 @@ import math
 from collections import defaultdict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 import fsdp_utils
@@ -65,8 +64,7 @@ class Update:
         Collective.
         """
         totals = torch.stack(list(self.sums.values())).cpu()  # the only wait for the GPU in an update
-        dist.all_reduce(totals)
-        metrics = dict(zip(self.sums, totals.tolist()))
+        metrics = dict(zip(self.sums, self.world.sum(totals).tolist()))
         norm = apply_gradients(self.optimizer, metrics["loss"])
         return metrics | {"grad_norm": norm, "skipped_updates": float(not math.isfinite(norm))}
 

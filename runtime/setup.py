@@ -28,6 +28,7 @@ from runtime.optimize import make_optimizer, schedule
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Run
+from runtime.sequence_parallel import neighbours
 from runtime.shared_memory import fast_folder
 from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
@@ -40,6 +41,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     reward.find_task(config.task)
     world = fsdp_utils.init_world()
     check_world(config, world)
+    world = replace(world, sequence_group=neighbours(config.sequence_parallel_size))
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     fsdp_utils.on_first_rank(choose_mode)
     folder = model_folder(config)
@@ -73,7 +75,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
 
 def check_world(config: Config, world: fsdp_utils.World) -> None:
     """Raises ValueError for groups of ranks that do not divide their number."""
-    for name in ("tensor_parallel_size", "fsdp_size"):
+    for name in ("tensor_parallel_size", "fsdp_size", "sequence_parallel_size"):
         size = getattr(config, name) or world.size
         if world.size % size:
             raise ValueError(f"{name} {size} does not divide the number of processes, {world.size}")
@@ -348,9 +350,10 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
 def shard(module: Policy | Critic, config: Config, device: torch.device) -> None:
     """Shards a policy or critic. A base that is trained (`lora_rank` 0) is float32, and cast to `dtype` to compute.
 
-    Raises ValueError if that base has experts.
+    Raises ValueError if that base has experts, or if the model's rows cannot be spread over ranks as configured.
     """
     model: PreTrainedModel = module.train().model
+    check_spread(model, config.sequence_parallel_size)
     if not config.lora_rank and lora.mixtures(model):
         raise ValueError("a model with experts learns by adapters alone; set lora_rank above 0")
     if config.gradient_checkpointing:
@@ -363,6 +366,18 @@ def shard(module: Policy | Critic, config: Config, device: torch.device) -> None
         compute_dtype=None if config.lora_rank else getattr(torch, config.compute_dtype),
         param_offload=config.offload == "all",
     )
+
+
+def check_spread(model: PreTrainedModel, ranks: int) -> None:
+    """Raises ValueError if so many ranks cannot share a row of the model's: for attention, they share its heads."""
+    if ranks == 1:
+        return
+    heads, option = model.config.num_attention_heads, f"sequence_parallel_size {ranks}"
+    if heads % ranks:
+        raise ValueError(f"{option} does not divide the model's {heads} attention heads; choose a size that does")
+    positions = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
+    if "dynamic" in positions or "longrope" in positions:
+        raise ValueError(f"{option}: this model's rotary positions depend on the row's length; set it to 1")
 
 
 # ---- Values ---------------------------------------------------------------------------------------------------

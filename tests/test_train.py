@@ -54,12 +54,16 @@ def test_arithmetic_learns(tmp_path):
     [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
 )
 def test_gsm8k_runs(tmp_path, ranks, tensor_parallel_size):
-    """The real problems through the tiny model, on one process, with TP, and with two engines of two ranks."""
+    """The real problems through the tiny model, on one process, with TP, and with two engines of two ranks.
+
+    Ranks that share an engine also share the rows of micro-batches.
+    """
     if not GSM8K.is_dir():
         pytest.skip(f"no GSM8K at {GSM8K}; set GSM8K_DIR")
     for rank in range(2) if tensor_parallel_size == 2 else ():  # what a killed engine leaves must not be in the way
         Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").write_bytes(bytes(64))
-    options = ["--steps", "2", "--data", str(GSM8K), "--tensor_parallel_size", str(tensor_parallel_size)]
+    sizes = ["--tensor_parallel_size", str(tensor_parallel_size), "--sequence_parallel_size", str(tensor_parallel_size)]
+    options = ["--steps", "2", "--data", str(GSM8K), *sizes]
     metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, *options)
     assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"

@@ -41,6 +41,7 @@ from policy import Critic, Packed, Policy, PolicyOutput, pack
 from runtime import checkpoint, setup
 from runtime.command_line import parse_config
 from runtime.optimize import make_optimizer
+from runtime.sequence_parallel import neighbours
 from runtime.setup import PromptHead
 from runtime.shared_memory import use_shm
 
@@ -68,7 +69,7 @@ KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
     "optimizer": "offload optimizer",
     "critic": "offload all",
     "gathered weights": "nothing: it is the largest block, and embedding and head",
-    "activations": "gradient_checkpointing true, then a smaller tokens_per_microbatch",
+    "activations": "gradient_checkpointing true, a smaller tokens_per_microbatch, then sequence_parallel_size",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
     "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
     "vLLM working memory": "fewer sequences at once: of a rollout and of an evaluation",
@@ -149,13 +150,14 @@ class Tracker(FSDPMemTracker):
 
 def full_batch(config: Config) -> Packed:
     """The largest micro-batch: as many sequences of full length as its budget holds, and a shorter one; or one."""
-    count, rest = divmod(max(config.tokens_per_microbatch, config.max_model_len), config.max_model_len)
+    sharing = config.sequence_parallel_size
+    count, rest = divmod(max(config.tokens_per_microbatch * sharing, config.max_model_len), config.max_model_len)
     lengths = [(config.max_prompt_length, config.max_completion_length)] * count
     if rest > 1:
         completion = min(rest - 1, config.max_completion_length)
         lengths.append((rest - completion, completion))
     prompts, completions = ([[1] * length for length in column] for column in zip(*lengths))
-    return pack(prompts, completions, HERE)
+    return pack(prompts, completions, HERE, group=neighbours(sharing))
 
 
 def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None) -> Trainer:
@@ -354,8 +356,9 @@ def report(
     """The text, and whether it all fits."""
     if gpus < 1 or not gpu_gb > 0 or not bandwidth_gb > 0:
         raise ValueError(f"there must be GPUs, memory and bandwidth, not {gpus}, {gpu_gb:g} GB, {bandwidth_gb:g} GB/s")
-    if gpus % config.tensor_parallel_size:
-        raise ValueError(f"tensor_parallel_size {config.tensor_parallel_size} does not divide the {gpus} GPUs")
+    for name in ("tensor_parallel_size", "sequence_parallel_size"):
+        if gpus % getattr(config, name):
+            raise ValueError(f"{name} {getattr(config, name)} does not divide the {gpus} GPUs")
     trainer = plan_trainer(config, shape, gpus, prompt_head)
     ledgers = phases(config, shape, trainer, gpus, gpu_gb * GB)
     width = getattr(torch, config.compute_dtype).itemsize
