@@ -18,7 +18,7 @@ import lora
 import reward
 from configs.base import Config
 from configs.checks import default_rate
-from policy import Critic, Policy
+from policy import RECURRENT, Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
@@ -33,6 +33,8 @@ from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
+CONVOLUTIONS = tuple(f"{name}.conv1d" for name in RECURRENT)
+IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
@@ -281,10 +283,17 @@ def read_model_config(folder: str) -> PretrainedConfig:
 
 def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters that have shapes but no memory. Raises ValueError if it cannot be trained here."""
-    config = read_model_config(folder)
+    return meta_model_of(read_model_config(folder), folder, dtype)
+
+
+def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    """As `meta_model`, for a configuration; the folder is named in errors."""
     with one_line_errors(f"model {folder!r}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     check_supported(model, folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith(IN_FLOAT32):
+            parameter.data = parameter.data.float()
     return model
 
 
@@ -294,8 +303,9 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
     if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
-        experts, kind = name.split(".")[-2:]
-        if parameter.ndim > 2 and (experts != "experts" or kind not in fsdp_utils.EXPERTS):  # convolutions
+        module, _, kind = name.rpartition(".")
+        is_known = module.endswith(".experts") and kind in fsdp_utils.EXPERTS or module.endswith(CONVOLUTIONS)
+        if parameter.ndim > 2 and not is_known:
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
     for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
         raise ValueError(f"{what} is not implemented here: its checkpoint has {name}, which is no parameter")

@@ -25,6 +25,10 @@ SHAPE = {"dtype": torch.float32, "hidden_size": 128}  # vLLM's attention on a CP
 ENDS = list(range(100, 130))  # tokens that end a completion
 WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+RECURRENT = {  # vLLM's kernels for a CPU need heads of 64 or 128
+    **{"linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 64, "linear_value_head_dim": 64},
+    **{"layer_types": ["linear_attention", "full_attention"], "tie_word_embeddings": False},
+}
 PARTIAL = {"partial_rotary_factor": 0.5, "rope_type": "default", "rope_theta": 10_000.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -63,6 +67,9 @@ FAMILIES = {  # name -> transformers' name, and settings that make it differ
     "starcoder2": ("starcoder2", {}),
     "qwen3_moe": ("qwen3_moe", EXPERTS),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "qwen3_next": ("qwen3_next", RECURRENT | EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "qwen3_5": ("qwen3_5_text", RECURRENT),
+    "qwen3_5_moe": ("qwen3_5_moe_text", RECURRENT | EXPERTS | {"shared_expert_intermediate_size": 64}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32}),
 }
 SIZES = [(9, 12), (7, 14), (13, 8), (5, 9), (3, 1)]  # prompts and completions: three of one length, two others

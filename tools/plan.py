@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _FSDPState
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -182,10 +182,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
 
 def make(meta: Callable, config: Config, shape: PretrainedConfig, rank: int) -> Policy | Critic:
     """The policy or the critic as it is trained, sharded, but without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=setup.parameter_dtype(config, rank))
-    setup.check_supported(model, config.model)
-    return meta(config, model, HERE)
+    return meta(config, setup.meta_model_of(shape, config.model, setup.parameter_dtype(config, rank)), HERE)
 
 
 def run_learner(config: Config, module: Policy | Critic) -> Learner:
