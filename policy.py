@@ -130,6 +130,7 @@ AttentionInterface.register("lorl_packed", packed_attention)
 
 # Modules of a decoder block that hand a state on from token to token: a short convolution and gated linear attention.
 RECURRENT = ("linear_attn",)
+CONVOLUTIONS = ("linear_attn.conv1d",)  # in them
 # The kernels with which these begin anew at each sequence. Without one of them, transformers takes a function of its
 # own in its place, on any device, which ignores where sequences begin.
 KERNELS = {"causal_conv1d": "causal_conv1d_fn", "fla.ops.gated_delta_rule": "chunk_gated_delta_rule"}

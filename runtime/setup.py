@@ -18,7 +18,7 @@ import lora
 import reward
 from configs.base import Config
 from configs.checks import default_rate
-from policy import RECURRENT, Critic, Policy
+from policy import CONVOLUTIONS, Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
@@ -33,7 +33,6 @@ from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
-CONVOLUTIONS = tuple(f"{name}.conv1d" for name in RECURRENT)
 IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
 
