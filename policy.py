@@ -292,7 +292,7 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 
 def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """(T, D) final hidden states, after the last norm."""
-    return model.base_model.forward(  # not __call__: vLLM replaces that of models whose classes it uses
+    return model.get_decoder().forward(  # not __call__: vLLM replaces that of models whose classes it uses
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
 

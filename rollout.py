@@ -93,6 +93,7 @@ class Engine:
         self.llm = start_vllm(
             model,
             dtype=dtype,
+            language_model_only=True,  # of a model that also sees images
             load_format="safetensors",  # never pickles, and never code that comes with a model
             trust_remote_code=False,
             seed=seed,  # the same on every rank: the ranks of one engine must agree
@@ -227,7 +228,9 @@ class Engine:
         too, since it packs a copy; and before experts come, their kernels go, or vLLM would not pack experts again.
         """
         (model,), has_kernels = self.llm.apply_model(lambda model: model), True
-        tied = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings and hasattr(model, "lm_head")
+        tied = self.llm.llm_engine.model_config.hf_text_config.tie_word_embeddings and hasattr(
+            getattr(model, "language_model", model), "lm_head"
+        )
         for name, tensor in stream:
             if has_kernels and ".experts." in name:
                 drop_expert_kernels(model)

@@ -97,7 +97,7 @@ class WeightSync:
             self.device,
             modules=modules,
             stats=stats,
-            dtype=getattr(torch, self.config.compute_dtype),
+            dtype=None if self.config.lora_rank else getattr(torch, self.config.compute_dtype),
             release=self.engine.copies_at_once,
         )
 
@@ -191,6 +191,9 @@ class HeldWeights:
         None for tensors that do not belong to a linear (norms, embeddings): only linears are read.
         """
         path, _, kind = name.rpartition(".")
+        for prefix, own in self.prefixes.items():
+            if own and path.startswith(prefix):
+                path = own + path.removeprefix(prefix)
         linear = self.linears.get(path)
         if linear is None:
             return None
@@ -203,11 +206,20 @@ class HeldWeights:
         return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
 
     @cached_property
-    def linears(self) -> "dict[str, HeldLinear]":
-        """The checkpoint's linears, by name; convolutions are none."""
+    def model(self) -> nn.Module:
         (model,) = self.engine.llm.apply_model(lambda model: model)
-        fused, found = getattr(model, "packed_modules_mapping", {}), {}
-        for path, layer in model.named_modules():
+        return model
+
+    @cached_property
+    def prefixes(self) -> dict[str, str | None]:
+        """Of names in the checkpoint, and what vLLM has in their place."""
+        return getattr(getattr(self.model, "hf_to_vllm_mapper", None), "orig_to_new_prefix", {})
+
+    @cached_property
+    def linears(self) -> "dict[str, HeldLinear]":
+        """The checkpoint's linears, under vLLM's names; convolutions are none."""
+        fused, found = getattr(self.model, "packed_modules_mapping", {}), {}
+        for path, layer in self.model.named_modules():
             sizes = getattr(getattr(layer, "base_layer", layer), "output_partition_sizes", None)
             if sizes and not path.endswith(CONVOLUTIONS):  # which vLLM has as linears, but does not run as such
                 found[path] = HeldLinear(layer, range(len(sizes)))  # fused in the checkpoint, too, or alone

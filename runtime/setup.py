@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import fsdp_utils
 import lora
@@ -33,6 +39,7 @@ from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
+WITH_MORE = ("qwen3_5", "qwen3_5_moe")  # models that see images, too, of which the language model alone is trained
 IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
 
@@ -267,28 +274,41 @@ def parameter_dtype(config: Config, rank: int) -> torch.dtype:
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """A model's configuration. Raises ValueError for models that are not supported; see also `check_supported`."""
+    """The configuration of a language model, or of the part of a larger one that is. Raises ValueError for models that
+    are not supported; see also `check_supported`.
+    """
+    return read_whole_config(folder).get_text_config()
+
+
+def read_whole_config(folder: str) -> PretrainedConfig:
+    """A model's configuration, which may have parts, as those of models that also see images."""
     with one_line_errors(f"model {folder!r}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not hasattr(config, "vocab_size"):
-        raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = whole.get_text_config()
+    if not hasattr(config, "vocab_size") or config is not whole and whole.model_type not in WITH_MORE:
+        raise ValueError(f"model {folder!r} is a {whole.model_type}, and must be a language model and nothing more")
     if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
         raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
-    return config
+    return whole
 
 
 def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters that have shapes but no memory. Raises ValueError if it cannot be trained here."""
-    return meta_model_of(read_model_config(folder), folder, dtype)
+    return meta_model_of(read_whole_config(folder), folder, dtype)
 
 
 def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> PreTrainedModel:
     """As `meta_model`, for a configuration; the folder is named in errors."""
+    make = AutoModelForImageTextToText if config.model_type in WITH_MORE else AutoModelForCausalLM
     with one_line_errors(f"model {folder!r}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = make.from_config(config, dtype=dtype, trust_remote_code=False)
+    decoder, model.config = model.get_decoder(), config.get_text_config()
+    for name, part in list(model.base_model.named_children()) if model.base_model is not decoder else []:
+        if part is not decoder:  # what is left has the checkpoint's names
+            delattr(model.base_model, name)
     check_supported(model, folder)
     for name, parameter in model.named_parameters():
         if name.endswith(IN_FLOAT32):
@@ -299,7 +319,7 @@ def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> 
 def check_supported(model: PreTrainedModel, folder: str) -> None:
     """Raises ValueError for a model with parts that are not implemented here."""
     head, what = model.get_output_embeddings(), f"model {folder!r} is a {type(model).__name__}, which"
-    if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
+    if not isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
         module, _, kind = name.rpartition(".")
@@ -367,7 +387,7 @@ def shard(module: Policy | Critic, config: Config, rank: int, device: torch.devi
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fsdp_utils.shard(
         module,
-        model.base_model.layers,
+        model.get_decoder().layers,
         device,
         config.fsdp_size,
         compute_dtype=None if rank else getattr(torch, config.compute_dtype),

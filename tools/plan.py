@@ -123,7 +123,7 @@ class Tracker(FSDPMemTracker):
 
     def __init__(self, module: Policy | Critic, optimizer: torch.optim.Optimizer):
         super().__init__(module, optimizer)
-        self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.base_model.layers)
+        self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.get_decoder().layers)
         self.moments: dict[str, Ledger] = {}
 
     def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
