@@ -1,8 +1,8 @@
 """The model as RL sees it: packed tokens in, logprobs or values out. No padding, and no (tokens, vocabulary) matrix.
 
 Whole sequences stand one after the other in a single row, longest first. Attention and recurrent layers keep them
-apart; every other layer works on tokens and never notices. Only the positions that predict a trained token reach the head, so nothing
-that follows needs a mask.
+apart; every other layer works on tokens and never notices. Only the positions that predict a trained token reach the
+head, so nothing that follows needs a mask.
 
 Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary.
 """
@@ -148,7 +148,7 @@ def packed_recurrence(
     forward: Callable[..., Tensor], module: nn.Module, hidden_states: Tensor, packed: Packed, **_
 ) -> Tensor:
     """A recurrent layer's own forward, begun anew at each packed sequence; (1, T, D) -> (1, T, D)."""
-    if hidden_states.is_cuda and has_kernels():
+    if has_kernels(hidden_states.device.type):
         sequences = torch.arange(len(packed.lengths), dtype=torch.int32, device=hidden_states.device)
         seq_idx = sequences.repeat_interleave(packed.starts.diff(), output_size=hidden_states.shape[1])  # (T,)
         return forward(module, hidden_states, cu_seq_lens_q=packed.starts, seq_idx=seq_idx[None])
@@ -159,10 +159,12 @@ def packed_recurrence(
 
 
 @cache
-def has_kernels() -> bool:
-    """Whether transformers has found all of `KERNELS`."""
+def has_kernels(device: str) -> bool:
+    """Whether transformers runs all of `KERNELS` on that kind of device."""
     try:
-        return all(hasattr(importlib.import_module(package), name) for package, name in KERNELS.items())
+        return device == "cuda" and all(
+            hasattr(importlib.import_module(package), name) for package, name in KERNELS.items()
+        )
     except Exception:  # whatever a broken installation raises, transformers does without it, too
         return False
 
@@ -292,7 +294,8 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 
 def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """(T, D) final hidden states, after the last norm."""
-    return model.get_decoder().forward(  # not __call__: vLLM replaces that of models whose classes it uses
+    forward = model.get_decoder().forward  # not __call__: vLLM replaces that of models whose classes it uses
+    return forward(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
 

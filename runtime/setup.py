@@ -287,6 +287,7 @@ def read_whole_config(folder: str) -> PretrainedConfig:
     config = whole.get_text_config()
     if not hasattr(config, "vocab_size") or config is not whole and whole.model_type not in WITH_MORE:
         raise ValueError(f"model {folder!r} is a {whole.model_type}, and must be a language model and nothing more")
+    config.name_or_path = whole.name_or_path
     if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
         raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
@@ -302,9 +303,8 @@ def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> PreTrainedModel:
     """As `meta_model`, for a configuration; the folder is named in errors."""
-    make = AutoModelForImageTextToText if config.model_type in WITH_MORE else AutoModelForCausalLM
     with one_line_errors(f"model {folder!r}"), torch.device("meta"):
-        model = make.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
     decoder, model.config = model.get_decoder(), config.get_text_config()
     for name, part in list(model.base_model.named_children()) if model.base_model is not decoder else []:
         if part is not decoder:  # what is left has the checkpoint's names
@@ -314,6 +314,11 @@ def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> 
         if name.endswith(IN_FLOAT32):
             parameter.data = parameter.data.float()
     return model
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """What makes a model whose parameters have the names of the checkpoint."""
+    return AutoModelForImageTextToText if config.model_type in WITH_MORE else AutoModelForCausalLM
 
 
 def check_supported(model: PreTrainedModel, folder: str) -> None:
