@@ -179,10 +179,9 @@ def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
     >>> stored("mlp.experts.gate_up_proj", torch.empty(1, 8, 3))
     [('mlp.experts.0.gate_proj.weight', 0, slice(0, 4, None)), ('mlp.experts.0.up_proj.weight', 0, slice(4, 8, None))]
     """
-    module, _, kind = path.rpartition(".")
-    if len(weight.shape) < 3 or kind not in EXPERTS:
+    if not is_experts(path):
         return [(path,)]
-    experts, out, _ = weight.shape
+    (experts, out, _), (module, _, kind) = weight.shape, path.rpartition(".")
     linears = EXPERTS[kind]
     rows = [slice(part * out // len(linears), (part + 1) * out // len(linears)) for part in range(len(linears))]
     return [
@@ -190,6 +189,12 @@ def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
         for expert in range(experts)
         for linear, part in zip(linears, rows)
     ]
+
+
+def is_experts(path: str) -> bool:
+    """Whether a parameter is of all experts of a layer, (experts, out, in)."""
+    module, _, kind = path.rpartition(".")
+    return module.endswith(".experts") and kind in EXPERTS
 
 
 def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:

@@ -118,9 +118,11 @@ def print_header(run: Run) -> None:
 
 def active_parameters(model: PreTrainedModel) -> float:
     """Parameters of the base that one token passes through: of the experts of a layer, those that are chosen."""
-    sizes = ((math.prod(weight.shape), weight.shape) for _, weight in lora.base_weights(model))
     chosen = getattr(model.config, "num_experts_per_tok", 1)
-    return sum(size * chosen / shape[0] if len(shape) > 2 else size for size, shape in sizes)
+    return sum(
+        math.prod(weight.shape) * (chosen / weight.shape[0] if fsdp_utils.is_experts(path) else 1)
+        for path, weight in lora.base_weights(model)
+    )
 
 
 # ---- The run's folder -----------------------------------------------------------------------------------------
@@ -327,8 +329,7 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
     if not isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        is_known = module.endswith(".experts") and kind in fsdp_utils.EXPERTS or module.endswith(CONVOLUTIONS)
+        is_known = fsdp_utils.is_experts(name) or name.removesuffix(".weight").endswith(CONVOLUTIONS)
         if parameter.ndim > 2 and not is_known:
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
     for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
