@@ -39,7 +39,7 @@ from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
-WITH_MORE = ("qwen3_5", "qwen3_5_moe")  # models that see images, too, of which the language model alone is trained
+WITH_MORE = ("qwen3_5",)  # models that see images, too, of which the language model alone is trained
 IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
 
