@@ -186,7 +186,7 @@ def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
     >>> stored("mlp.experts.gate_up_proj", torch.empty(1, 8, 3))
     [('mlp.experts.0.gate_proj.weight', 0, slice(0, 4, None)), ('mlp.experts.0.up_proj.weight', 0, slice(4, 8, None))]
     """
-    if len(weight.shape) < 3:
+    if not is_experts(path):
         return [(path,)]
     (experts, out, _), (module, _, kind) = weight.shape, path.rpartition(".")
     linears = EXPERTS[kind]
@@ -196,6 +196,12 @@ def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
         for expert in range(experts)
         for linear, part in zip(linears, rows)
     ]
+
+
+def is_experts(path: str) -> bool:
+    """Whether a parameter is of all experts of a layer, (experts, out, in)."""
+    module, _, kind = path.rpartition(".")
+    return module.endswith(".experts") and kind in EXPERTS
 
 
 def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
@@ -304,7 +310,10 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 # The linears of an expert. transformers stacks those of all experts, in this order, as (experts, out, in).
 EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
+    *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
+)
 # What rounding loses is measured on so many of the weights, and on rows with at most 1/4 of the elements merged at a
 # time: on a GPU, measuring all takes longer than merging.
 MEASURED = 32

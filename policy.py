@@ -1,16 +1,18 @@
 """The model as RL sees it: packed tokens in, logprobs or values out. No padding, and no (tokens, vocabulary) matrix.
 
-Whole sequences stand one after the other in a single row, longest first. Attention keeps them apart; every other
-layer works on tokens and never notices. Only the positions that predict a trained token reach the head, so nothing
-that follows needs a mask. A row may be spread over several ranks (runtime/sequence_parallel.py).
+Whole sequences stand one after the other in a single row, longest first. Attention and recurrent layers keep them
+apart; every other layer works on tokens and never notices. Only the positions that predict a trained token reach the
+head, so nothing that follows needs a mask. A row may be spread over several ranks (runtime/sequence_parallel.py).
 
 Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary; t, r and
 s are this rank's of them, which are all unless the row is spread.
 """
 
+import importlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import compress, groupby, pairwise
 from typing import NamedTuple
 
@@ -149,6 +151,50 @@ def row_attention(module, query, key, value, attention_mask, packed: Packed | No
 AttentionInterface.register("lorl_packed", row_attention)
 
 
+# ---- Recurrent layers -----------------------------------------------------------------------------------------
+
+
+# Modules of a decoder block that hand a state on from token to token: a short convolution and gated linear attention.
+RECURRENT = ("linear_attn",)
+CONVOLUTIONS = ("linear_attn.conv1d",)  # in them
+# The kernels with which these begin anew at each sequence. Without one of them, transformers takes a function of its
+# own in its place, on any device, which ignores where sequences begin.
+KERNELS = {"causal_conv1d": "causal_conv1d_fn", "fla.ops.gated_delta_rule": "chunk_gated_delta_rule"}
+
+
+def prepare_layers(model: PreTrainedModel) -> None:
+    """Makes the layers of a model that see more than one token keep packed sequences apart."""
+    model.set_attn_implementation("lorl_packed")
+    for path, module in model.named_modules():
+        if path.endswith(RECURRENT):
+            module.forward = partial(packed_recurrence, type(module).forward, module)
+
+
+def packed_recurrence(
+    forward: Callable[..., Tensor], module: nn.Module, hidden_states: Tensor, packed: Packed, **_
+) -> Tensor:
+    """A recurrent layer's own forward, begun anew at each packed sequence; (1, T, D) -> (1, T, D)."""
+    if has_kernels(hidden_states.device.type):
+        sequences = torch.arange(len(packed.lengths), dtype=torch.int32, device=hidden_states.device)
+        seq_idx = sequences.repeat_interleave(packed.starts.diff(), output_size=hidden_states.shape[1])  # (T,)
+        return forward(module, hidden_states, cu_seq_lens_q=packed.starts, seq_idx=seq_idx[None])
+    groups = [(len(list(group)), length) for length, group in groupby(packed.lengths)]  # of one length: a batch
+    batches = hidden_states[0].split([count * length for count, length in groups])
+    outputs = [forward(module, batch.unflatten(0, group)).flatten(0, 1) for batch, group in zip(batches, groups)]
+    return torch.cat(outputs)[None]
+
+
+@cache
+def has_kernels(device: str) -> bool:
+    """Whether transformers runs all of `KERNELS` on that kind of device."""
+    try:
+        return device == "cuda" and all(
+            hasattr(importlib.import_module(package), name) for package, name in KERNELS.items()
+        )
+    except Exception:  # whatever a broken installation raises, transformers does without it, too
+        return False
+
+
 # ---- The logprob head -----------------------------------------------------------------------------------------
 
 
@@ -274,7 +320,8 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 
 def last_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """(t, D) final hidden states, after the last norm."""
-    return model.base_model.forward(  # not __call__: vLLM replaces that of models whose classes it uses
+    forward = model.get_decoder().forward  # not __call__: vLLM replaces that of models whose classes it uses
+    return forward(
         input_ids=batch.input_ids[None], position_ids=batch.position_ids[None], packed=batch, use_cache=False
     ).last_hidden_state[0]
 
@@ -297,7 +344,7 @@ class Policy(nn.Module):
     def __init__(self, model: PreTrainedModel, prompt_head: nn.Module | None = None):
         super().__init__()
         self.model, self.prompt_head = model, prompt_head
-        model.set_attn_implementation("lorl_packed")
+        prepare_layers(model)
 
     def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> PolicyOutput:
         """The completions' logprobs at that temperature; the entropy has a gradient only if asked for."""
@@ -318,7 +365,7 @@ class Critic(nn.Module):
 
     def __init__(self, model: PreTrainedModel, device: torch.device):
         super().__init__()
-        model.set_attn_implementation("lorl_packed")
+        prepare_layers(model)
         model.set_output_embeddings(nn.Identity())
         self.model = model
         self.value = nn.Linear(model.config.hidden_size, 1, bias=False, device=device, dtype=torch.float32)

@@ -7,16 +7,20 @@ the same requests. Engines divide the requests among them; afterwards every rank
 import runtime.quiet  # noqa: F401, I001  before torch
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoConfig
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process
 if not torch.cuda.is_available():
@@ -26,6 +30,7 @@ import vllm  # noqa: E402  loads most of itself on first use, so --help stays qu
 from vllm.distributed import get_tp_group  # noqa: E402
 from vllm.inputs import tokens_input  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
+from vllm.model_executor.models import registry  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 import lora  # noqa: E402
@@ -80,9 +85,15 @@ class Engine:
             remove_stale_shared_memory()
         if on_cpu and max_lora_rank:
             use_lora_on_cpu()
+        if on_cpu and find_spec("torchvision") is None:
+            do_without_torchvision()
+        recurrent = has_recurrent_layers(model)
+        if on_cpu and recurrent and dtype != "bfloat16":
+            raise ValueError(f"vLLM on a CPU runs recurrent layers in bfloat16 alone, not {dtype}; set dtype bfloat16")
         self.llm = start_vllm(
             model,
             dtype=dtype,
+            language_model_only=True,  # of a model that also sees images
             load_format="safetensors",  # never pickles, and never code that comes with a model
             trust_remote_code=False,
             seed=seed,  # the same on every rank: the ranks of one engine must agree
@@ -95,6 +106,7 @@ class Engine:
             enforce_eager=on_cpu,
             enable_sleep_mode=sleep_level > 0 and not on_cpu,  # its allocator needs CUDA
             enable_chunked_prefill=not on_cpu,  # a partial prompt with a seed needs a CUDA generator
+            enable_prefix_caching=False if on_cpu and recurrent else None,  # it needs chunks there; None: vLLM's choice
             enable_lora=max_lora_rank > 0,
             max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max_lora_rank),
             max_loras=max_loras,
@@ -216,7 +228,9 @@ class Engine:
         too, since it packs a copy; and before experts come, their kernels go, or vLLM would not pack experts again.
         """
         (model,), has_kernels = self.llm.apply_model(lambda model: model), True
-        tied = self.llm.llm_engine.model_config.hf_config.tie_word_embeddings and hasattr(model, "lm_head")
+        tied = self.llm.llm_engine.model_config.hf_text_config.tie_word_embeddings and hasattr(
+            getattr(model, "language_model", model), "lm_head"
+        )
         for name, tensor in stream:
             if has_kernels and ".experts." in name:
                 drop_expert_kernels(model)
@@ -283,6 +297,20 @@ def start_vllm(model: str, **options: Any) -> "vllm.LLM":
         for path in set(Path(model).iterdir()).difference(others) if others else ():
             Path(links, path.name).symlink_to(path.absolute())
         return vllm.LLM(links if others else model, **options)
+
+
+def has_recurrent_layers(model: str) -> bool:
+    """Whether some layers of the model in this folder have a state instead of keys and values."""
+    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    return "linear_attention" in (getattr(config, "layer_types", None) or [])
+
+
+def do_without_torchvision() -> None:
+    """Lets vLLM read its file of Qwen3.5, which imports code for images and with it a part of torchvision, which a CPU
+    here lacks. Text never calls it.
+    """
+    sys.modules["torchvision.transforms.v2"] = SimpleNamespace(functional=None)
+    registry._run_in_subprocess = lambda function: function()  # another process would look for torchvision again
 
 
 def use_lora_on_cpu() -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, cycle, islice
+from itertools import accumulate, chain, cycle, islice
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,13 @@ from torch import Tensor, nn
 import fsdp_utils
 import lora
 from configs.base import Config
-from policy import Policy, pack
+from policy import CONVOLUTIONS, Policy, pack
 from rollout import Engine
 from runtime.adapter_files import save_adapter
 from runtime.shared_memory import first_on_host, shared_folder
 
 HEADERS = 1 << 20  # bytes: more than an adapter's folder takes beside its tensors
+PARTS = {"in_proj_qkv": 3}  # linears of the checkpoint that are several of those that vLLM fuses; others are one
 VERIFY_EVERY = 50  # steps between checks with the probe
 COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
 DENORMAL = 1e-30  # below this, bfloat16 instructions of some CPUs take a value for zero
@@ -96,7 +97,7 @@ class WeightSync:
             self.device,
             modules=modules,
             stats=stats,
-            dtype=getattr(torch, self.config.compute_dtype),
+            dtype=None if self.config.lora_rank else getattr(torch, self.config.compute_dtype),
             release=self.engine.copies_at_once,
         )
 
@@ -190,6 +191,9 @@ class HeldWeights:
         None for tensors that do not belong to a linear (norms, embeddings): only linears are read.
         """
         path, _, kind = name.rpartition(".")
+        for prefix, own in self.prefixes.items():
+            if own and path.startswith(prefix):
+                path = own + path.removeprefix(prefix)
         linear = self.linears.get(path)
         if linear is None:
             return None
@@ -202,19 +206,28 @@ class HeldWeights:
         return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
 
     @cached_property
-    def linears(self) -> "dict[str, HeldLinear]":
-        """The checkpoint's linears, by name."""
+    def model(self) -> nn.Module:
         (model,) = self.engine.llm.apply_model(lambda model: model)
-        fused, found = getattr(model, "packed_modules_mapping", {}), {}
-        for path, layer in model.named_modules():
+        return model
+
+    @cached_property
+    def prefixes(self) -> dict[str, str | None]:
+        """Of names in the checkpoint, and what vLLM has in their place."""
+        return getattr(getattr(self.model, "hf_to_vllm_mapper", None), "orig_to_new_prefix", {})
+
+    @cached_property
+    def linears(self) -> "dict[str, HeldLinear]":
+        """The checkpoint's linears, under vLLM's names; convolutions are none."""
+        fused, found = getattr(self.model, "packed_modules_mapping", {}), {}
+        for path, layer in self.model.named_modules():
             sizes = getattr(getattr(layer, "base_layer", layer), "output_partition_sizes", None)
-            if sizes:
+            if sizes and not path.endswith(CONVOLUTIONS):  # which vLLM has as linears, but does not run as such
                 found[path] = HeldLinear(layer, range(len(sizes)))  # fused in the checkpoint, too, or alone
                 parent, _, name = path.rpartition(".")
-                parts = fused.get(name, [])
-                if len(parts) == len(sizes):
-                    for index, part in enumerate(parts):
-                        found[f"{parent}.{part}"] = HeldLinear(layer, range(index, index + 1))
+                ends = list(accumulate((PARTS.get(part, 1) for part in fused.get(name, [])), initial=0))
+                if ends[-1] == len(sizes):
+                    for part, first, last in zip(fused[name], ends, ends[1:]):
+                        found[f"{parent}.{part}"] = HeldLinear(layer, range(first, last))
         return found
 
 

@@ -11,14 +11,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import fsdp_utils
 import lora
 import reward
 from configs.base import Config
 from configs.checks import default_rate
-from policy import Critic, Policy
+from policy import CONVOLUTIONS, RECURRENT, Critic, Policy
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
@@ -34,6 +40,8 @@ from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
+WITH_MORE = ("qwen3_5",)  # models that see images, too, of which the language model alone is trained
+IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
@@ -112,9 +120,11 @@ def print_header(run: Run) -> None:
 
 def active_parameters(model: PreTrainedModel) -> float:
     """Parameters of the base that one token passes through: of the experts of a layer, those that are chosen."""
-    sizes = ((math.prod(weight.shape), weight.shape) for _, weight in lora.base_weights(model))
     chosen = getattr(model.config, "num_experts_per_tok", 1)
-    return sum(size * chosen / shape[0] if len(shape) > 2 else size for size, shape in sizes)
+    return sum(
+        math.prod(weight.shape) * (chosen / weight.shape[0] if fsdp_utils.is_experts(path) else 1)
+        for path, weight in lora.base_weights(model)
+    )
 
 
 # ---- The run's folder -----------------------------------------------------------------------------------------
@@ -268,36 +278,61 @@ def parameter_dtype(config: Config) -> torch.dtype:
 
 
 def read_model_config(folder: str) -> PretrainedConfig:
-    """A model's configuration. Raises ValueError for models that are not supported; see also `check_supported`."""
+    """The configuration of a language model, or of the part of a larger one that is. Raises ValueError for models that
+    are not supported; see also `check_supported`.
+    """
+    return read_whole_config(folder).get_text_config()
+
+
+def read_whole_config(folder: str) -> PretrainedConfig:
+    """A model's configuration, which may have parts, as those of models that also see images."""
     with one_line_errors(f"model {folder!r}"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if not hasattr(config, "vocab_size"):
-        raise ValueError(f"model {folder!r} is a {config.model_type}, and must be a language model and nothing more")
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = whole.get_text_config()
+    if not hasattr(config, "vocab_size") or config is not whole and whole.model_type not in WITH_MORE:
+        raise ValueError(f"model {folder!r} is a {whole.model_type}, and must be a language model and nothing more")
+    config.name_or_path = whole.name_or_path
     if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
         raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
             setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
-    return config
+    return whole
 
 
 def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters that have shapes but no memory. Raises ValueError if it cannot be trained here."""
-    config = read_model_config(folder)
+    return meta_model_of(read_whole_config(folder), folder, dtype)
+
+
+def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    """As `meta_model`, for a configuration; the folder is named in errors."""
     with one_line_errors(f"model {folder!r}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    decoder, model.config = model.get_decoder(), config.get_text_config()
+    for name, part in list(model.base_model.named_children()) if model.base_model is not decoder else []:
+        if part is not decoder:  # what is left has the checkpoint's names
+            delattr(model.base_model, name)
     check_supported(model, folder)
+    for name, parameter in model.named_parameters():
+        if name.endswith(IN_FLOAT32):
+            parameter.data = parameter.data.float()
     return model
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """What makes a model whose parameters have the names of the checkpoint."""
+    return AutoModelForImageTextToText if config.model_type in WITH_MORE else AutoModelForCausalLM
 
 
 def check_supported(model: PreTrainedModel, folder: str) -> None:
     """Raises ValueError for a model with parts that are not implemented here."""
     head, what = model.get_output_embeddings(), f"model {folder!r} is a {type(model).__name__}, which"
-    if not isinstance(getattr(model.base_model, "layers", None), nn.ModuleList):
+    if not isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList):
         raise ValueError(f"{what} has no decoder blocks named `layers`")
     for name, parameter in model.named_parameters():
-        experts, kind = name.split(".")[-2:]
-        if parameter.ndim > 2 and (experts != "experts" or kind not in fsdp_utils.EXPERTS):  # convolutions
+        is_known = fsdp_utils.is_experts(name) or name.removesuffix(".weight").endswith(CONVOLUTIONS)
+        if parameter.ndim > 2 and not is_known:
             raise ValueError(f"{what} is not implemented here: {name} has {parameter.ndim} dimensions")
     for name in sorted(model.state_dict().keys() & dict(model.named_buffers())):
         raise ValueError(f"{what} is not implemented here: its checkpoint has {name}, which is no parameter")
@@ -360,7 +395,7 @@ def shard(module: Policy | Critic, config: Config, device: torch.device) -> None
         model.gradient_checkpointing_enable({"use_reentrant": False})
     fsdp_utils.shard(
         module,
-        model.base_model.layers,
+        model.get_decoder().layers,
         device,
         config.fsdp_size,
         compute_dtype=None if config.lora_rank else getattr(torch, config.compute_dtype),
@@ -378,6 +413,8 @@ def check_spread(model: PreTrainedModel, ranks: int) -> None:
     positions = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
     if "dynamic" in positions or "longrope" in positions:
         raise ValueError(f"{option}: this model's rotary positions depend on the row's length; set it to 1")
+    if any(path.endswith(RECURRENT) for path, _ in model.named_modules()):
+        raise ValueError(f"{option}: this model's recurrent layers need their sequences whole; set it to 1")
 
 
 # ---- Values ---------------------------------------------------------------------------------------------------

@@ -121,8 +121,13 @@ def fill_adapters(model, fill):
 def make_model(
     folder: Path, architecture: str = "qwen2", dtype: torch.dtype = torch.bfloat16, **overrides: Any
 ) -> Path:
-    """Saves a small random model: "llama", "qwen2" (q, k, v biases), "qwen3" (q and k norms) or "mistral"."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Saves a small random model: "llama", "qwen2" (q, k, v biases), "qwen3" (q and k norms) or "mistral".
+
+    With a `vision_config` among the overrides, the others are of its language part.
+    """
+    from transformers import AutoConfig
+
+    from runtime.setup import auto_class
 
     sizes = dict(
         vocab_size=160,
@@ -138,9 +143,12 @@ def make_model(
         eos_token_id=1,
         pad_token_id=0,
     )
-    config = AutoConfig.for_model(architecture, **(sizes | overrides))
+    settings = sizes | overrides
+    if vision := settings.pop("vision_config", None):
+        settings = {"text_config": settings, "vision_config": vision}
+    config = AutoConfig.for_model(architecture, **settings)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():  # larger than at initialisation, so that mistakes are seen
             parameter.add_(torch.randn_like(parameter) * 0.05)

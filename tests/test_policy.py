@@ -1,10 +1,15 @@
 """Packing leaves nothing out and lets nothing leak; the head is exact."""
 
+import importlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EPSILON, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
 import fsdp_utils
 import policy
@@ -80,15 +85,59 @@ def test_gradients_of_confident_tokens_are_those_of_float64():
     assert error.median() < 0.06 and error.max() < 0.25, "logits of 18 are rounded by up to 0.06 in bfloat16"
 
 
-def test_neighbours_do_not_leak(model_folder):
+RECURRENT = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
+RECURRENT |= {"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize("architecture, sizes", [("qwen2", {}), ("qwen3_5_text", RECURRENT)])
+def test_neighbours_do_not_leak(architecture, sizes, model_folder):
     """Changing one sequence leaves the logprobs of all others as they were, to the last bit."""
-    ours = Policy(AutoModelForCausalLM.from_pretrained(model_folder("qwen2"), dtype=torch.bfloat16))
+    folder = model_folder(architecture, **sizes)
+    ours = Policy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
     prompts, completions = [[5] * 9, [6] * 9, [7] * 5], [[8] * 6, [9] * 6, [10] * 4]
     before = ours(pack(prompts, completions, CPU)).logprobs
     prompts[1], completions[1] = [11] * 9, [12] * 6
     after = ours(pack(prompts, completions, CPU)).logprobs
     assert torch.equal(before[:6], after[:6]) and torch.equal(before[12:], after[12:])
     assert not torch.equal(before[6:12], after[6:12])
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_5", "qwen3_next"])
+def test_kernels_of_recurrent_layers_are_told_where_sequences_begin(architecture, model_folder, monkeypatch):
+    """On a GPU: here by others with the packages' signatures, which transformers finds in the packages' place."""
+    kind = {"qwen3_5": "qwen3_5_text"}.get(architecture, architecture)
+    code = importlib.import_module(f"transformers.models.{architecture}.modeling_{architecture}")
+    folder = model_folder(kind, dtype=torch.float32, **RECURRENT)
+    ours = Policy(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    packed = pack([[5] * 9, [6] * 9, [7] * 5], [[8] * 6, [9] * 6, [10] * 4], CPU)
+    convolution, attention, expected = code.causal_conv1d_fn, code.torch_chunk_gated_delta_rule, ours(packed).logprobs
+
+    def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, activation=None):
+        assert seq_idx.dtype == torch.int32 and x.stride(1) == 1  # which the package asks for
+        parts = x.split(seq_idx[0].bincount().tolist(), dim=2)
+        return torch.cat([convolution(part, weight, bias, activation=activation) for part in parts], dim=2)
+
+    def chunk_gated_delta_rule(
+        q, k, v, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, cu_seqlens=None
+    ):
+        parts = zip(*(tensor.split(cu_seqlens.diff().tolist(), dim=1) for tensor in (q, k, v, g, beta)))
+        options = {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
+        return torch.cat([attention(q, k, v, g=g, beta=b, **options)[0] for q, k, v, g, b in parts], dim=1), None
+
+    kernels = SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn, chunk_gated_delta_rule=chunk_gated_delta_rule)
+    for package in policy.KERNELS:
+        for part in (package, package.partition(".")[0]):
+            monkeypatch.setitem(sys.modules, part, kernels)
+    for function, name, package in (
+        ("causal_conv1d_fn", "causal_conv1d_fn", "causal_conv1d"),
+        ("torch_chunk_gated_delta_rule", "chunk_gated_delta_rule", "fla"),
+    ):
+        find = use_kernel_func_from_hub_with_fallback(name, package)
+        monkeypatch.setattr(code, function, find(lambda *_, **__: pytest.fail("the stand-in was not found")))
+    has_kernels = policy.has_kernels.__wrapped__  # which remembers nothing
+    assert has_kernels("cuda") and not has_kernels("cpu")
+    monkeypatch.setattr(policy, "has_kernels", lambda _: True)
+    assert (ours(packed).logprobs - expected).norm() < 100 * EPSILON * expected.norm()
 
 
 def test_log_z_is_of_each_sequences_prompt(model_folder):
@@ -140,7 +189,6 @@ def test_a_base_has_no_dropout(model_folder, tmp_path):
         ("apertus", {}, "its checkpoint has .*act_fn.beta, which is no parameter"),
         ("mamba", {}, "conv1d.weight has 3 dimensions"),
         ("gpt2", {}, "no decoder blocks named `layers`"),
-        ("qwen3_5_text", {}, "conv1d.weight has 3 dimensions"),
         ("gemma3", {}, "must be a language model and nothing more"),
     ],
 )

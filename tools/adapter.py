@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -25,7 +25,7 @@ import nf4
 from lora import merge
 from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.files import FLOATS, check_tied_head, find_model, new_folder, read_model, write_model
-from runtime.setup import load_tokenizer, meta_model, read_model_config
+from runtime.setup import auto_class, load_tokenizer, meta_model, read_model_config, read_whole_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXTS = (  # whose logprobs two exports of one adapter are compared by
@@ -99,7 +99,7 @@ def export(base: str, adapter: str, out: str, into: str = "trained") -> None:
 @torch.no_grad()
 def print_difference(out: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
     """Prints how far an exported model's logprobs are from those with the weights that were trained."""
-    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto").to(DEVICE)
+    model = auto_class(read_whole_config(str(out))).from_pretrained(out, dtype="auto").to(DEVICE)
     tokenizer = load_tokenizer(str(out))
     texts = [tokenizer(text, return_tensors="pt")["input_ids"].to(DEVICE) for text in TEXTS]
     exported = next_token_logprobs(model, texts)

@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _FSDPState
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -50,7 +50,7 @@ HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
 RESERVED = 2.5 * GB  # CUDA contexts, NCCL's buffers, kernels' workspaces, and what torch cannot use of its blocks
 CUDA_GRAPHS = 1.0 * GB  # vLLM's, which stay where they are while it sleeps
 
-FEW = (3, 4)  # layers of the models that are run; what a larger one needs lies on the line through them
+FEW = 3  # layers of a model that is run, or some more; what a larger one needs lies on the line through two such
 
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -124,7 +124,7 @@ class Tracker(FSDPMemTracker):
 
     def __init__(self, module: Policy | Critic, optimizer: torch.optim.Optimizer):
         super().__init__(module, optimizer)
-        self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.base_model.layers)
+        self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.get_decoder().layers)
         self.moments: dict[str, Ledger] = {}
 
     def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
@@ -184,10 +184,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
 
 def make(meta: Callable, config: Config, shape: PretrainedConfig) -> Policy | Critic:
     """The policy or the critic as it is trained, sharded, but without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=setup.parameter_dtype(config))
-    setup.check_supported(model, config.model)
-    return meta(config, model, HERE)
+    return meta(config, setup.meta_model_of(shape, config.model, setup.parameter_dtype(config)), HERE)
 
 
 def run_learner(config: Config, module: Policy | Critic) -> Learner:
@@ -234,13 +231,28 @@ def fake_ranks(count: int) -> Iterator[None]:
 
 
 def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int, prompt_head: PromptHead | None = None) -> Trainer:
-    """One of `gpus` ranks. Each block adds the same, so a few are run, and a deep model is extrapolated linearly."""
-    layers = shape.num_hidden_layers
+    """One of `gpus` ranks. Each period of blocks adds the same, so a few are run, and a deep model is extrapolated
+    linearly.
+    """
+    layers, period = shape.num_hidden_layers, blocks_per_period(shape)
+    few = -(-FEW // period) * period
     with fake_ranks(gpus):
-        if layers <= max(FEW):
+        if layers <= few + period:
             return measure(config, shape, prompt_head)
-        few, more = (measure(config, with_layers(shape, count), prompt_head) for count in FEW)
-    return line(few, more, layers - max(FEW))
+        less, more = (measure(config, with_layers(shape, count), prompt_head) for count in (few, few + period))
+    return line(less, more, (layers - few - period) / period)
+
+
+def recurrent_layers(shape: PretrainedConfig) -> list[bool]:
+    """Of each layer, whether it has a state instead of keys and values."""
+    kinds = getattr(shape, "layer_types", None) or [""] * shape.num_hidden_layers
+    return [kind == "linear_attention" for kind in kinds]
+
+
+def blocks_per_period(shape: PretrainedConfig) -> int:
+    """After how many blocks recurrent layers and others repeat."""
+    kinds = recurrent_layers(shape)
+    return next(period for period in range(1, len(kinds) + 1) if kinds[period:] == kinds[:-period])
 
 
 def with_layers(shape: PretrainedConfig, count: int) -> PretrainedConfig:
@@ -252,7 +264,7 @@ def with_layers(shape: PretrainedConfig, count: int) -> PretrainedConfig:
     return shape
 
 
-def line(few, more, steps: int):
+def line(few, more, steps: float):
     """`more`, and as many times what it has more than `few`, for each number in them."""
     if more is None:
         return None
@@ -285,10 +297,19 @@ def working_memory(config: Config, shape: PretrainedConfig, gpus: int, gpu: floa
 
 
 def bytes_per_token(config: Config, shape: PretrainedConfig) -> float:
-    """Of KV cache, on one GPU."""
+    """Of KV cache, on one GPU, in layers that have keys and values."""
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     heads = max(1, shape.num_key_value_heads // config.tensor_parallel_size)
-    return 2 * shape.num_hidden_layers * heads * head * getattr(torch, config.compute_dtype).itemsize
+    return 2 * recurrent_layers(shape).count(False) * heads * head * getattr(torch, config.compute_dtype).itemsize
+
+
+def bytes_per_sequence(config: Config, shape: PretrainedConfig) -> float:
+    """Of the longest one, on one GPU: keys and values, and the states of recurrent layers, which are float32."""
+    layers, states = recurrent_layers(shape).count(True), 0.0
+    if layers:
+        heads = shape.linear_num_value_heads / config.tensor_parallel_size
+        states = 4 * layers * heads * shape.linear_key_head_dim * shape.linear_value_head_dim
+    return bytes_per_token(config, shape) * config.max_model_len + states
 
 
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int, gpu: float) -> dict[str, Ledger]:
@@ -377,7 +398,7 @@ def report(
             lines.append(f"{row:<22}" + "".join(f"{value:>10.2f}" if value else f"{'-':>10}" for value in values))
     lines.append(f"{'together':<22}" + "".join(f"{total:>10.2f}" for total in totals.values()))
 
-    sequences = ledgers["rollout"]["KV cache"] / bytes_per_token(config, shape) / config.max_model_len
+    sequences = ledgers["rollout"]["KV cache"] / bytes_per_sequence(config, shape)
     moved = trainer.streamed * (1 - 1 / (config.fsdp_size or gpus))
     host = host_memory(config, trainer, gpus)
     at_once = setup.sequences_at_once(config, gpus, gpu_gb * GB)
