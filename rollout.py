@@ -36,6 +36,7 @@ from runtime.progress_bar import progress_bar  # noqa: E402
 from runtime.signals import StopRequest  # noqa: E402
 
 CPU_KV_CACHE = 1 << 30  # bytes
+CPU_BLOCK = 32  # tokens; only whole blocks of a prompt are shared by its samples, and vLLM's 128 are longer than many
 AGREE_EVERY = 16  # engine steps; then the ranks of one engine agree whether a signal has come
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
 
@@ -92,6 +93,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=CPU_KV_CACHE if on_cpu else None,  # None: by gpu_memory_utilization
+            block_size=CPU_BLOCK if on_cpu else None,
             enforce_eager=on_cpu,
             enable_sleep_mode=sleep_level > 0 and not on_cpu,  # its allocator needs CUDA
             enable_chunked_prefill=not on_cpu,  # a partial prompt with a seed needs a CUDA generator
