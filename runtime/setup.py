@@ -18,7 +18,7 @@ import lora
 import reward
 from configs.base import Config
 from configs.checks import default_rate
-from policy import Critic, Policy
+from policy import Critic, Policy, use_rms_norm
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
@@ -285,6 +285,7 @@ def meta_model(folder: str, dtype: torch.dtype) -> PreTrainedModel:
     with one_line_errors(f"model {folder!r}"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     check_supported(model, folder)
+    use_rms_norm(model)
     return model
 
 
