@@ -32,6 +32,7 @@ import lora  # noqa: E402
 from fsdp_utils import on_every_rank, on_first_rank  # noqa: E402
 from runtime.conversation import Completion, Conversation, Request  # noqa: E402
 from runtime.files import one_line_errors, other_weights  # noqa: E402
+from runtime.heap import keep_freed_memory  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 from runtime.signals import StopRequest  # noqa: E402
 
@@ -77,6 +78,8 @@ class Engine:
         self.stop = StopRequest()  # a signal ends a rollout that is under way
         on_cpu = not torch.cuda.is_available()
         self.copies_at_once = not on_cpu  # see load_weights
+        if on_cpu:
+            keep_freed_memory()
         if on_cpu and tensor_parallel_size > 1:
             remove_stale_shared_memory()
         if on_cpu and max_lora_rank:
