@@ -82,12 +82,37 @@ class LoRALinear(nn.Module):
             return self.base(x)
         adapter = self.adapters[self.active]
         A, B = adapter.lora_A, adapter.lora_B
-        return LowRankLinear.apply(x, self.weight, self.bias, A, B, adapter.scale, adapter.merged)
+        return low_rank_linear(x, self.weight, self.bias, A, B, adapter.scale, adapter.merged)
 
     def base(self, x: Tensor) -> Tensor:
         """The frozen linear alone."""
         linear = NF4Linear.apply if isinstance(self.weight, NF4Weight) else F.linear
         return linear(x, self.weight, self.bias)
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, merged: bool
+) -> Tensor:
+    """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out); see `LowRankLinear`."""
+    x, saved = Inputs.apply(x, A, B)
+    return LowRankLinear.apply(x, weight, bias, A, B, scale, merged, saved)
+
+
+class Inputs(torch.autograd.Function):
+    """Saves x, A and B before `LowRankLinear` multiplies them; x is returned as it is.
+
+    What a function saves is saved after its forward, and recomputing a block ends as soon as its last saved tensor is
+    there. The last one is the input of `down_proj`: saved here, it spares the block's largest product.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, "Inputs"]:
+        ctx.save_for_backward(x, A, B)
+        return x.view_as(x), ctx
+
+    @staticmethod
+    def backward(ctx, dx: Tensor, _):
+        return dx, None, None
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -109,9 +134,10 @@ class LowRankLinear(torch.autograd.Function):
         B: Tensor,
         scale: float,
         merged: bool,
+        saved: Inputs,
     ) -> Tensor:
         """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out), in the dtype of x."""
-        ctx.save_for_backward(x, A, B)
+        ctx.saved = saved
         ctx.weight = weight  # not saved: FSDP frees W after the forward and refills the same tensor
         ctx.scale, ctx.merged = scale, merged
         if merged:
@@ -124,7 +150,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         """dy (..., out) -> gradients of x, A and B; those of A and B in float32."""
-        x, A, B = ctx.saved_tensors
+        x, A, B = ctx.saved.saved_tensors
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)
         g, low = dy_rows @ b, rows @ a.T  # (T, r)
@@ -138,7 +164,7 @@ class LowRankLinear(torch.autograd.Function):
             else:
                 dx = (g @ (A * ctx.scale).to(x.dtype)).addmm_(dy_rows, dense(ctx.weight))
             dx = dx.view(x.shape)
-        return dx, None, None, dA, dB, None, None
+        return dx, None, None, dA, dB, None, None, None
 
 
 def dense(weight: Tensor | NF4Weight) -> Tensor:

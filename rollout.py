@@ -37,10 +37,12 @@ import lora  # noqa: E402
 from fsdp_utils import on_every_rank, on_first_rank  # noqa: E402
 from runtime.conversation import Completion, Conversation, Request  # noqa: E402
 from runtime.files import one_line_errors, other_weights  # noqa: E402
+from runtime.heap import keep_freed_memory  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 from runtime.signals import StopRequest  # noqa: E402
 
 CPU_KV_CACHE = 1 << 30  # bytes
+CPU_BLOCK = 32  # tokens; only whole blocks of a prompt are shared by its samples, and vLLM's 128 are longer than many
 AGREE_EVERY = 16  # engine steps; then the ranks of one engine agree whether a signal has come
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
 
@@ -81,6 +83,8 @@ class Engine:
         self.stop = StopRequest()  # a signal ends a rollout that is under way
         on_cpu = not torch.cuda.is_available()
         self.copies_at_once = not on_cpu  # see load_weights
+        if on_cpu:
+            keep_freed_memory()
         if on_cpu and tensor_parallel_size > 1:
             remove_stale_shared_memory()
         if on_cpu and max_lora_rank:
@@ -103,6 +107,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_memory_bytes=CPU_KV_CACHE if on_cpu else None,  # None: by gpu_memory_utilization
+            block_size=CPU_BLOCK if on_cpu else None,
             enforce_eager=on_cpu,
             enable_sleep_mode=sleep_level > 0 and not on_cpu,  # its allocator needs CUDA
             enable_chunked_prefill=not on_cpu,  # a partial prompt with a seed needs a CUDA generator

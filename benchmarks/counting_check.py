@@ -85,7 +85,7 @@ def phases() -> dict[str, Callable[[], object]]:
         parameter.grad = torch.ones_like(parameter)
 
     def layer() -> None:
-        lora.LowRankLinear.apply(x, W, None, A, B, 1.0, False).backward(dy)
+        lora.low_rank_linear(x, W, None, A, B, 1.0, False).backward(dy)
 
     def score() -> None:
         FrozenHead.apply(states, Head(head), targets, 1.0, False)[0].backward(ones)

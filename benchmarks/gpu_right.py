@@ -1,6 +1,7 @@
 """Is it right? The sections of gpu_check.py that compare with float64 and with transformers' own model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,17 +20,18 @@ from benchmarks.gpu_shared import (
 )
 
 CHECKED = vs_trl.Scale(512, 1536, 4, 8, 2, words=8000) if ON_GPU else vs_trl.SCALES["toy"]
-LENGTHS = (300, 280, 260, 150)  # of the prompts: longer than the blocks of vLLM's cache, 128 tokens on a CPU
+LENGTHS = (300, 280, 260, 150)  # of the prompts: longer than the blocks of vLLM's cache, 32 tokens on a CPU
 
 
 def kernels(rows: Rows, size: Size, work: Path) -> None:
-    """Layer, head, four bits and attention in bfloat16, each against plain formulas and autograd in float64."""
+    """Layer, head, norm, four bits and attention in bfloat16, each against plain formulas and autograd in float64."""
     from benchmarks import logprob_head
 
     torch.manual_seed(0)
     for merged in (False, True):
         error = layer_error(512, 256, 384, merged)
         rows.right(f"LoRA layer, {'merged' if merged else 'factored'}", error, 0.01, note="worst of y, dx, dA, dB")
+    rows.right("RMSNorm, forward and backward", norm_error(200, 256), 0.01)
     hidden = torch.randn(128, 256, device=DEVICE).bfloat16().requires_grad_()
     weight = (torch.randn(5000, 256, device=DEVICE) / 16).bfloat16()
     targets = torch.randint(5000, (128,), device=DEVICE)
@@ -48,7 +50,7 @@ def kernels(rows: Rows, size: Size, work: Path) -> None:
 
 
 def layer_error(tokens: int, in_features: int, out_features: int, merged: bool) -> float:
-    """The largest relative error of `LowRankLinear`'s output and gradients."""
+    """The largest relative error of `low_rank_linear`'s output and gradients."""
     import lora
 
     def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -56,7 +58,7 @@ def layer_error(tokens: int, in_features: int, out_features: int, merged: bool) 
 
     x, A, B = leaf(tokens, in_features, dtype=torch.bfloat16), leaf(8, in_features), leaf(out_features, 8)
     W = leaf(out_features, in_features, dtype=torch.bfloat16).detach()
-    y = lora.LowRankLinear.apply(x, W, None, A, B, 0.5, merged)
+    y = lora.low_rank_linear(x, W, None, A, B, 0.5, merged)
     dy = torch.randn_like(y)
     y.backward(dy)
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]
@@ -68,6 +70,20 @@ def layer_error(tokens: int, in_features: int, out_features: int, merged: bool) 
         exact, gradients = wide[0] @ M.T, (dy.double() @ M, *gradients[1:])
     pairs = zip((y, x.grad, A.grad, B.grad), (exact, *gradients))
     return max(relative(found.detach(), expected.detach()) for found, expected in pairs)
+
+
+def norm_error(tokens: int, width: int) -> float:
+    """The larger relative error of `rms_norm`'s output and of its gradient."""
+    from policy import rms_norm
+
+    weight, x = torch.randn(width, device=DEVICE).bfloat16(), torch.randn(tokens, width, device=DEVICE).bfloat16()
+    y = rms_norm(SimpleNamespace(weight=weight, variance_epsilon=1e-6), x.requires_grad_())
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    wide = x.detach().double().requires_grad_()
+    exact = weight.double() * wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    (dx,) = torch.autograd.grad(exact, wide, dy.double())
+    return max(relative(y.detach(), exact.detach()), relative(x.grad, dx))
 
 
 def check_four_bits(rows: Rows) -> None:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with patch("torch.cuda.is_available", return_value=True):  # they choose sizes when they are imported: a GPU's
     import fsdp_utils
     import lora
-    from policy import FrozenHead, Head, Policy
+    from policy import FrozenHead, Head, Policy, use_rms_norm
 
 from benchmarks.counting import CARDS, Card, Counter  # noqa: E402
 from configs.base import Config  # noqa: E402
@@ -57,6 +57,20 @@ def full_batch(config: Config) -> MicroBatch:
     return batch
 
 
+class RMSNormOnGPU(torch.autograd.Function):
+    """Moves what a GPU's kernels for `F.rms_norm` without a weight move; a CPU makes it of many small operations."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return dy + x
+
+
 def counted(card: Card, work: Callable[[], object]) -> Counter:
     """The cost of a call; what it returns is there at the end, as results are."""
     with Counter(card) as count:
@@ -79,6 +93,7 @@ def copy(tensor: Tensor) -> Tensor:
 def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card) -> dict[str, Counter]:
     """One linear, one block and the head, alone and not sharded; the block as often as an update computes it."""
     model = AutoModelForCausalLM.from_config(plan.with_layers(shape, 1), dtype=torch.bfloat16)
+    use_rms_norm(model)
     setup.add_adapters(model, config)
     policy, packed, found = Policy(model), batch.packed, {}
     block, head = model.base_model.layers[0], Head.of(model)
@@ -150,10 +165,12 @@ def whole(config: Config, policy: Policy, batch: MicroBatch, card: Card) -> dict
 
 def predict(config: Config, shape: PretrainedConfig, card: Card) -> dict[str, Counter]:
     """The cost of every phase, by name."""
-    as_on_gpu = patch.object(FakeTensor, "is_cuda", True)  # attention asks its tensors
+    is_cuda = patch.object(FakeTensor, "is_cuda", True)  # attention asks its tensors
+    one_kernel = patch("torch.nn.functional.rms_norm", lambda x, *_, **__: RMSNormOnGPU.apply(x))
     with plan.fake_ranks(1):
         policy, batch = plan.make(setup.meta_policy, config, shape, config.lora_rank), full_batch(config)
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, as_on_gpu:
+        use_rms_norm(policy.model)  # compares numbers, which the tensors below lack
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, is_cuda, one_kernel:
             starts = fake.from_tensor(batch.packed.starts)  # then each sequence counts with the longest one's length
             batch = replace(batch, packed=replace(batch.packed, starts=starts))
             return parts(config, shape, batch, card) | whole(config, policy, batch, card)

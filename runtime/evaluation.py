@@ -1,6 +1,5 @@
 """Rewards of completions, and the evaluation on held-out problems."""
 
-import ctypes
 import math
 import time
 from collections import Counter
@@ -17,6 +16,7 @@ from fsdp_utils import World, on_every_rank
 from rollout import Engine
 from runtime.conversation import Completion, mix_seeds
 from runtime.data import Problem
+from runtime.heap import release_free_memory
 from runtime.run import Prompt, Run, Scorer, request_of
 from runtime.signals import Stopped
 from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised
@@ -259,10 +259,3 @@ def sample_records(
         | ({"parts": reward.parts} if reward.parts else {})
         for completion, reward in zip(completions, rewards)
     ]
-
-
-def release_free_memory() -> None:
-    """Returns free memory to the system: glibc keeps it in ever smaller pieces, 60 MB more per 100 steps on a CPU."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:  # only glibc has it
-        trim(0)

@@ -24,7 +24,7 @@ import lora
 import reward
 from configs.base import Config
 from configs.checks import default_rate
-from policy import CONVOLUTIONS, RECURRENT, Critic, Policy
+from policy import CONVOLUTIONS, RECURRENT, Critic, Policy, use_rms_norm
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
@@ -317,6 +317,7 @@ def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> 
     for name, parameter in model.named_parameters():
         if name.endswith(IN_FLOAT32):
             parameter.data = parameter.data.float()
+    use_rms_norm(model)
     return model
 
 

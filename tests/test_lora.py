@@ -47,7 +47,7 @@ def test_gradients_are_those_of_the_definition(shape, merged):
     torch.testing.assert_close(layer(x), plain(layer, x))
 
     def function(x, A, B):
-        return lora.LowRankLinear.apply(x, layer.weight, layer.bias, A, B, 0.7, merged)
+        return lora.low_rank_linear(x, layer.weight, layer.bias, A, B, 0.7, merged)
 
     assert torch.autograd.gradcheck(function, (x, adapter.lora_A, adapter.lora_B))
 
@@ -62,6 +62,19 @@ def test_frozen_input_and_recomputed_activations_change_nothing(merged):
     for output in (layer(x), checkpoint(layer, x, use_reentrant=False)):
         found = torch.autograd.grad(output, [adapter.lora_A, adapter.lora_B], dy)
         torch.testing.assert_close(found, expected)
+
+
+def test_recomputing_a_block_spares_its_last_product(monkeypatch):
+    """Nothing after it is saved, so that the last linear's output is not needed a second time."""
+    block = nn.Sequential(make_layer(), nn.Linear(10, 12, dtype=torch.float64), make_layer())
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    leaves, first, last = [x, *block[0].adapters.parameters()], block[0].weight, block[2].weight
+    expected = torch.autograd.grad(block(x).sum(), leaves)
+    y, used, dense = checkpoint(block, x, use_reentrant=False), [], lora.dense
+    monkeypatch.setattr(lora, "dense", lambda weight: used.append(weight) or dense(weight))
+    found = torch.autograd.grad(y.sum(), leaves)
+    assert all(map(torch.equal, found, expected))
+    assert list(map(id, used)) == [id(first), id(last), id(first)], "recomputed: first; backward: last, first"
 
 
 def test_merged_forward_is_the_rounded_weight_and_goes_straight_through():

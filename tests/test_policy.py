@@ -10,6 +10,11 @@ import torch.nn.functional as F
 from conftest import EPSILON, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import fsdp_utils
 import policy
@@ -203,6 +208,31 @@ def test_attention_that_is_not_told_what_to_keep_apart_is_refused():
     tensor = torch.zeros(1, 2, 3, 4)
     with pytest.raises(ValueError, match="Linear is not implemented here"):
         packed_attention(torch.nn.Linear(1, 1), tensor, tensor, tensor, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_one_operation_for_rms_norm_gives_what_transformers_gives(dtype):
+    """The same bits, and gradients too, with a weight that tells apart whether it is rounded before or after."""
+    torch.manual_seed(0)
+    for kind in (LlamaRMSNorm, Qwen2RMSNorm):
+        theirs, ours = (torch.nn.Sequential(kind(96, eps=1e-3)).to(dtype) for _ in range(2))
+        policy.use_rms_norm(ours)
+        assert "forward" in vars(ours[0])
+        weight, x, dy = torch.randn(96), torch.randn(1, 64, 96, dtype=dtype), torch.randn(1, 64, 96, dtype=dtype)
+        found = []
+        for model in (theirs, ours):
+            model[0].weight.data.copy_(weight)
+            states = x.clone().requires_grad_()
+            y = model(states)
+            found.append((y, *torch.autograd.grad(y, (states, model[0].weight), dy)))
+        assert all(torch.equal(one, other) for one, other in zip(*found))
+
+
+def test_other_norms_stay_as_they_are():
+    """One scales by 1 + weight, one rounds after the weight, and one has a gate."""
+    others = torch.nn.Sequential(Gemma2RMSNorm(8), Olmo2RMSNorm(8), BambaRMSNormGated(8), torch.nn.RMSNorm(8))
+    policy.use_rms_norm(others)
+    assert not any("forward" in vars(norm) for norm in others)
 
 
 def test_what_others_make_of_calling_a_model_does_not_matter(model_folder, monkeypatch):

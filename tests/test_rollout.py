@@ -16,10 +16,18 @@ from sync import HeldLinear
 
 
 def generations(folder, requests):
-    """All completions at once, and then each request's alone."""
+    """All completions at once, and then each request's alone; and how many tokens of a prompt its two samples share."""
     fsdp_utils.init_world()
-    engine = Engine(str(folder), dtype="float32", max_model_len=256, max_completion_length=4)
-    return engine.generate(requests), [engine.generate([request]) for request in requests]
+    engine, shared = Engine(str(folder), dtype="float32", max_model_len=256, max_completion_length=4), []
+    step = engine.llm.llm_engine.step
+
+    def noting_step():
+        outputs = step()
+        shared.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
+
+    engine.llm.llm_engine.step = noting_step
+    return engine.generate(requests), [engine.generate([request]) for request in requests], shared[: 2 * len(requests)]
 
 
 def test_requests_that_exceed_one_pass_are_answered_as_if_alone(model_folder, tmp_path):
@@ -31,9 +39,14 @@ def test_requests_that_exceed_one_pass_are_answered_as_if_alone(model_folder, tm
         Request(prompt_ids=[2 + (7 * i + j) % 150 for j in range(250)], samples=2, temperature=1.0, seed=10 * i)
         for i in range(40)
     ]
-    ((together, alone),) = on_ranks(1, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path)
+    ((together, alone, shared),) = on_ranks(
+        1, generations, model_folder("qwen2", hidden_size=128), requests, folder=tmp_path
+    )
     assert [completion.request for completion in together] == [i for i in range(40) for _ in range(2)]
     assert [c.token_ids for c in together] == [c.token_ids for answers in alone for c in answers]
+    assert sorted(shared) == [0] * 40 + [250 // 32 * 32] * 40, (
+        "the second sample reads again what the first one has read"
+    )
 
 
 def test_vllm_gets_the_weights_that_the_trainer_reads_and_its_refusals_are_one_line(tmp_path, monkeypatch):

@@ -181,5 +181,5 @@ def test_what_cannot_be_spread_is_refused(architecture, settings, size, words, m
     with torch.device("meta"):
         policy = Policy(AutoModelForCausalLM.from_config(config))
     with pytest.raises(ValueError, match=words) as error:
-        setup.shard(policy, Config(sequence_parallel_size=size), 32, torch.device("cpu"))
+        setup.shard(policy, Config(sequence_parallel_size=size), torch.device("cpu"))
     assert "\n" not in str(error.value)

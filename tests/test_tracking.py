@@ -24,7 +24,7 @@ from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
 from configs.base import Config
 from runtime import progress_bar, wandb_run
-from runtime.evaluation import release_free_memory
+from runtime.heap import release_free_memory
 from runtime.setup import check_writable, open_log
 from runtime.tracking import RunLog
 
@@ -217,6 +217,26 @@ def test_freed_memory_goes_back_to_the_system():
     before = own_megabytes(os.getpid())
     release_free_memory()
     assert own_megabytes(os.getpid()) < before - 160 and len(kept) == 160
+
+
+def test_memory_of_large_arrays_is_used_again():
+    """In a process of its own, since the setting stays; a page is 4 KiB, or more where the system has larger ones."""
+    code = """
+import resource
+from runtime.heap import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        bytearray(b"x") * (64 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fresh = faults()
+keep_freed_memory()
+faults()
+print(fresh, faults())
+"""
+    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    fresh, again = map(int, said.split())
+    assert again < fresh / 5
 
 
 def test_an_operators_time_is_without_that_of_those_it_calls():
