@@ -32,9 +32,10 @@ from torch import Tensor, nn
 import fsdp_utils
 import lora
 from configs.base import Config
-from policy import CONVOLUTIONS, Policy, pack
+from policy import Policy
 from rollout import Engine
 from runtime.adapter_files import save_adapter
+from runtime.packing import CONVOLUTIONS, pack
 from runtime.shared_memory import first_on_host, shared_folder
 
 HEADERS = 1 << 20  # bytes: more than an adapter's folder takes beside its tensors

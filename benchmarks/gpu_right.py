@@ -108,7 +108,7 @@ def check_four_bits(rows: Rows) -> None:
 
 def attention_errors(lengths: list[int], heads: int = 8, kv_heads: int = 2, width: int = 64) -> dict[str, float]:
     """Of `packed_attention` with grouped heads, against a masked softmax over all pairs of tokens in float64."""
-    from policy import pack, packed_attention
+    from runtime.packing import pack, packed_attention
 
     tokens = sum(lengths)
     packed = pack([[0] * length for length in lengths], [[] for _ in lengths], DEVICE)
@@ -165,8 +165,8 @@ def compare_logprobs(rows: Rows, when: str, run, folder: str, prompts: list[list
     would be wrong.
     """
     import fsdp_utils
-    from policy import pack
     from runtime.conversation import Request
+    from runtime.packing import pack
 
     written = run.engine.generate([Request(p, samples=4, temperature=1.0, seed=i) for i, p in enumerate(prompts)])
     texts = prompts + [prompts[completion.request] + completion.token_ids for completion in written]

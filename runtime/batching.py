@@ -13,8 +13,8 @@ from torch import Tensor
 
 from configs.base import Config
 from fsdp_utils import World
-from policy import Packed, pack
 from runtime.conversation import Completion
+from runtime.packing import Packed, pack
 from runtime.sequence_parallel import group_size
 
 ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1, 0.1, 0.1 is not exactly 0.1

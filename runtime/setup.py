@@ -24,13 +24,14 @@ import lora
 import reward
 from configs.base import Config
 from configs.checks import default_rate
-from policy import CONVOLUTIONS, RECURRENT, Critic, Policy, use_rms_norm
+from policy import Critic, Policy, use_rms_norm
 from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
 from runtime.files import check_parent, check_tied_head, find_model, folder_lock, one_line_errors
 from runtime.optimize import make_optimizer, schedule
+from runtime.packing import CONVOLUTIONS, RECURRENT
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Run

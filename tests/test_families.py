@@ -16,8 +16,9 @@ from test_docs import DOCS, table
 import fsdp_utils
 import lora
 from configs.base import Config
-from policy import Policy, pack
+from policy import Policy
 from runtime import adapter_files, setup
+from runtime.packing import pack
 
 RANK, ALPHA = 4, 8.0
 SHAPE = {"dtype": torch.float32, "hidden_size": 128}  # vLLM's attention on a CPU needs heads of 32, here 128 / 4

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-from policy import Policy, pack
+from policy import Policy
 from runtime import setup, shared_memory
 from runtime.files import read_model
+from runtime.packing import pack
 
 SHAPES = dict(intermediate_size=90, vocab_size=161)  # rows that 4 ranks cannot share evenly
 

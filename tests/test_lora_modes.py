@@ -17,6 +17,7 @@ import policy
 from configs.base import Config
 from fsdp_utils import summon_layers
 from runtime import adapter_files, setup
+from runtime.packing import pack
 
 PROMPTS, COMPLETIONS = [[5, 9, 3], [7, 2]], [[4, 8, 6, 1], [3, 3, 1]]
 SETTINGS = {  # mode -> (architecture, merged, nf4, recomputed activations)
@@ -78,7 +79,7 @@ def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, 
         fsdp_utils.shard(sharded, model.base_model.layers, world.device)
         fsdp_utils.load_weights(model, folders[architecture], world.device)
         start(model, fsdp_utils.fill)
-        found = sharded(policy.pack(PROMPTS, COMPLETIONS, world.device), 0.7).logprobs
+        found = sharded(pack(PROMPTS, COMPLETIONS, world.device), 0.7).logprobs
         found.square().sum().backward()
 
         references = dict(plain.named_parameters())
@@ -155,7 +156,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
 
     base = dataclasses.replace(base, lora_rank=8)
     world, engine, results = fsdp_utils.init_world(), setup.build_engine(base, model, Stops()), {}
-    batch = policy.pack([TOKENS[:1]], [TOKENS[1:]], world.device)
+    batch = pack([TOKENS[:1]], [TOKENS[1:]], world.device)
     for mode, changes in MODES.items():
         changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
         config = resolve_config(dataclasses.replace(base, **changes), ALGORITHMS[base.algorithm])

@@ -18,8 +18,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import fsdp_utils
 import policy
-from policy import FrozenHead, Head, Policy, pack, packed_attention, trained_head
-from runtime import setup
+from policy import FrozenHead, Head, Policy, trained_head
+from runtime import packing, setup
+from runtime.packing import pack, packed_attention
 from train_grpo import log_z_head
 
 CPU = torch.device("cpu")
@@ -130,7 +131,7 @@ def test_kernels_of_recurrent_layers_are_told_where_sequences_begin(architecture
         return torch.cat([attention(q, k, v, g=g, beta=b, **options)[0] for q, k, v, g, b in parts], dim=1), None
 
     kernels = SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn, chunk_gated_delta_rule=chunk_gated_delta_rule)
-    for package in policy.KERNELS:
+    for package in packing.KERNELS:
         for part in (package, package.partition(".")[0]):
             monkeypatch.setitem(sys.modules, part, kernels)
     for function, name, package in (
@@ -139,7 +140,7 @@ def test_kernels_of_recurrent_layers_are_told_where_sequences_begin(architecture
     ):
         find = use_kernel_func_from_hub_with_fallback(name, package)
         monkeypatch.setattr(code, function, find(lambda *_, **__: pytest.fail("the stand-in was not found")))
-    has_kernels = policy.has_kernels.__wrapped__  # which remembers nothing
+    has_kernels = packing.has_kernels.__wrapped__  # which remembers nothing
     assert has_kernels("cuda") and not has_kernels("cpu")
     monkeypatch.setattr(policy, "has_kernels", lambda _: True)
     assert (ours(packed).logprobs - expected).norm() < 100 * EPSILON * expected.norm()

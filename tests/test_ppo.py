@@ -9,7 +9,7 @@ from test_algorithms import F64, micro_batch
 
 import fsdp_utils
 from configs.base import Config
-from policy import pack
+from runtime.packing import pack
 from runtime.setup import build_critic
 from train_ppo import gae, normalize, value_loss
 

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fsdp_utils
 import lora
-from policy import Policy, pack
+from policy import Policy
 from runtime import adapter_files
+from runtime.packing import pack
 from tools import adapter as export
 
 CPU = torch.device("cpu")

@@ -37,10 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: thi
 import fsdp_utils
 import lora
 from configs.base import Config
-from policy import Critic, Packed, Policy, PolicyOutput, pack
+from policy import Critic, Policy, PolicyOutput
 from runtime import checkpoint, setup
 from runtime.command_line import parse_config
 from runtime.optimize import make_optimizer
+from runtime.packing import Packed, pack
 from runtime.sequence_parallel import neighbours
 from runtime.setup import PromptHead
 from runtime.shared_memory import use_shm
