@@ -142,7 +142,7 @@ def test_kernels_of_recurrent_layers_are_told_where_sequences_begin(architecture
         monkeypatch.setattr(code, function, find(lambda *_, **__: pytest.fail("the stand-in was not found")))
     has_kernels = packing.has_kernels.__wrapped__  # which remembers nothing
     assert has_kernels("cuda") and not has_kernels("cpu")
-    monkeypatch.setattr(policy, "has_kernels", lambda _: True)
+    monkeypatch.setattr(packing, "has_kernels", lambda _: True)
     assert (ours(packed).logprobs - expected).norm() < 100 * EPSILON * expected.norm()
 
 

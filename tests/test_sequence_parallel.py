@@ -92,6 +92,7 @@ def update_in_a_way(folder: str, world: fsdp_utils.World, settings: dict) -> tup
     metrics = {"kl": train_grpo.reference_kl(run, completions)} if config.lora_rank else {}
     if config.algorithm == "ppo":
         critic = setup.build_critic(config, folder, world)
+        fill_adapters(critic, fsdp_utils.fill)
         fill(critic.value.weight)
         run.learners["critic"] = critic, Keeping(critic)
         train_ppo.compute_advantages(run, batches)
