@@ -19,7 +19,7 @@ from runtime.conversation import Completion, mix_seeds
 from runtime.data import Problem
 from runtime.run import Prompt, Run, Scorer, request_of
 from runtime.signals import Stopped
-from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised
+from runtime.user_rewards import CORRECT, Reward, UserRewards, finite, named_parts, raised
 
 SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 
@@ -62,8 +62,8 @@ def task_reward(task: str, problem: Problem, text: str) -> Reward:
         parts = named_parts(value)
         return Reward(sum(parts.values()), parts, parts.get(CORRECT))
     except (Exception, SystemExit) as error:
-        cause = str(error) if isinstance(error, WrongValue) else raised(error)
-        raise ValueError(f"the reward of task {task!r} {cause}, on {problem!r} and completion {text!r}") from None
+        where = f"{problem!r} and completion {text!r}"
+        raise ValueError(f"the reward of task {task!r} {raised(error)}, on {where}") from None
 
 
 def compute_rewards(
