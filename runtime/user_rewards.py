@@ -254,14 +254,13 @@ def serve(descriptor: int) -> None:
     """The life of a worker: it answers jobs until its rank is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # in a reward that hangs, too
     connection = Connection(descriptor)
-    specs, timeout = connection.recv()
-    try:
-        functions = [Function(spec) for spec in specs]
-    except ValueError as error:
-        connection.send(str(error))
-        return
-    connection.send([function.form for function in functions])
     with asyncio.Runner() as runner, suppress(EOFError, OSError):
+        specs, timeout = connection.recv()
+        try:
+            functions = [Function(spec) for spec in specs]
+            connection.send([function.form for function in functions])
+        except ValueError as error:
+            connection.send(str(error))
         while True:
             job = connection.recv()
             random.seed(job.seed)
@@ -355,9 +354,11 @@ class UserRewards:
         ]
         parts: list[Parts] = [{} for _ in rows]
         totals, timeouts = [0.0] * len(rows), [()] * len(rows)
-        for job, answers in zip(jobs, self.pool.imap(self.answer, jobs)):
+        # Unordered, because an error must not wait for earlier jobs; summed up in order, for the same bits every time.
+        answers = dict(self.pool.imap_unordered(lambda number: (number, self.answer(jobs[number])), range(len(jobs))))
+        for number, job in enumerate(jobs):
             spec = self.specs[job.function]
-            for i, answer in zip(job.places, answers):
+            for i, answer in zip(job.places, answers[number]):
                 if answer is None:
                     timeouts[i] += (spec.text,)
                 elif again := answer.keys() & parts[i].keys():
