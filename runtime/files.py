@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -213,12 +213,16 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the folder; other processes wait."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock on a file or folder. Another process waits or, without `wait`, gets a BlockingIOError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(descriptor)

@@ -23,7 +23,7 @@ from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
-from runtime.files import check_parent, check_tied_head, find_model, folder_lock, one_line_errors
+from runtime.files import check_parent, check_tied_head, find_model, locked, one_line_errors
 from runtime.optimize import make_optimizer, schedule
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
@@ -135,7 +135,7 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
         return RunLog(config, write)
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder.parent):
+    with locked(folder.parent):
         check_writable(folder)  # again: another run in this folder may have started while the models were read
         if saved:
             checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from runtime.files import locked
 from runtime.wandb_run import WandbRun
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
@@ -204,14 +205,11 @@ class RunLog:
 
 def in_use(folder: Path) -> bool:
     """Whether a process is writing to the run's folder. It holds a lock, which is released however the process ends."""
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        with suppress(OSError), open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
+    try:
+        with locked(folder / "metrics.jsonl", wait=False):
+            return False
+    except OSError as error:  # others than that of a lock: there is no such file, or it cannot be read
+        return isinstance(error, BlockingIOError)
 
 
 def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:

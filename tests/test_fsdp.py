@@ -1,6 +1,7 @@
 """Loading into shards, and gradients that do not depend on how ranks, shards and micro-batches divide the work."""
 
 import json
+import os
 import shutil
 import tempfile
 import threading
@@ -176,23 +177,24 @@ def test_broken_checkpoints_are_an_error_on_every_rank(model_folder, tmp_path):
 def use_shared_memory(folder):
     """The files that this rank sees, whether any are left when the block has ended, and what is done without room."""
     fsdp_utils.init_world()
-    with shared_memory.in_shared_memory(folder) as copy:
+    os.environ["USE_SHM"] = "1"
+    with shared_memory.fast_folder(folder) as copy:
         files = {path.name: path.stat().st_size for path in Path(copy).iterdir()}
     torch.distributed.barrier()
     left = [Path(copy).exists()]
     try:
-        with shared_memory.in_shared_memory(folder) as copy:
+        with shared_memory.fast_folder(folder) as copy:
             raise KeyError
     except KeyError:
         torch.distributed.barrier()
         left.append(Path(copy).exists())
-    free = {shared_memory.SHARED_MEMORY: 1000, Path(tempfile.gettempdir()): 3000}
+    free = dict(zip(shared_memory.PLACES, (1000, 3000)))
     room = lambda path: next(free[place] for place in (path, path.parent) if place in free)  # noqa: E731
     shared_memory.shutil.disk_usage = lambda path, real=shutil.disk_usage: real(path)._replace(free=room(path))
     with shared_memory.shared_folder(2000) as elsewhere:
         assert elsewhere.is_dir()
     errors = []
-    for context in (shared_memory.in_shared_memory(folder), shared_memory.shared_folder(4000)):
+    for context in (shared_memory.fast_folder(folder), shared_memory.shared_folder(4000)):
         try:
             with context:
                 errors.append("no error")
@@ -209,7 +211,8 @@ def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_pa
         assert files == sizes and copy == results[0][1] and copy.startswith("/dev/shm/")
         assert left == [False, False]
         assert elsewhere == results[0][3] and elsewhere.parent == Path(tempfile.gettempdir()), "a small /dev/shm"
-        assert "USE_SHM needs" in errors[0] and "no room to hand 0 MiB to vLLM: /dev/shm has 0 MiB and " in errors[1]
+        assert "MiB on their way to vLLM: /dev/shm has 0 MiB free; make room, or leave USE_SHM out" in errors[0]
+        assert "no room for 0 MiB on their way to vLLM: /dev/shm has 0 MiB and " in errors[1]
 
 
 # ---- Gradients ------------------------------------------------------------------------------------------------
