@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 PROMPT_FIELDS = ("prompt", "question", "problem")  # taken in this order, unless `prompt_field` names another
 ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "solution")  # the second is verl's
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")  # of splits; the first that exists is taken
+MISSING = object()  # a field that a row does not have
 MOST_HELD_OUT = 1000  # prompts that are held out where the data has no split for it
 
 Rows = Iterable[tuple[Any, str]]  # each row, and where it is, for messages
@@ -84,8 +85,7 @@ def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str
     """The problem of a row. Raises ValueError that says `where` what is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with fields, found {str(row)[:80]!r}")
-    name = find_field(row, where, "prompt_field", source.prompt_field, PROMPT_FIELDS)
-    prompt = lookup(row, name)
+    name, prompt = find_field(row, where, "prompt_field", source.prompt_field, PROMPT_FIELDS)
     texts = [message["content"] for message in prompt] if is_chat(prompt) else [prompt]
     if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
         raise ValueError(
@@ -94,11 +94,10 @@ def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str
         )
     for text in texts:
         check_characters(text, where, name)
-    if not (truth or source.answer_field or any(has_field(row, name) for name in ANSWER_FIELDS)):
+    if not truth and not source.answer_field and all(lookup(row, name) is MISSING for name in ANSWER_FIELDS):
         return Problem(prompt, None, row)
 
-    name = find_field(row, where, "answer_field", source.answer_field, ANSWER_FIELDS)
-    answer = lookup(row, name)
+    name, answer = find_field(row, where, "answer_field", source.answer_field, ANSWER_FIELDS)
     if answer is None or answer == "":
         raise ValueError(f"{where}: {name!r} is empty, and must hold the answer")
     check_characters(answer, where, name)
@@ -108,30 +107,27 @@ def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str
         raise ValueError(f"{where}: {error}") from None
 
 
-def find_field(row: dict, where: str, option: str, chosen: str, usual: tuple[str, ...]) -> str:
-    """The chosen field or, without a choice, the first of the usual ones; ValueError if the row does not have it."""
+def find_field(row: dict, where: str, option: str, chosen: str, usual: tuple[str, ...]) -> tuple[str, Any]:
+    """Name and value of the chosen field or, without a choice, of the first of the usual ones that the row has;
+    ValueError if it has none.
+    """
     names = (chosen,) if chosen else usual
     for name in names:
-        if has_field(row, name):
-            return name
+        if (value := lookup(row, name)) is not MISSING:
+            return name, value
     columns = ", ".join(map(str, row))[:200] or "none"
     raise ValueError(f"{where}: has no field {' or '.join(map(repr, names))} ({option}); its fields are: {columns}")
 
 
-def has_field(row: dict, name: str) -> bool:
-    """Whether `lookup` finds the field."""
-    head, dot, rest = name.partition(".")
-    return name in row or bool(dot and isinstance(row.get(head), dict) and has_field(row[head], rest))
-
-
 def lookup(row: dict, name: str) -> Any:
-    """A field, which may be inside of others.
+    """A field, which may be inside of others; MISSING if there is none.
 
     >>> lookup({"reward_model": {"ground_truth": "72"}}, "reward_model.ground_truth"), lookup({"a.b": 1}, "a.b")
     ('72', 1)
     """
-    head, _, rest = name.partition(".")
-    return row[name] if name in row else lookup(row[head], rest)
+    head, dot, rest = name.partition(".")
+    inner = row.get(head) if dot else None
+    return row[name] if name in row else lookup(inner, rest) if isinstance(inner, dict) else MISSING
 
 
 def is_chat(prompt: Any) -> bool:
