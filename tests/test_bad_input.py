@@ -531,6 +531,7 @@ def bad_checkpoints(run: Path, bad: Path) -> list[Case]:
         case(run, ["another version", key], without(key))
     case(run, ["another version", "moon"], state | {"progress": progress | {"moon": 1}})
     case(run, ["another version"], state | {"progress": 3})
+    case(run, ["another version", "'moon'"], state | {"config": state["config"] | {"moon": 1}})
     for name in checkpoint.FIXED:
         case(run, [name, "'was'", "must keep"], state | {"config": state["config"] | {name: "was"}})
     case(run, ["lora_A", "None"])

@@ -116,9 +116,8 @@ def test_what_is_evaluated(model_folder, tmp_path):
     saved_adapter(model_folder("llama"), tmp_path / "adapter", rank=4, alpha=12)
     config, _, doubts = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--task", "arithmetic"])
     assert (config.model, config.lora_rank, config.lora_alpha) == (str(model_folder("llama")), 4, 12)
-    state = {
-        "config": dataclasses.asdict(Config(task="arithmetic", model="elsewhere", temperature=0.7, eval_problems=5))
-    }
+    settings = Config(task="arithmetic", model="elsewhere", temperature=0.7, eval_problems=5)
+    state = {"config": dataclasses.asdict(settings), "progress": {}, "log": {}}
     assert "does not say how its base was stored" in doubts[0]
     (tmp_path / "state.json").write_text(json.dumps(state))
     config, *_ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--temperature", "0.5"])

@@ -24,7 +24,7 @@ from configs.base import Config
 from runtime import checkpoint, steps
 from runtime.checkpoint import Progress
 from runtime.run import Run
-from runtime.setup import read_saved
+from runtime.setup import resumable
 from runtime.tracking import COLUMNS, RunLog
 
 NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may differ between two equal runs
@@ -418,8 +418,8 @@ def test_a_best_checkpoint_that_is_gone_is_none(tmp_path, monkeypatch):
         state = {"config": dataclasses.asdict(config), "log": {}, "progress": {"step": step, "best_step": best}}
         state["progress"]["started"] = "2024-02-29T23:59:59"
         folder = checkpoint.write(tmp_path, step, state, {"a": torch.zeros(2)}, lambda folder: None)
-    assert read_saved(folder, config).progress == Progress(step=20, best_step=10)
-    assert read_saved(folder, config).progress.started == "2024-02-29T23:59:59"
+    found = resumable(checkpoint.read_saved(folder), config).progress
+    assert found == Progress(step=20, best_step=10) and found.started == "2024-02-29T23:59:59"
     shutil.rmtree(tmp_path / "checkpoints/step_000010")
     monkeypatch.chdir(folder.parent)
-    assert read_saved(Path(folder.name), config).progress == Progress(step=20)
+    assert resumable(checkpoint.read_saved(Path(folder.name)), config).progress == Progress(step=20)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -75,7 +75,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         settings = dataclasses.asdict(read_config_file(given.config))
     if given.run_folder:
         folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
-        settings = read_settings(folder)
+        settings |= checkpoint.read_saved(folder).settings
         if settings["lora_rank"]:
             adapter = str(folder / "adapter")
         else:
@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     elif given.config:
         adapter = adapter or settings["lora_adapter_path"]
     elif adapter and (Path(adapter).parent / "state.json").is_file():  # of the run that trained it
-        settings = read_settings(Path(adapter).parent)
+        settings |= checkpoint.read_saved(Path(adapter).parent).settings
     if not adapter:  # with sync adapter, vLLM would wait for one
         return dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged"), given.out, []
 
@@ -113,24 +113,14 @@ def find_checkpoint(run: Path, which: str) -> Path:
     """The folder of a run's checkpoint: "latest", "best", or that of a step."""
     if which.isdecimal():
         folder = run / "checkpoints" / f"step_{int(which):06d}"
-    elif which in ("latest", "best"):
-        if not (run / which).is_file():
-            raise ValueError(f"run {str(run)!r} has no {which} checkpoint")
+    elif which in ("latest", "best") and (run / which).is_file():
         folder = run / (run / which).read_text().strip()
     else:
-        raise ValueError(f"checkpoint must be latest, best or a step, not {which!r}")
+        raise ValueError(f"run {str(run)!r} has no checkpoint {which!r}; ask for latest, best or a step")
     error = checkpoint.integrity_error(folder)
     if error:
         raise ValueError(f"checkpoint {str(folder)!r} cannot be used: {error}")
     return folder
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint."""
-    try:
-        return dataclasses.asdict(Config(**json.loads((folder / "state.json").read_text())["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
 
 
 # ---- In vLLM --------------------------------------------------------------------------------------------------
@@ -184,8 +174,8 @@ def setup() -> tuple[Sampler, Path]:
 
 def started(config: Config) -> str:
     """The date that the prompts of a checkpoint's run show, see `Progress`; "" if it is no checkpoint's."""
-    state = Path(config.lora_adapter_path or config.model).parent / "state.json"
-    return json.loads(state.read_text())["progress"].get("started", "") if state.is_file() else ""
+    folder = Path(config.lora_adapter_path or config.model).parent
+    return checkpoint.read_saved(folder).progress.started if (folder / "state.json").is_file() else ""
 
 
 def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]:
