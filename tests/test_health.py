@@ -14,14 +14,7 @@ from runtime import steps
 from runtime.checkpoint import Progress
 from runtime.conversation import Completion
 from runtime.evaluation import rollout_metrics
-from runtime.health import (
-    HealthMonitor,
-    describe_rewards,
-    explain_survival,
-    likely_causes,
-    reason_of_useless_steps,
-    rewards_differ,
-)
+from runtime.health import HealthMonitor, describe_rewards, explain_survival, likely_causes, rewards_differ
 from runtime.run import Run
 
 NOTHING = {"reward/mixed_groups_frac": 0.0, "reward/min": 0.0, "reward/max": 0.0, "completion/truncated_frac": 0.25}
@@ -62,18 +55,23 @@ def test_likely_causes_follow_from_describe_rewards(changes, samples, first, oth
     assert ("too easy" in causes[0]) == (len(causes) == 1)
 
 
+def reason_after(steps: int, metrics: dict[str, float], config: Config) -> str | None:
+    """Why a run stops when so many steps have taught nothing."""
+    monitor = HealthMonitor(config, SimpleNamespace(print=lambda line: None))
+    return monitor.reason_to_stop(9, metrics, [SAMPLE], Progress(steps_useless=steps - 1))
+
+
 def test_when_to_stop():
     config = Config(max_useless=3)
-    assert reason_of_useless_steps(2, NOTHING, [SAMPLE], config) is None
-    reason = reason_of_useless_steps(3, NOTHING, [SAMPLE], config)
+    assert reason_after(2, NOTHING, config) is None
+    reason = reason_after(3, NOTHING, config)
     assert reason.startswith(
         "nothing to learn from in 3 steps in a row (max_useless): all rewards are 0. Likely causes: "
     )
     assert "See samples.jsonl" in reason and "\n" not in reason
-    late = NOTHING | {"reward/timeouts": 4}
-    reason = reason_of_useless_steps(3, late, [SAMPLE], Config(max_useless=3, reward=["a.py:f"]))
+    reason = reason_after(3, NOTHING | {"reward/timeouts": 4}, Config(max_useless=3, reward=["a.py:f"]))
     assert "4 rewards took longer than reward_timeout" in reason and "another format" not in reason
-    assert reason_of_useless_steps(1000, NOTHING, [SAMPLE], Config(max_useless=0)) is None
+    assert reason_after(1000, NOTHING, Config(max_useless=0)) is None
     assert "only the critic learns" in describe_rewards(NOTHING | {"critic/loss": 1.0})
 
 
