@@ -377,10 +377,7 @@ def test_schedule():
         ({"kl_coef": 0.1, "kl_penalty": "k1_loss"}, "kl_penalty must be one of k2_loss, k3_loss, k1_reward"),
         ({"algorithm": "bnpo", "kl_coef": 0.1, "kl_penalty": "k2_reward"}, "rewards from 0 to 1"),
         ({"algorithm": "flowrl", "kl_coef": 0.1}, "kl_coef must be 0"),
-        ({"clip_low": 2.0}, "clip_low must be at most 1"),
-        ({"clip_high": "much"}, "clip_high must be float"),
-        ({"tis_mode": "tokens"}, "tis_mode must be one of off, token, token_mask"),
-        ({"steps": 5, "warmup_steps": 5}, "warmup_steps must be fewer"),
+        ({"algorithm": "flowrl", "lora_rank": 0}, "set lora_rank above 0"),
     ],
 )
 def test_contradictions_are_refused(settings, message):

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 from typing import NamedTuple
 
-import pytest
 import torch
 import torch.distributed as dist
 from conftest import EPSILON, TINY, on_ranks
@@ -14,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fsdp_utils
 import lora
 import policy
-from configs.base import Config
 from fsdp_utils import summon_layers
 from runtime import adapter_files, setup
 
@@ -106,22 +104,6 @@ def test_three_ranks_agree_with_one_plain_process(model_folder, tmp_path):
             assert logprobs < 100 * EPSILON and gradients < 1000 * EPSILON, (mode, logprobs, gradients)
             # A four-bit weight fills float32's digits, so its sum with an update may be rounded twice.
             assert same > 0.999 if "nf4" in mode else same == 1.0, (mode, same)
-
-
-CONTRADICTIONS = {
-    "kl_coef needs the base": {"lora_rank": 0, "kl_coef": 0.1},
-    "dtype nf4 is for a frozen base": {"lora_rank": 0, "dtype": "nf4"},
-    "sync straight_through: with lora_rank 0": {"lora_rank": 0, "sync": "straight_through"},
-    "lora_adapter_path needs an adapter": {"lora_rank": 0, "lora_adapter_path": "somewhere"},
-    "lora_rank must be at least 0": {"lora_rank": -1},
-    "dtype must be one of bfloat16, float32, nf4": {"dtype": "int8"},
-}
-
-
-@pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_contradictions_are_refused_at_the_start(message):
-    with pytest.raises(ValueError, match=message):
-        Config(**CONTRADICTIONS[message])
 
 
 # ---- With vLLM ------------------------------------------------------------------------------------------------

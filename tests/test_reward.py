@@ -214,40 +214,6 @@ def test_gsm8k_answers_agree_with_an_independent_reading():
     assert total == 8792
 
 
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
-        ('{"question": "q"}', "has no field 'answer'"),
-        ('{"question": "q", "answer": "one"}', "end in '#### N'"),
-        ("{", "not JSON"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, complaint):
-    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: ") as error:
-        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
-    assert complaint in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_byte_order_mark_and_a_missing_final_newline_are_no_matter(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "#### 1"}')
-    (tmp_path / "test.jsonl").write_bytes(b"")
-    assert [problem.answer for problem in reward.load_problems("gsm8k", "train", Source(str(tmp_path)))] == ["1"]
-
-
-def test_no_problems_or_no_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
-    (tmp_path / "train.jsonl").write_text("\n")
-    (tmp_path / "test.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no train problems"):
-        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
-    with pytest.raises(
-        ValueError, match="unknown task 'gsm'; there are: arithmetic, times_tables, gsm8k, gsm8k_flexible, math, own"
-    ):
-        reward.load_problems("gsm", "train")
-
-
 # ---- math -----------------------------------------------------------------------------------------------------
 
 
