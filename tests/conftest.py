@@ -1,5 +1,6 @@
 """What tests share: small models, and a way to run a function on several ranks."""
 
+import json
 import multiprocessing.connection
 import os
 import subprocess
@@ -79,12 +80,31 @@ def be_a_rank(environment: dict[str, str], folder: Path, function: Callable, arg
     os._exit(0)  # threads of gloo that outlive the interpreter would abort it
 
 
-def torchrun(ranks: int, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    """`torchrun --nproc-per-node=RANKS ARGUMENTS` from the project's root, on a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
-    )
+def torchrun_command(ranks: int, *arguments: str) -> list[str]:
+    """The command `torchrun --nproc-per-node=RANKS ARGUMENTS`, on a free port."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs that command from the project's root."""
+    return subprocess.run(torchrun_command(ranks, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def train(
+    ranks: int, config: str, folder: Path, *options: str, script: str = "train_grpo.py"
+) -> tuple[list[dict[str, float]], Path]:
+    """Runs a configuration to its end: its metrics and its run folder."""
+    target = folder / Path(config).stem
+    done = torchrun(ranks, script, "--config", str(ROOT / config), "--output_dir", str(target), *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    metrics = read_rows(target / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(len(metrics)))
+    return metrics, target
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def complaints(runs: list[list[str]]) -> list[str]:

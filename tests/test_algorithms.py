@@ -1,7 +1,6 @@
 """Every row of ALGORITHMS against its paper: by hand on a 2x3 example, and by plain loops on random numbers."""
 
 import dataclasses
-import json
 import math
 import re
 import shlex
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EPSILON, ROOT, torchrun
+from conftest import EPSILON, ROOT, train
 
 import train_grpo
 from configs.base import Config
@@ -487,16 +486,10 @@ def test_every_row_learns(name):
 
 def test_a_run_with_everything_on(tmp_path):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
-    options = {
-        "algorithm": "dapo", "steps": 2, "output_dir": tmp_path / "all",
-        "updates_per_rollout": 2, "epochs_per_rollout": 2, "kl_coef": 0.05, "kl_penalty": "k2_reward",
-        "entropy_coef": 0.01, "tis_mode": "sequence_mask", "lr_schedule": "cosine", "warmup_steps": 1,
-        "tokens_per_microbatch": 2048, "eval_problems": 32, "group_size": 2,
-    }  # fmt: skip
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    done = torchrun(2, "train_grpo.py", "--config", str(ROOT / "configs/arithmetic_cpu.py"), *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    _before, first, second = map(json.loads, (tmp_path / "all/metrics.jsonl").read_text().splitlines())
+    options = "--algorithm dapo --steps 2 --updates_per_rollout 2 --epochs_per_rollout 2 --group_size 2 --kl_coef 0.05"
+    options += " --kl_penalty k2_reward --entropy_coef 0.01 --tis_mode sequence_mask --lr_schedule cosine"
+    options += " --warmup_steps 1 --tokens_per_microbatch 2048 --eval_problems 32"
+    (_before, first, second), _ = train(2, "configs/arithmetic_cpu.py", tmp_path, *options.split())
     assert (first["lr"], second["lr"]) == (1e-3, 2e-3)
     assert 0 < first["rollout/kept_frac"] < 1 and first["rollout/tokens"] > 2 * 64 * 8
     assert first["policy/clip_frac"] > 0 and first["mismatch/kl"] < 0.01

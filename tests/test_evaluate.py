@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from conftest import TINY, on_ranks
+from conftest import TINY, on_ranks, read_rows, train
 from safetensors.torch import load_file, save_file
 from test_lora import saved_adapter
-from test_train import train
 from transformers import AutoTokenizer
 
 from configs.base import Config
@@ -104,7 +103,7 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     for name, stop in (("token", encode("####")), ("text", encode("#### "))):  # one token, and another one after it
         assert found[name] == [until(stop, ids) for ids in found["base"]] != found["base"]
 
-    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    samples = read_rows(tmp_path / "out/samples.jsonl")
     rights = [[s["reward"] for s in samples if s["problem"] == i and s["kind"] == "sampled"] for i in range(32)]
     assert results["metrics"]["pass@1"] == pytest.approx(sum(map(sum, rights)) / 96)
     assert results["metrics"]["pass@3"] == pytest.approx(sum(map(max, rights)) / 32)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, read_rows, torchrun
 
 from configs.base import Config
 from runtime import steps
@@ -141,7 +141,7 @@ def test_a_real_run_stops(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "in 2 steps in a row (max_useless)" in line and "100% of the completions are cut off at" in line
     assert "\r" not in done.stderr, "a log file gets no progress bar"
-    rows = [json.loads(line) for line in (tmp_path / "silent/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "silent/metrics.jsonl")
     assert [row.get("reward/mixed_groups_frac") for row in rows] == [None, 0, 0]
     assert "loss" not in rows[2] and "policy/entropy" not in rows[2], "what was not measured is not there"
     state = json.loads((tmp_path / "silent/checkpoints/step_000002/state.json").read_text())

@@ -6,7 +6,6 @@ this model by 0.05 nats, so nothing here is compared with a fixed number: `Refer
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, on_ranks, read_rows
 from test_resume import await_step, finish, kill, rows, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -281,7 +280,7 @@ def runs(smollm2, reference, tmp_path_factory) -> tuple[Path, list[dict]]:
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_two_steps_learn_and_are_finite(runs, reference, name):
     folder, found = runs
-    _before, *steps = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    _before, *steps = read_rows(folder / name / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert all(math.isfinite(value) for value in step.values())

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, on_ranks
+from conftest import ROOT, TINY, on_ranks, read_rows, torchrun_command
 from test_lora import saved_adapter
 from torch import nn
 
@@ -34,23 +34,11 @@ GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"
 def start(folder: Path, *options: str, ranks: int = 2, **environment: str) -> subprocess.Popen:
     """A short run of the arithmetic default, or of PPO, in a process group of its own."""
     program = "train_ppo.py --config configs/arithmetic_cpu_ppo.py" if "critic_lora_rank" in str(options) else GRPO
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += [
-        *program.split(),
-        "--output_dir",
-        str(folder / "r"),
-    ]
-    command += "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16".split()
-    command += ["--steps", "8", "--save_every", "2", "--eval_every", "4", *options]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        process_group=0,
-    )
+    small = "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16"
+    small += f" --steps 8 --save_every 2 --eval_every 4 --output_dir {folder}/r"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "process_group": 0}
+    command = torchrun_command(ranks, *program.split(), *small.split(), *options)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -62,8 +50,8 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 
 def rows(folder: Path, name: str = "metrics") -> list[dict]:
     """A log of a run, without what may differ."""
-    lines = (folder / "r" / f"{name}.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith(NOISE)} for line in lines]
+    found = read_rows(folder / "r" / f"{name}.jsonl")
+    return [{key: value for key, value in row.items() if not key.startswith(NOISE)} for row in found]
 
 
 def await_step(process: subprocess.Popen, folder: Path, step: int) -> None:

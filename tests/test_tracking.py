@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_rows
 
 from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
@@ -49,7 +49,7 @@ def test_timeline(tmp_path, monkeypatch):
         log.step(step, {"reward/mean": 0.0, "completion/length_mean": 1.0, "rollout/tokens": 7})
         elapsed = time.perf_counter() - start
         log.phase("save")
-        (row,) = [row for row in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if row["step"] == step]
+        (row,) = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if row["step"] == step]
         phases = sum(value for name, value in row.items() if name.startswith("time/") and name != "time/step")
         assert row["time/step"] == pytest.approx(phases)
         assert row["tokens_per_second"] == pytest.approx(7 / (row["time/step"] - row.get("time/save", 0.0)))
@@ -188,7 +188,7 @@ def test_no_fault_of_wandb_reaches_the_run(tmp_path, fault, lines):
         environment = os.environ | {"WANDB_MODE": "offline", "HOME": "/dev/null", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", FAILING, str(run), fault]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        rows = [json.loads(line) for line in (run / "r" / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(run / "r" / "metrics.jsonl")
     finally:
         subprocess.run(["umount", "-l", str(run)], capture_output=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
@@ -254,7 +254,7 @@ def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
         r"step 3/3 \| groups 3/4 \| \d+\.\d s \(update \d+\.\d\) \| [\d,]+ tokens/s \| held-out accuracy 25.0% sampled"
     )
     assert re.fullmatch(line, lines[2])
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert rows[0] == {"step": 1, "time/step": 0}
     assert rows[1]["loss"] is None and rows[1]["policy/entropy"] is None, "measured, and not finite"
     assert "loss" not in logged[1] and all(math.isfinite(value) for metrics in logged for value in metrics.values())
