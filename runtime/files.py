@@ -136,7 +136,7 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
     expected = sum(path.stat().st_size for path in weight_files(like))
     with atomic_folder(folder) as partial, progress_bar("writing the model", expected, "bytes", unit_scale=True) as bar:
         weight_map, total = {}, 0
-        for number, batch in enumerate(batches(counted(tensors, bar)), start=1):
+        for number, batch in enumerate(batches(tensors, bar), start=1):
             file = f"model-{number:05d}.safetensors"
             write_tensors(batch, partial / file)
             weight_map |= dict.fromkeys(batch, file)
@@ -148,15 +148,8 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
                 shutil.copyfile(path, partial / path.name)
 
 
-def counted(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; the bar counts their bytes."""
-    for name, tensor in tensors:
-        yield name, tensor
-        bar.update(tensor.nbytes)
-
-
-def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each file: at most `FILE_BYTES`, or one larger tensor."""
+def batches(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file: at most `FILE_BYTES`, or one larger tensor. The bar counts their bytes."""
     batch: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -166,6 +159,7 @@ def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
             size = 0
         batch[name] = tensor.cpu().contiguous()
         size += tensor.nbytes
+        bar.update(tensor.nbytes)
     yield batch
 
 

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -272,11 +272,7 @@ def reset_peak_memory() -> None:
 def environment() -> dict[str, Any]:
     """Versions, commit, command and hardware of this run."""
     versions = {"python": platform.python_version()}
-    for package in RUNTIME:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions |= {package.name: package.version for package in distributions() if package.name in RUNTIME}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "hardware": hardware()}
