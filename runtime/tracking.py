@@ -91,8 +91,7 @@ class RunLog:
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Appends one object per line. Lines that do not fit on a full disk wait in memory for the next call."""
-        lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-        self.unwritten[name] += lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
+        self.unwritten[name] += json_lines(records)
         try:
             while self.unwritten[name]:
                 self.unwritten[name] = self.unwritten[name][self.files[name].write(self.unwritten[name]) :]
@@ -201,6 +200,12 @@ class RunLog:
             for file in self.files.values():
                 file.close()
             self.wandb.finish()
+
+
+def json_lines(records: list[dict[str, Any]]) -> bytes:
+    """One object per line."""
+    lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    return lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
 
 
 def in_use(folder: Path) -> bool:

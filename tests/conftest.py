@@ -124,6 +124,41 @@ def complaints(runs: list[list[str]]) -> list[str]:
     return said
 
 
+def sharded_policy(folder, world, dtype=torch.bfloat16, rank=4, nf4=False, checkpointing=False, load=True, **options):
+    """The policy of a model's folder with adapters of scale 2, which have no values yet. options: of `shard`."""
+    import fsdp_utils
+    import lora
+    from policy import Policy
+    from runtime.setup import meta_model
+
+    model = meta_model(str(folder), dtype)
+    if nf4:
+        lora.quantize_base(model)
+    lora.inject(model, ["all-linear"], rank, 2.0 * rank)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model).train()
+    fsdp_utils.shard(policy, model.base_model.layers, world.device, **options)
+    if load:
+        fsdp_utils.load_weights(model, str(folder), world.device)
+    return policy
+
+
+@torch.no_grad()
+def plain_logprobs(model, prompts, completions) -> torch.Tensor:
+    """(R,) of the completions' tokens by a Hugging Face model; one text at a time, through all logits."""
+    logprobs = []
+    for prompt, completion in zip(prompts, completions):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(logits.float().log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(logprobs)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean absolute difference, of logprobs in nats."""
+    return (found - expected).abs().mean().item()
+
+
 def fill_adapters(model, fill):
     """The same random values, wherever the model's tensors live.
 

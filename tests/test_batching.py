@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import EPSILON, on_ranks
+from conftest import EPSILON, on_ranks, sharded_policy
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
 from configs.base import Config
 from policy import Policy
-from runtime import setup
 from runtime.batching import assign, batch_metrics, make_updates
 from runtime.conversation import Completion
 
@@ -104,12 +103,8 @@ def token_weights(lengths: torch.Tensor, config: Config) -> torch.Tensor:
 
 def load_policy(folder: Path, size: int, world: fsdp_utils.World) -> Policy:
     """In float64, with adapters whose B is not zero; copies of the base are shared by `size` ranks."""
-    model = setup.meta_model(str(folder), torch.float64)
-    lora.inject(model, ["all-linear"], 4, 8.0)
-    policy = Policy(model)
-    fsdp_utils.shard(policy, model.base_model.layers, world.device, size)
-    fsdp_utils.load_weights(model, str(folder), world.device)
-    set_adapters(model, fsdp_utils.fill)
+    policy = sharded_policy(folder, world, torch.float64, fsdp_size=size)
+    set_adapters(policy.model, fsdp_utils.fill)
     return policy
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EPSILON, fill_adapters, on_ranks
+from conftest import EPSILON, fill_adapters, on_ranks, sharded_policy
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-from policy import Policy, pack
-from runtime import setup, shared_memory
+from policy import pack
+from runtime import shared_memory
 from runtime.files import read_model
 
 SHAPES = dict(intermediate_size=90, vocab_size=161)  # rows that 4 ranks cannot share evenly
@@ -48,24 +48,12 @@ def read_counted(source, parameter, name, real=fsdp_utils.read_rows):
     real(CountingSlice(source, name), parameter, name)
 
 
-def sharded(folder, world, dtype=torch.bfloat16, fsdp_size=0, checkpointing=False, load=True, **options):
-    model = setup.meta_model(str(folder), dtype)
-    lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy = Policy(model).train()
-    fsdp_utils.shard(policy, model.base_model.layers, world.device, fsdp_size, **options)
-    if load:
-        fsdp_utils.load_weights(model, str(folder), world.device)
-    return policy
-
-
 def load_all(folders):
     """For each folder: elements that this rank read by name; asserts that the model is that of from_pretrained."""
     world, fsdp_utils.read_rows, counts = fsdp_utils.init_world(), read_counted, []
     for folder in folders:
         CountingSlice.read = []
-        model = sharded(folder, world).model
+        model = sharded_policy(folder, world).model
         counts.append(CountingSlice.read)
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         for name, parameter in expected.named_parameters(remove_duplicate=False):
@@ -122,7 +110,7 @@ def peak_of_loading(folder):
             seen.append(own_bytes())
 
     world = fsdp_utils.init_world()
-    model = sharded(folder, world, torch.bfloat16, load=False).model
+    model = sharded_policy(folder, world, load=False).model
     done, seen, before = threading.Event(), [], own_bytes()
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -144,7 +132,7 @@ def load_errors(folders_by_rank):
     world, errors = fsdp_utils.init_world(), []
     for folders in folders_by_rank:
         try:
-            sharded(folders[world.rank], world)
+            sharded_policy(folders[world.rank], world)
             errors.append("")
         except ValueError as error:
             errors.append(str(error))
@@ -246,7 +234,7 @@ def sharded_gradients(folder, ways):
     for way in ways:
         options = dict(way)
         at_once = options.pop("at_once", 2)
-        policy = sharded(folder, world, torch.float32, **options)
+        policy = sharded_policy(folder, world, torch.float32, rank=3, **options)
         fill_adapters(policy.model, fsdp_utils.fill)
         mine = list(range(world.rank, len(TEXTS), world.size))[::-1]  # longest first
         total = torch.zeros(())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from conftest import EPSILON, TINY, on_ranks
+from conftest import EPSILON, TINY, distance, on_ranks
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -190,7 +190,7 @@ def adapter_in(folder, rank: int = 16, seed: int = 1) -> Expected:
         all_logprobs(exact),
         0.1,
         0.0,
-        mean_difference(all_logprobs(rounded), all_logprobs(exact)),
+        distance(all_logprobs(rounded), all_logprobs(exact)),
     )
     for model in (exact, rounded):
         lora.inject(model, ["all-linear"], rank, float(rank))
@@ -198,17 +198,13 @@ def adapter_in(folder, rank: int = 16, seed: int = 1) -> Expected:
         for model in (exact, rounded):
             start(model, seed=seed, std=std)
         adapted, std = all_logprobs(exact), 1.5 * std
-        effect, noise = mean_difference(adapted, base), max(noise, mean_difference(all_logprobs(rounded), adapted))
+        effect, noise = distance(adapted, base), max(noise, distance(all_logprobs(rounded), adapted))
     adapter_files.save_adapter(exact, folder)
     return Expected(adapted, base, noise)
 
 
 def all_logprobs(model: nn.Module) -> torch.Tensor:
     return model(torch.tensor([TOKENS])).logits[0].float().log_softmax(-1)
-
-
-def mean_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return (found - expected).abs().mean().item()
 
 
 def test_what_each_mode_trains_is_what_vllm_runs(tmp_path):
@@ -252,7 +248,7 @@ def test_vllm_reads_our_adapters_as_its_own_and_several_at_once(tmp_path):
     references, noise = [*(each.adapted for each in expected), expected[0].base], max(each.noise for each in expected)
     (found,) = on_ranks(1, with_adapters, str(TINY), folders, folder=tmp_path)
     for reference, (logprobs, token, logprob) in zip(references, found, strict=True):
-        assert mean_difference(torch.tensor(logprobs), chosen(reference[:-1], TOKENS[1:])) < 4 * noise
+        assert distance(torch.tensor(logprobs), chosen(reference[:-1], TOKENS[1:])) < 4 * noise
         assert abs(reference[-1, token] - logprob) < 10 * noise  # a single one
     for one, other in itertools.combinations(references, 2):
-        assert mean_difference(one, other) > 10 * noise, "or taking one for the other would not be seen"
+        assert distance(one, other) > 10 * noise, "or taking one for the other would not be seen"

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from conftest import ROOT, on_ranks, read_rows
+from conftest import ROOT, distance, on_ranks, plain_logprobs, read_rows
 from test_resume import await_step, finish, kill, rows, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -106,21 +106,6 @@ def ask(tokenizer, question: str) -> list[int]:
     """The token ids of a chat that waits for its first answer."""
     chat = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-@torch.no_grad()
-def plain_logprobs(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """(R,) of the completions' tokens; one text at a time, through all logits."""
-    logprobs = []
-    for prompt, completion in zip(prompts, completions):
-        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(logits.float().log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return torch.cat(logprobs)
-
-
-def distance(logprobs: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean absolute difference, in nats."""
-    return (logprobs - others).abs().mean().item()
 
 
 # ---- The trainer ----------------------------------------------------------------------------------------------

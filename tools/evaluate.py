@@ -43,7 +43,7 @@ from runtime.run import Prompt, Scorer
 from runtime.setup import build_engine, check_world, meta_model, model_folder, read_model_config
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
-from runtime.tracking import environment, hardware
+from runtime.tracking import environment, hardware, json_lines
 from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
@@ -249,13 +249,11 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
             shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
             print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    rewards = evaluation.rewards
-    records = sample_records(prompts + prompts, evaluation.completions, rewards, sampler.config, sampler.tokenizer)
-    with open(folder / "samples.jsonl", "w", errors="backslashreplace") as file:
-        for completion, record in zip(evaluation.completions, records):
-            kind = "sampled" if completion.request < len(prompts) else "greedy"
-            record = {"problem": completion.request % len(prompts), "kind": kind} | record
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    completions, rewards = evaluation.completions, evaluation.rewards
+    samples = sample_records(prompts + prompts, completions, rewards, sampler.config, sampler.tokenizer)
+    places = [divmod(completion.request, len(prompts)) for completion in completions]  # sampled ones, then greedy ones
+    keys = [{"problem": problem, "kind": ("sampled", "greedy")[kind]} for kind, problem in places]
+    (folder / "samples.jsonl").write_bytes(json_lines([key | sample for key, sample in zip(keys, samples)]))
     results = {"metrics": metrics, "problems": len(prompts), "processes": sampler.world.size}
     results |= {"config": dataclasses.asdict(sampler.config), "environment": environment()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
