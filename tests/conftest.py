@@ -7,7 +7,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def train(
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """A file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_line(line: str, words: Iterable[str]) -> None:
+    """That it is one line, of a length that one reads, with those words in it."""
+    assert "\n" not in line and len(line) < 700, line
+    assert all(word in line for word in words), (words, line)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The block ends in a user's error: one line with those words in it."""
+    with pytest.raises((ValueError, OSError)) as error:
+        yield
+    check_line(str(error.value), words)
 
 
 def complaints(runs: list[list[str]]) -> list[str]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, complaints, on_ranks
+from conftest import ROOT
 
 import train_grpo
 from configs.base import Config
@@ -67,27 +67,6 @@ def test_a_user_sees_one_line(tmp_path):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert run.returncode == 2 and word in line
         assert "Traceback" not in err and not out
-
-
-def test_what_only_a_run_can_find_out(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"question": "q"}\n')
-    cases = {
-        "'sums'": ["--task", "sums"],
-        "'gpro'": ["--algorithm", "gpro"],
-        "'w_proj'": ["--target_modules", "w_proj"],
-        "tensor_parallel_size 3": ["--tensor_parallel_size", "3"],
-        "fsdp_size 3": ["--fsdp_size", "3"],
-        "max_prompt_length": ["--max_prompt_length", "2"],
-        "train.jsonl, line 1": ["--task", "gsm8k", "--data", str(tmp_path)],
-        "nothing can be held out": ["--task", "gsm8k", "--data", str(tmp_path / "nowhere")],
-    }
-    (tmp_path / "nowhere").mkdir()
-    (tmp_path / "nowhere" / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
-    run = [*ARITHMETIC, "--output_dir", str(tmp_path / "arithmetic")]
-    (said,) = on_ranks(1, complaints, [run + more for more in cases.values()], folder=tmp_path)
-    for word, line in zip(cases, said, strict=True):
-        assert word in line and "\n" not in line
-    assert not (tmp_path / "arithmetic").exists(), "nothing is written before everything is right"
 
 
 def test_a_model_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):

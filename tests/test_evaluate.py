@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from conftest import TINY, on_ranks, read_rows, train
+from conftest import TINY, on_ranks, read_rows, refused, train
 from safetensors.torch import load_file, save_file
 from test_lora import saved_adapter
 from transformers import AutoTokenizer
@@ -159,6 +159,5 @@ def test_torchrun_takes_none_of_its_options_for_its_own():
     ],
 )
 def test_mistakes_are_one_line(arguments, words):
-    with pytest.raises((ValueError, OSError)) as error:
+    with refused(*words):
         evaluate.parse(arguments)
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, on_ranks, read_rows, torchrun, torchrun_command
+from conftest import ROOT, TINY, on_ranks, read_rows, refused, torchrun, torchrun_command
 
 import fsdp_utils
 import reward
@@ -249,10 +249,8 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
         return result
 
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
-    with pytest.raises(ValueError) as error:
+    with refused(words, "task 'mine'", "1+1=", "'it is 3'"):
         task_reward("mine", reward.Problem("1+1=", "2"), "it is 3")
-    assert "\n" not in str(error.value) and words in str(error.value)
-    assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
 
 
 def asked_to_stop(_number, _frame):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EPSILON, ROOT, TINY, on_ranks
+from conftest import EPSILON, ROOT, TINY, on_ranks, refused
 from test_resume import rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -519,12 +519,8 @@ def test_a_message_keeps_its_role():
     ],
 )
 def test_what_is_wrong_with_a_reply_is_said_in_a_line(template, reply, words):
-    with pytest.raises(ValueError) as error:
+    with refused("the reply ", "on Problem(prompt='2*3=', answer='6') and turn '5 '", *words):
         talk(template, reply)
-    message = str(error.value)
-    assert all(word in message for word in words), message
-    assert message.startswith("the reply ") and "\n" not in message
-    assert "on Problem(prompt='2*3=', answer='6') and turn '5 '" in message
 
 
 # ---- Whole runs -----------------------------------------------------------------------------------------------
