@@ -57,7 +57,7 @@ OPTIONS = [
     ("--lora_rank=0 --dtype=nf4", ["dtype nf4", "lora_rank above 0"]),
     ("--lora_rank=0 --kl_coef=0.1", ["kl_coef", "set kl_coef 0"]),
     ("--lora_rank=0 --sync=adapter", ["sync adapter", "use sync merged"]),
-    ("--lora_rank=600 --sync=adapter", ["600", "use sync merged"]),
+    ("--lora_rank=600 --sync=adapter", ["vLLM's LoRA has ranks up to 512, not 600", "use sync merged"]),
     ("--dtype=nf4 --sync=adapter", ["nf4", "use sync merged"]),
     ("--sleep_level=2 --sync=adapter", ["sleep_level 2", "use sleep_level 1"]),
     *((f"--output_dir={folder}", ["output_dir", repr(folder)]) for folder in ("", "..", "elsewhere/..")),
