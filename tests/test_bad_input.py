@@ -503,6 +503,8 @@ def bad_adapters(bad: Path) -> list[Case]:
 def bad_checkpoints(bad: Path) -> list[Case]:
     """A run's checkpoint with one thing wrong, the run's only one or of another run."""
     run = bad.parent / "runs" / "r"
+    run.mkdir(parents=True)
+    (run / "config.json").touch()  # a run wrote this folder
     now = parse_config([*ARITHMETIC, "--output_dir", "runs/r"], "")
     progress = {"step": 1, "prompts_drawn": 8}
     state = {

@@ -1,4 +1,4 @@
-"""What happens around the stream, in which order; and settings that cannot work."""
+"""What happens around the stream, and in which order."""
 
 from types import SimpleNamespace
 
