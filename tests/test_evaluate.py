@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from configs.base import Config
 from runtime import adapter_files, files
-from runtime.evaluation import Evaluation, mean_and_stderr
+from runtime.evaluation import Evaluation, evaluate_prompts, mean_and_stderr
 from runtime.user_rewards import Reward
 from tools import adapter, evaluate
 
@@ -73,10 +73,10 @@ def evaluate_a_run(run: Path, out: Path) -> dict[str, list[list[int]]]:
     found = {}
     for name, stream in streams.items():
         sampler.engine.load_weights(stream)
-        found[name] = [completion.token_ids for completion in sampler.evaluate().completions]
+        found[name] = [completion.token_ids for completion in evaluate_prompts(sampler).completions]
     for name, texts, token_ids in (("text", ["## "], []), ("token", [], sampler.tokenizer.encode("####"))):
         sampler.engine.stop_texts, sampler.engine.stop_token_ids = texts, token_ids
-        completions = sampler.evaluate().completions
+        completions = evaluate_prompts(sampler).completions
         found[name] = [completion.token_ids for completion in completions]
         assert all(len(completion.logprobs) == len(completion.token_ids) for completion in completions)
     return found

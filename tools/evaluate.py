@@ -127,18 +127,15 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
 
 class Sampler(NamedTuple):
-    """vLLM with the model that is evaluated, and the problems."""
+    """vLLM with the model that is evaluated, and the problems: a `Run` without what trains."""
 
     config: Config
     world: fsdp_utils.World
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    test_prompts: list[Prompt]
     scorer: Scorer
     engine: Engine
     doubts: list[str]  # about the base that the adapter is evaluated on
-
-    def evaluate(self) -> Evaluation:
-        return evaluate_prompts(self.engine, self.prompts, self.config, self.scorer, self.tokenizer, self.world)
 
 
 def setup() -> tuple[Sampler, Path]:
@@ -152,7 +149,7 @@ def setup() -> tuple[Sampler, Path]:
     folder = fsdp_utils.on_first_rank(lambda: new_folder(out))
     model = model_folder(config)
     tokenizer = load_tokenizer(model, started(config), config.chat_template_kwargs)
-    _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
+    _, prompts = load_prompts(config, tokenizer)
     model_config = read_model_config(model)
     check_prompts(config, model_config, prompts)
     stops = find_stops(config, tokenizer, model_config)
@@ -166,7 +163,7 @@ def setup() -> tuple[Sampler, Path]:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(files)))
-    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine, doubts)
+    sampler = Sampler(config, world, tokenizer, prompts, scorer, engine, doubts)
     if world.rank == 0:
         print_header(sampler)
     return sampler, folder
@@ -202,7 +199,7 @@ def print_header(sampler: Sampler) -> None:
         print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
         for doubt in sampler.doubts:
             print(f"       {doubt}")
-    print(f"task   {config.task}, {len(sampler.prompts):,} test problems, {config.eval_samples} samples of each")
+    print(f"task   {config.task}, {len(sampler.test_prompts):,} test problems, {config.eval_samples} samples of each")
     print(f"world  {sampler.world.size} x {hardware()}", flush=True)
 
 
@@ -239,7 +236,7 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
 
 def evaluate(sampler: Sampler, folder: Path) -> None:
     """Samples, scores, prints and writes."""
-    evaluation, prompts = sampler.evaluate(), sampler.prompts
+    evaluation, prompts = evaluate_prompts(sampler), sampler.test_prompts
     if sampler.world.rank > 0:
         return
     metrics = measure(evaluation)
@@ -250,7 +247,7 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
             print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
     completions, rewards = evaluation.completions, evaluation.rewards
-    samples = sample_records(prompts + prompts, completions, rewards, sampler.config, sampler.tokenizer)
+    samples = sample_records(sampler, 2 * prompts, completions, rewards)
     places = [divmod(completion.request, len(prompts)) for completion in completions]  # sampled ones, then greedy ones
     keys = [{"problem": problem, "kind": ("sampled", "greedy")[kind]} for kind, problem in places]
     (folder / "samples.jsonl").write_bytes(json_lines([key | sample for key, sample in zip(keys, samples)]))
