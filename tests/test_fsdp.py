@@ -1,4 +1,4 @@
-"""Loading into shards, and gradients that do not depend on how ranks, shards and micro-batches divide the work."""
+"""Loading into shards, from disks and from memory that ranks share."""
 
 import json
 import os
@@ -9,12 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EPSILON, fill_adapters, on_ranks, sharded_policy
+from conftest import on_ranks, sharded_policy
 from transformers import AutoModelForCausalLM
 
 import fsdp_utils
-import lora
-from policy import pack
 from runtime import shared_memory
 from runtime.files import read_model
 
@@ -201,74 +199,3 @@ def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_pa
         assert elsewhere == results[0][3] and elsewhere.parent == Path(tempfile.gettempdir()), "a small /dev/shm"
         assert "MiB on their way to vLLM: /dev/shm has 0 MiB free; make room, or leave USE_SHM out" in errors[0]
         assert "no room for 0 MiB on their way to vLLM: /dev/shm has 0 MiB and " in errors[1]
-
-
-# ---- Gradients ------------------------------------------------------------------------------------------------
-
-TEXTS = [[(5 * i * i + 3 * k) % 150 + 5 for i in range(6 + 3 * k)] for k in range(8)]
-TOKEN_WEIGHTS = [torch.linspace(-1, 1, len(text) - 2) / (1 + k) for k, text in enumerate(TEXTS)]
-
-
-def plain_gradients(folder):
-    """The reference: one ordinary model, a text at a time, softmax over all logits, peft-like y = xWᵀ + s(xAᵀ)Bᵀ."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    lora.inject(model, ["all-linear"], rank=3, alpha=6.0)
-    fill_adapters(model, torch.Tensor.copy_)
-    for _, layer in lora.lora_layers(model):
-        layer.forward = lambda x, layer=layer: (
-            torch.nn.functional.linear(x, layer.weight, layer.bias)
-            + 2.0 * (x @ layer.adapters.policy.lora_A.T @ layer.adapters.policy.lora_B.T)
-        )
-    loss = 0.0
-    for text, weights in zip(TEXTS, TOKEN_WEIGHTS):
-        logprobs = model(torch.tensor([text])).logits[0, 1:-1].log_softmax(-1)
-        loss = loss + (logprobs.gather(1, torch.tensor(text[2:])[:, None])[:, 0] * weights).sum()
-    loss.backward()
-    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def sharded_gradients(folder, ways):
-    """For each way to shard and split: the relative errors of the loss over all ranks and of the worst gradient."""
-    world, found = fsdp_utils.init_world(), []
-    expected_loss, expected = plain_gradients(folder)
-    for way in ways:
-        options = dict(way)
-        at_once = options.pop("at_once", 2)
-        policy = sharded_policy(folder, world, torch.float32, rank=3, **options)
-        fill_adapters(policy.model, fsdp_utils.fill)
-        mine = list(range(world.rank, len(TEXTS), world.size))[::-1]  # longest first
-        total = torch.zeros(())
-        for start in range(0, len(mine), at_once):
-            chosen = mine[start : start + at_once]
-            policy.set_requires_gradient_sync(start + at_once >= len(mine))
-            packed = pack([TEXTS[i][:2] for i in chosen], [TEXTS[i][2:] for i in chosen], world.device)
-            logprobs = policy(packed).logprobs
-            loss = (logprobs * torch.cat([TOKEN_WEIGHTS[i] for i in chosen])).sum()
-            (loss * world.size).backward()
-            total += loss.detach()
-        torch.distributed.all_reduce(total)
-        errors = [
-            (fsdp_utils.gather(policy.model.get_parameter(name).grad) - gradient).norm() / gradient.norm()
-            for name, gradient in expected.items()
-        ]
-        found.append((way, abs(total.item() / expected_loss - 1), max(errors).item()))
-    return found
-
-
-WAYS = [
-    dict(),
-    dict(checkpointing=True, at_once=1),
-    dict(checkpointing=True, param_offload=True),
-    dict(reshard_after_forward=False),
-    dict(fsdp_size=1, at_once=1),
-    dict(fsdp_size=2, checkpointing=True, param_offload=True, reshard_after_forward=False),
-]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_gradients_equal_one_plain_process(ranks, model_folder, tmp_path):
-    folder = model_folder("qwen2", dtype=torch.float32, **SHAPES)
-    ways = [way for way in WAYS if way.get("fsdp_size", 1) <= ranks]
-    for found in on_ranks(ranks, sharded_gradients, folder, ways, folder=tmp_path):
-        for way, loss_error, gradient_error in found:
-            assert max(loss_error, gradient_error) < 1000 * EPSILON, (way, loss_error, gradient_error)
