@@ -13,9 +13,7 @@ import csv
 import hashlib
 import importlib
 import json
-import os
 import re
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -248,13 +246,13 @@ def numbered(rows: Iterable[dict[str, Any]], where: str) -> Iterator[tuple[dict[
 
 def download(url: str, path: Path) -> None:
     """Fetches a file whole or not at all."""
+    from torch.hub import download_url_to_file  # here, because nothing else in tasks and data needs torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
     try:
-        urllib.request.urlretrieve(url, unfinished)
+        download_url_to_file(url, str(path), progress=False)
     except OSError as error:
         raise OSError(f"cannot download {url} ({error}); give the data's folder by --data") from None
-    unfinished.replace(path)
 
 
 def optional_package(module: str, package: str, purpose: str) -> ModuleType:
