@@ -1,14 +1,16 @@
 """What tests share: small models, and a way to run a function on several ranks."""
 
+import http.server
 import json
 import multiprocessing.connection
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,41 @@ def train(
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """A file of JSON lines."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def serving(answer: Callable[[str, bytes], tuple[int, dict]]) -> Iterator[str]:
+    """The address of a server on this machine. answer: from a request's path and body to a status and a reply."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, reply = answer(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            with suppress(BrokenPipeError):  # who asked may be gone
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A real file system of that size at the folder; without the right to mount one, the test is skipped."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def check_line(line: str, words: Iterable[str]) -> None:
