@@ -17,15 +17,7 @@ from fsdp_utils import World
 from runtime.batching import MicroBatch, make_updates
 from runtime.conversation import Completion
 from runtime.optimize import schedule, update_metrics
-from train_grpo import (
-    ALGORITHMS,
-    add_logprobs,
-    importance_weight,
-    kl,
-    overlong_penalties,
-    policy_loss,
-    select_groups,
-)
+from train_grpo import ALGORITHMS, add_logprobs, importance_weight, kl, overlong_penalties, policy_loss, select_groups
 
 NAMES = list(ALGORITHMS)
 PAGE = (ROOT / "docs/algorithms.md").read_text()
@@ -428,8 +420,7 @@ def test_a_row_may_not_set_what_the_user_has_set(option):
 
 
 @pytest.mark.parametrize(
-    "updates, settings, asked",
-    [(1, {}, False), (2, {}, True), (1, {"epochs_per_rollout": 2}, True)],
+    "updates, settings, asked", [(1, {}, False), (2, {}, True), (1, {"epochs_per_rollout": 2}, True)]
 )
 def test_the_policy_that_sampled_is_asked_where_the_update_cannot_tell(updates, settings, asked):
     batches = [[SimpleNamespace(packed=i, old_logprobs=None)] for i in range(updates)]

@@ -116,11 +116,7 @@ MODES = {
     "full": {"lora_rank": 0, "lora_alpha": 32.0},
     "larger rank": {"lora_rank": 32, "lora_adapter_path": "ADAPTER", "kl_coef": 0.1},
     "smaller rank": {"lora_rank": 2, "lora_adapter_path": "ADAPTER", "kl_coef": 0.1, "ref_adapter_path": "base"},
-    "reference": {
-        "ref_adapter_path": "ADAPTER",
-        "kl_coef": 0.1,
-        "target_modules": ["q_proj", "up_proj"],
-    },
+    "reference": {"ref_adapter_path": "ADAPTER", "kl_coef": 0.1, "target_modules": ["q_proj", "up_proj"]},
 }
 REFERENCES = {"factored": "base", "larger rank": "adapter", "smaller rank": "base", "reference": "adapter"}
 
@@ -186,12 +182,7 @@ def adapter_in(folder, rank: int = 16, seed: int = 1) -> Expected:
     exact, rounded = (
         AutoModelForCausalLM.from_pretrained(TINY, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)
     )
-    base, std, effect, noise = (
-        all_logprobs(exact),
-        0.1,
-        0.0,
-        distance(all_logprobs(rounded), all_logprobs(exact)),
-    )
+    base, std, effect, noise = (all_logprobs(exact), 0.1, 0.0, distance(all_logprobs(rounded), all_logprobs(exact)))
     for model in (exact, rounded):
         lora.inject(model, ["all-linear"], rank, float(rank))
     while effect < 20 * noise:

@@ -122,12 +122,7 @@ def test_a_stopped_run_goes_on_bit_identically(tmp_path):
 
     The wandb run goes on as well, and no secret of the environment is written anywhere.
     """
-    options = [
-        "--critic_lora_rank",
-        "4",
-        "--offload",
-        "optimizer",
-    ]
+    options = ["--critic_lora_rank", "4", "--offload", "optimizer"]
     secrets = {"WANDB_API_KEY": "5ec4e7" * 6 + "cafe", "HF_TOKEN": "hf_5ec4e7canary"}
     environment = secrets | {"WANDB_MODE": "offline"}
     quiet, stopped = tmp_path / "quiet", tmp_path / "stopped"
