@@ -123,9 +123,11 @@ def lookup(row: dict, name: str) -> Any:
     >>> lookup({"reward_model": {"ground_truth": "72"}}, "reward_model.ground_truth"), lookup({"a.b": 1}, "a.b")
     ('72', 1)
     """
+    if name in row:
+        return row[name]
     head, dot, rest = name.partition(".")
-    inner = row.get(head) if dot else None
-    return row[name] if name in row else lookup(inner, rest) if isinstance(inner, dict) else MISSING
+    inside = row.get(head)
+    return lookup(inside, rest) if dot and isinstance(inside, dict) else MISSING
 
 
 def is_chat(prompt: Any) -> bool:

@@ -162,12 +162,12 @@ def resumable(saved: Saved, config: Config) -> Saved:
     for name in checkpoint.FIXED:
         before, now = saved.settings.get(name), getattr(config, name)
         if before != now:
-            place = f"{str(saved.folder)!r} has {before!r}"
-            raise ValueError(f"{name} is {now!r}, but {place}, which a resumed run must keep")
-    if saved.progress.best_step in checkpoint.written(config.run_folder):
-        return saved
-    # It was deleted in favour of a later, better one.
-    return replace(saved, progress=replace(saved.progress, best_step=-1, best_accuracy=-1.0))
+            folder = str(saved.folder)
+            raise ValueError(f"{name} is {now!r}, but {folder!r} has {before!r}, which a resumed run must keep")
+    if saved.progress.best_step not in checkpoint.written(config.run_folder):
+        # It was deleted in favour of a later, better one.
+        return replace(saved, progress=replace(saved.progress, best_step=-1, best_accuracy=-1.0))
+    return saved
 
 
 def changed_options(before: dict[str, Any], config: Config, step: int) -> str:

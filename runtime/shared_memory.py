@@ -51,7 +51,7 @@ def place_with_room(needed: int, places: Sequence[Path]) -> Path:
             return place
     found = " and ".join(f"{place} has {room / 2**20:,.0f} MiB" for place, room in zip(places, free.tolist()))
     fix = "set TMPDIR" if places == PLACES else "leave USE_SHM out"
-    raise ValueError(f"no room for {needed / 2**20:,.0f} MiB on their way to vLLM: {found} free; make room, or {fix}")
+    raise ValueError(f"no room for {needed / 2**20:,.0f} MiB of weights: {found} free; make room, or {fix}")
 
 
 def free_bytes(place: Path) -> int:

@@ -197,5 +197,5 @@ def test_shared_memory_is_used_once_per_host_and_cleaned_up(model_folder, tmp_pa
         assert files == sizes and copy == results[0][1] and copy.startswith("/dev/shm/")
         assert left == [False, False]
         assert elsewhere == results[0][3] and elsewhere.parent == Path(tempfile.gettempdir()), "a small /dev/shm"
-        assert "MiB on their way to vLLM: /dev/shm has 0 MiB free; make room, or leave USE_SHM out" in errors[0]
-        assert "no room for 0 MiB on their way to vLLM: /dev/shm has 0 MiB and " in errors[1]
+        assert "MiB of weights: /dev/shm has 0 MiB free; make room, or leave USE_SHM out" in errors[0]
+        assert "no room for 0 MiB of weights: /dev/shm has 0 MiB and " in errors[1]
