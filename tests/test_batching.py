@@ -190,7 +190,7 @@ def test_gradients_do_not_depend_on_the_cut(model_folder, tmp_path, ranks):
         assert error < 10 * EPSILON, (WAYS[way], budget, drop, error)
         kept = 8 if drop else 12
         assert metrics["batch/useless_frac"] == pytest.approx(1 - kept / 12)
-        assert 1 <= metrics["batch/imbalance"] < 1.2
+        assert 1 <= metrics["batch/imbalance"] < (1.2 if ranks < 4 else 4 / 3), "three sequences a rank, or two"
         if budget == 5:  # every sequence is longer, and alone
             assert micro_batches * ranks == kept + fillers
         if budget == 1 << 20:
