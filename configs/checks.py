@@ -68,17 +68,13 @@ def check_together(c: Any) -> None:
         for name in ("lora_adapter_path", "ref_adapter_path"):
             refuse(getattr(c, name), f"{name} needs an adapter, but lora_rank is 0; set lora_rank above 0")
         refuse(c.straight_through, "sync straight_through: with lora_rank 0 there is no adapter; use sync merged")
-        refuse(
-            c.dtype == "nf4",
-            "dtype nf4 is for a frozen base, but lora_rank 0 trains it; set lora_rank above 0",
-        )
+        refuse(c.dtype == "nf4", "dtype nf4 is for a frozen base, but lora_rank 0 trains it; set lora_rank above 0")
         refuse(c.kl_coef, "kl_coef needs the base as reference, and lora_rank 0 trains it away; set kl_coef 0")
     if c.sync == "adapter":
         refuse(c.lora_rank > 512, f"sync adapter: vLLM's LoRA has ranks up to 512, not {c.lora_rank}; use sync merged")
         refuse(c.lora_rank == 0, "sync adapter: with lora_rank 0 there is no adapter; use sync merged")
         refuse(
-            c.dtype == "nf4",
-            "dtype nf4 is not the base that vLLM has, which sync adapter never sends; use sync merged",
+            c.dtype == "nf4", "dtype nf4 is not the base that vLLM has, which sync adapter never sends; use sync merged"
         )
         refuse(
             c.sleep_level == 2,

@@ -134,46 +134,6 @@ def read_adapter_config(folder: Path) -> dict:
     return config
 
 
-def write_adapter(
-    folder: str | Path,
-    matrices: dict[str, tuple[Tensor, Tensor]],
-    *,
-    target_modules: list[str],
-    rank: int,
-    alpha: float,
-    rslora: bool,
-    base_model: str,
-    base_dtype: str,
-) -> None:
-    """Writes an adapter folder from the A and B of each module.
-
-    `base_dtype` is in the tensors' file: peft and vLLM ignore it there, and it cannot be left behind.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        peft_key(path, matrix): tensor.contiguous()
-        for path, pair in matrices.items()
-        for matrix, tensor in zip(("lora_A", "lora_B"), pair)
-    }
-    write_tensors(tensors, folder / "adapter_model.safetensors", base_dtype=base_dtype)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "target_modules": target_modules,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "use_dora": False,
-        "use_rslora": rslora,
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
 # ---- From and into a model ----------------------------------------------------------------------------------
 
 
@@ -183,34 +143,42 @@ def save_adapter(
     *,
     base_model: str = "",
     base_dtype: str = "",
-    name: str = lora.POLICY,
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     write: bool = True,
 ) -> None:
-    """Writes the adapter `name` as peft would. `gather` makes a parameter whole; it may be a collective, so every
-    rank calls this, and one has `write`.
+    """Writes the policy's adapter as peft would. `gather` makes a parameter whole; it may be a collective, so every
+    rank calls this, and one has `write`. `base_dtype` is in the tensors' file: peft and vLLM ignore it there, and it
+    cannot be left behind.
     """
-    matrices, layers = {}, dict(lora.lora_layers(model, name))
+    layers, tensors = dict(lora.lora_layers(model)), {}
     for path, layer in layers.items():
-        adapter = layer.adapters[name]
-        whole = [gather(matrix).detach() for matrix in (adapter.lora_A, adapter.lora_B)]
-        if write:
-            matrices[path] = tuple(matrix.cpu() for matrix in whole)
+        for matrix, parameter in layer.adapters[lora.POLICY].named_parameters():
+            whole = gather(parameter).detach()
+            if write:
+                tensors[peft_key(path, matrix)] = whole.cpu().contiguous()
     if not write:
         return
     endings = {path.rpartition(".")[2] for path in layers}
-    first = next(iter(layers.values())).adapters[name]  # all have the same rank and scale
     so_named = {path for path in lora.base_linears(model) if path.rpartition(".")[2] in endings}
-    write_adapter(
-        folder,
-        matrices,
-        target_modules=sorted(endings if so_named == set(layers) else layers),
-        rank=first.rank,
-        alpha=first.alpha,
-        rslora=first.rslora,
-        base_model=base_model,
-        base_dtype=base_dtype,
-    )
+    first = next(iter(layers.values())).adapters[lora.POLICY]  # all have the same rank and scale
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": first.rank,
+        "lora_alpha": first.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(endings if so_named == set(layers) else layers),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": first.rslora,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, folder / "adapter_model.safetensors", base_dtype=base_dtype)
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()

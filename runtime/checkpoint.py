@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from configs.base import Config
 from fsdp_utils import fill, gather, on_every_rank, reshard
 from runtime.files import atomic_folder, fsync, one_line_errors, write_tensors
 
@@ -248,6 +249,18 @@ def find(run: Path, which: str, say: Callable[[str], None]) -> Path | None:
     if folders:
         raise ValueError(f"no checkpoint in {str(run / 'checkpoints')!r} is whole; start anew without --resume")
     return None
+
+
+def read_saved(folder: Path) -> Saved:
+    """Reads a checkpoint's state.json. Raises ValueError if another version of this program has written it."""
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        saved = Saved(folder, Progress(**state["progress"]), dict(state["log"]), dict(state["config"]))
+        if unknown := saved.settings.keys() - {field.name for field in fields(Config)}:
+            raise ValueError(f"it has the option {min(unknown)!r}")
+        return saved
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
 
 
 def prune(run: Path, best: int) -> None:

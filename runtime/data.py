@@ -13,9 +13,7 @@ import csv
 import hashlib
 import importlib
 import json
-import os
 import re
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any, NamedTuple
 PROMPT_FIELDS = ("prompt", "question", "problem")  # taken in this order, unless `prompt_field` names another
 ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "solution")  # the second is verl's
 HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")  # of splits; the first that exists is taken
+MISSING = object()  # a field that a row does not have
 MOST_HELD_OUT = 1000  # prompts that are held out where the data has no split for it
 
 Rows = Iterable[tuple[Any, str]]  # each row, and where it is, for messages
@@ -84,8 +83,7 @@ def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str
     """The problem of a row. Raises ValueError that says `where` what is wrong."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with fields, found {str(row)[:80]!r}")
-    name = find_field(row, where, "prompt_field", source.prompt_field, PROMPT_FIELDS)
-    prompt = lookup(row, name)
+    name, prompt = find_field(row, where, "prompt_field", source.prompt_field, PROMPT_FIELDS)
     texts = [message["content"] for message in prompt] if is_chat(prompt) else [prompt]
     if not all(isinstance(text, str) for text in texts) or not any(text.strip() for text in texts):
         raise ValueError(
@@ -94,11 +92,10 @@ def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str
         )
     for text in texts:
         check_characters(text, where, name)
-    if not (truth or source.answer_field or any(has_field(row, name) for name in ANSWER_FIELDS)):
+    if not truth and not source.answer_field and all(lookup(row, name) is MISSING for name in ANSWER_FIELDS):
         return Problem(prompt, None, row)
 
-    name = find_field(row, where, "answer_field", source.answer_field, ANSWER_FIELDS)
-    answer = lookup(row, name)
+    name, answer = find_field(row, where, "answer_field", source.answer_field, ANSWER_FIELDS)
     if answer is None or answer == "":
         raise ValueError(f"{where}: {name!r} is empty, and must hold the answer")
     check_characters(answer, where, name)
@@ -108,30 +105,29 @@ def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str
         raise ValueError(f"{where}: {error}") from None
 
 
-def find_field(row: dict, where: str, option: str, chosen: str, usual: tuple[str, ...]) -> str:
-    """The chosen field or, without a choice, the first of the usual ones; ValueError if the row does not have it."""
+def find_field(row: dict, where: str, option: str, chosen: str, usual: tuple[str, ...]) -> tuple[str, Any]:
+    """Name and value of the chosen field or, without a choice, of the first of the usual ones that the row has;
+    ValueError if it has none.
+    """
     names = (chosen,) if chosen else usual
     for name in names:
-        if has_field(row, name):
-            return name
+        if (value := lookup(row, name)) is not MISSING:
+            return name, value
     columns = ", ".join(map(str, row))[:200] or "none"
     raise ValueError(f"{where}: has no field {' or '.join(map(repr, names))} ({option}); its fields are: {columns}")
 
 
-def has_field(row: dict, name: str) -> bool:
-    """Whether `lookup` finds the field."""
-    head, dot, rest = name.partition(".")
-    return name in row or bool(dot and isinstance(row.get(head), dict) and has_field(row[head], rest))
-
-
 def lookup(row: dict, name: str) -> Any:
-    """A field, which may be inside of others.
+    """A field, which may be inside of others; MISSING if there is none.
 
     >>> lookup({"reward_model": {"ground_truth": "72"}}, "reward_model.ground_truth"), lookup({"a.b": 1}, "a.b")
     ('72', 1)
     """
-    head, _, rest = name.partition(".")
-    return row[name] if name in row else lookup(row[head], rest)
+    if name in row:
+        return row[name]
+    head, dot, rest = name.partition(".")
+    inside = row.get(head)
+    return lookup(inside, rest) if dot and isinstance(inside, dict) else MISSING
 
 
 def is_chat(prompt: Any) -> bool:
@@ -252,13 +248,13 @@ def numbered(rows: Iterable[dict[str, Any]], where: str) -> Iterator[tuple[dict[
 
 def download(url: str, path: Path) -> None:
     """Fetches a file whole or not at all."""
+    from torch.hub import download_url_to_file  # here, because nothing else in tasks and data needs torch
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
     try:
-        urllib.request.urlretrieve(url, unfinished)
+        download_url_to_file(url, str(path), progress=False)
     except OSError as error:
         raise OSError(f"cannot download {url} ({error}); give the data's folder by --data") from None
-    unfinished.replace(path)
 
 
 def optional_package(module: str, package: str, purpose: str) -> ModuleType:

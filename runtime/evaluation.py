@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 import reward as tasks
 from configs.base import Config
 from fsdp_utils import World, on_every_rank
-from rollout import Engine
 from runtime.conversation import Completion, mix_seeds
 from runtime.data import Problem
 from runtime.heap import release_free_memory
 from runtime.run import Prompt, Run, Scorer, request_of
 from runtime.signals import Stopped
-from runtime.user_rewards import CORRECT, Reward, UserRewards, WrongValue, finite, named_parts, raised
+from runtime.user_rewards import CORRECT, Reward, UserRewards, finite, named_parts, raised
 
 SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 
@@ -62,8 +61,8 @@ def task_reward(task: str, problem: Problem, text: str) -> Reward:
         parts = named_parts(value)
         return Reward(sum(parts.values()), parts, parts.get(CORRECT))
     except (Exception, SystemExit) as error:
-        cause = str(error) if isinstance(error, WrongValue) else raised(error)
-        raise ValueError(f"the reward of task {task!r} {cause}, on {problem!r} and completion {text!r}") from None
+        where = f"{problem!r} and completion {text!r}"
+        raise ValueError(f"the reward of task {task!r} {raised(error)}, on {where}") from None
 
 
 def compute_rewards(
@@ -174,27 +173,21 @@ class Evaluation(NamedTuple):
         return metrics
 
 
-def evaluate_prompts(
-    engine: Engine,
-    prompts: list[Prompt],
-    config: Config,
-    score: Scorer,
-    tokenizer: PreTrainedTokenizerBase,
-    world: World,
-) -> Evaluation:
-    """Sampled and greedy completions of the prompts, from one call of the engine, and their rewards. Collective.
+def evaluate_prompts(run: Run) -> Evaluation:
+    """Sampled and greedy completions of the held-out prompts, by one call of the engine, and their rewards. Collective.
 
     The seeds do not depend on the step: two evaluations differ only by the policy.
     """
+    config, prompts = run.config, run.test_prompts
     sampled = [
         request_of(prompt, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
         for i, prompt in enumerate(prompts)
     ]
     greedy = [request_of(prompt, samples=1, temperature=0.0, seed=0) for prompt in prompts]
     start = time.perf_counter()
-    completions = engine.generate(sampled + greedy, label="evaluation")
+    completions = run.engine.generate(sampled + greedy, label="evaluation")
     seconds = time.perf_counter() - start
-    rewards = compute_rewards(prompts + prompts, completions, score, tokenizer, world)
+    rewards = compute_rewards(2 * prompts, completions, run.scorer, run.tokenizer, run.world)
     return Evaluation(completions, rewards, len(prompts), seconds)
 
 
@@ -203,12 +196,11 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
 
     A signal ends it without metrics: the weights have changed, so the run can stop only when the step is finished.
     """
-    prompts = run.test_prompts
     try:
-        evaluation = evaluate_prompts(run.engine, prompts, run.config, run.scorer, run.tokenizer, run.world)
+        evaluation = evaluate_prompts(run)
     except Stopped:
         return {}
-    log_samples(run, step, "eval", prompts + prompts, evaluation.completions, evaluation.rewards)
+    log_samples(run, step, "eval", 2 * run.test_prompts, evaluation.completions, evaluation.rewards)
     release_free_memory()
     return {f"eval/{name}": value for name, value in evaluation.metrics().items()}
 
@@ -231,7 +223,7 @@ def log_samples(
     run: Run, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: list[Reward]
 ) -> None:
     """Logs the first few completions. kind: "train" or "eval"."""
-    records = sample_records(prompts, completions[:SAMPLES_LOGGED], rewards, run.config, run.tokenizer)
+    records = sample_records(run, prompts, completions[:SAMPLES_LOGGED], rewards)
     records = [{"step": step, "kind": kind} | record for record in records]
     run.log.samples(records)
     if kind == "train":
@@ -239,19 +231,15 @@ def log_samples(
 
 
 def sample_records(
-    prompts: list[Prompt],
-    completions: list[Completion],
-    rewards: list[Reward],
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
+    run: Run, prompts: list[Prompt], completions: list[Completion], rewards: list[Reward]
 ) -> list[dict[str, Any]]:
     """Completions as text, with answers and rewards, and a reward's parts if it has some."""
-    extract = tasks.find_task(config.task).extract
+    extract = tasks.find_task(run.config.task).extract
     return [
         {
             "prompt": prompts[completion.request].problem.prompt,
-            "completion": transcript(completion, tokenizer),
-            "extracted": extract(decode(completion, tokenizer)),
+            "completion": transcript(completion, run.tokenizer),
+            "extracted": extract(decode(completion, run.tokenizer)),
             "answer": prompts[completion.request].problem.answer,
             "reward": reward.total,
             "truncated": completion.truncated,

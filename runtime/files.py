@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -136,7 +136,7 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
     expected = sum(path.stat().st_size for path in weight_files(like))
     with atomic_folder(folder) as partial, progress_bar("writing the model", expected, "bytes", unit_scale=True) as bar:
         weight_map, total = {}, 0
-        for number, batch in enumerate(batches(counted(tensors, bar)), start=1):
+        for number, batch in enumerate(batches(tensors, bar), start=1):
             file = f"model-{number:05d}.safetensors"
             write_tensors(batch, partial / file)
             weight_map |= dict.fromkeys(batch, file)
@@ -148,15 +148,8 @@ def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path)
                 shutil.copyfile(path, partial / path.name)
 
 
-def counted(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[tuple[str, Tensor]]:
-    """The same tensors; the bar counts their bytes."""
-    for name, tensor in tensors:
-        yield name, tensor
-        bar.update(tensor.nbytes)
-
-
-def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The tensors of each file: at most `FILE_BYTES`, or one larger tensor."""
+def batches(tensors: Iterable[tuple[str, Tensor]], bar: tqdm) -> Iterator[dict[str, Tensor]]:
+    """The tensors of each file: at most `FILE_BYTES`, or one larger tensor. The bar counts their bytes."""
     batch: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
@@ -166,6 +159,7 @@ def batches(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
             size = 0
         batch[name] = tensor.cpu().contiguous()
         size += tensor.nbytes
+        bar.update(tensor.nbytes)
     yield batch
 
 
@@ -213,12 +207,16 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the folder; other processes wait."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Holds an exclusive lock on a file or folder. Another process waits or, without `wait`, gets a BlockingIOError."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:  # a file system without locks
+            pass
         yield
     finally:
         os.close(descriptor)

@@ -46,31 +46,43 @@ class HealthMonitor:
 
     def reason_to_stop(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> str | None:
         """Counts steps that teach nothing and syncs that lose the update; why the run must stop, if it must."""
-        self.count_useless(step, metrics, samples, progress)
-        if not self.config.straight_through:  # the trainer runs the rounded weights, too
-            self.count_lost(metrics.get("sync/update_survival", 1.0), progress)
-        useless = reason_of_useless_steps(progress.steps_useless, metrics, samples, self.config)
-        return useless or reason_of_lost_updates(progress.syncs_lost, metrics, self.config)
+        useless = self.reason_of_useless_steps(step, metrics, samples, progress)
+        return useless or self.reason_of_lost_updates(metrics.get("sync/update_survival", 1.0), progress)
 
-    def count_lost(self, survival: float, progress: Progress) -> None:
-        """Counts syncs in a row whose merged weights kept too little of the update; explains the first loss."""
-        if survival < LOW_SURVIVAL and not self.survival_explained:
-            self.survival_explained = True
-            self.log.print(f"  {explain_survival(survival)}")
-        progress.syncs_lost = progress.syncs_lost + 1 if survival < MIN_SURVIVAL else 0
-
-    def count_useless(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> None:
+    def reason_of_useless_steps(
+        self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress
+    ) -> str | None:
         """Counts steps in a row whose rewards do not differ; explains them, but not every time."""
-        if rewards_differ(metrics):
-            progress.steps_useless = 0
-            return
-        progress.steps_useless += 1
+        progress.steps_useless = count = 0 if rewards_differ(metrics) else progress.steps_useless + 1
+        if not count:
+            return None
         if step >= self.last_explained + EXPLAIN_EVERY:
             self.log.print(f"  {explain(metrics, samples)}")
             self.last_explained = step
         else:
-            count = progress.steps_useless
             self.log.print(f"  nothing to learn from, {count} step{'s' * (count > 1)} in a row")
+        if not 0 < self.config.max_useless <= count:
+            return None
+        causes = "; or ".join(likely_causes(metrics, samples, self.config))
+        return (
+            f"nothing to learn from in {count} steps in a row (max_useless): {describe_rewards(metrics)}. "
+            f"Likely causes: {causes}. See samples.jsonl"
+        )
+
+    def reason_of_lost_updates(self, survival: float, progress: Progress) -> str | None:
+        """Counts syncs in a row whose merged weights kept too little of the update; explains the first loss."""
+        if self.config.straight_through:  # the trainer runs the rounded weights, too
+            return None
+        if survival < LOW_SURVIVAL and not self.survival_explained:
+            self.survival_explained = True
+            self.log.print(f"  {explain_survival(survival)}")
+        progress.syncs_lost = progress.syncs_lost + 1 if survival < MIN_SURVIVAL else 0
+        if not self.config.max_useless or progress.syncs_lost < SYNCS_LOST:
+            return None
+        return (
+            f"for {progress.syncs_lost} syncs in a row the sampler got less of the update than {MIN_SURVIVAL:g} "
+            f"(cosine): {explain_survival(survival)}. With max_useless 0 no such check stops a run"
+        )
 
 
 def rewards_differ(metrics: Metrics) -> bool:
@@ -138,27 +150,6 @@ def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -
     else:
         causes.append("the answers have another format than the task reads")
     return [*causes, "the problems are too hard for the model"]
-
-
-def reason_of_useless_steps(steps: int, metrics: Metrics, samples: Sequence[Sample], config: Config) -> str | None:
-    """Why a run stops after `steps` steps in a row that taught nothing; None if it may go on."""
-    if not 0 < config.max_useless <= steps:
-        return None
-    causes = "; or ".join(likely_causes(metrics, samples, config))
-    return (
-        f"nothing to learn from in {steps} steps in a row (max_useless): {describe_rewards(metrics)}. "
-        f"Likely causes: {causes}. See samples.jsonl"
-    )
-
-
-def reason_of_lost_updates(syncs: int, metrics: Metrics, config: Config) -> str | None:
-    """Why a run stops after `syncs` syncs in a row that lost most of the update; None if it may go on."""
-    if not config.max_useless or syncs < SYNCS_LOST:
-        return None
-    return (
-        f"for {syncs} syncs in a row the sampler got less of the update than {MIN_SURVIVAL:g} (cosine): "
-        f"{explain_survival(metrics['sync/update_survival'])}. With max_useless 0 no such check stops a run"
-    )
 
 
 def explain_survival(survival: float) -> str:

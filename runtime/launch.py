@@ -28,19 +28,15 @@ def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     """Runs `train(prepare())`. A user's error in `prepare` is one line and exit code 2; later ones exit with 1."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and by default it ends a process
     with other_ranks_watched():
+        run = None
         try:
             run = prepare()
-        except (ValueError, OSError) as error:
-            fail(error, code=2)
-        except Exception as error:
-            fail(error, code=1)
-        try:
             try:
                 train(run)
             except Stopped:
                 finish_stopped(run)
         except Exception as error:
-            fail(error, code=1)
+            fail(error, code=2 if run is None and isinstance(error, (ValueError, OSError)) else 1)
 
 
 def fail(error: Exception, code: int) -> NoReturn:

@@ -1,6 +1,5 @@
 """From a configuration to a `Run`: the model, the prompts, the sharded policy, the engine, a checkpoint."""
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -29,7 +28,7 @@ from rollout import Engine
 from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
-from runtime.files import check_parent, check_tied_head, find_model, folder_lock, one_line_errors
+from runtime.files import check_parent, check_tied_head, find_model, locked, one_line_errors
 from runtime.optimize import make_optimizer, schedule
 from runtime.packing import CONVOLUTIONS, RECURRENT
 from runtime.progress_bar import progress_bar
@@ -148,7 +147,7 @@ def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:
         return RunLog(config, write)
     folder = config.run_folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder.parent):
+    with locked(folder.parent):
         check_writable(folder)  # again: another run in this folder may have started while the models were read
         if saved:
             checkpoint.rewind(folder, saved.progress.step, saved.progress.best_step)
@@ -163,7 +162,7 @@ def find_checkpoint(config: Config) -> Saved | None:
         if folder is None:
             print(f"{str(config.run_folder)!r} has no checkpoint to resume from: this run starts at the beginning")
             return None
-        saved = read_saved(folder, config)
+        saved = resumable(checkpoint.read_saved(folder), config)
         if changes := changed_options(saved.settings, config, saved.progress.step):
             print(f"changed since the checkpoint: {changes}", flush=True)
         return saved
@@ -171,20 +170,17 @@ def find_checkpoint(config: Config) -> Saved | None:
     return fsdp_utils.on_first_rank(find)
 
 
-def read_saved(folder: Path, config: Config) -> Saved:
-    """Reads a checkpoint's state.json. Raises ValueError if this run cannot resume from it."""
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        progress, settings, log = Progress(**state["progress"]), dict(state["config"]), dict(state["log"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
+def resumable(saved: Saved, config: Config) -> Saved:
+    """The checkpoint for this run. Raises ValueError if the run cannot resume from it."""
     for name in checkpoint.FIXED:
-        before, now = settings.get(name), getattr(config, name)
+        before, now = saved.settings.get(name), getattr(config, name)
         if before != now:
-            raise ValueError(f"{name} is {now!r}, but {str(folder)!r} has {before!r}, which a resumed run must keep")
-    if progress.best_step not in checkpoint.written(config.run_folder):  # deleted in favour of a later, better one
-        progress = replace(progress, best_step=-1, best_accuracy=-1.0)
-    return Saved(folder, progress, log, settings)
+            folder = str(saved.folder)
+            raise ValueError(f"{name} is {now!r}, but {folder!r} has {before!r}, which a resumed run must keep")
+    if saved.progress.best_step not in checkpoint.written(config.run_folder):
+        # It was deleted in favour of a later, better one.
+        return replace(saved, progress=replace(saved.progress, best_step=-1, best_accuracy=-1.0))
+    return saved
 
 
 def changed_options(before: dict[str, Any], config: Config, step: int) -> str:
@@ -194,7 +190,7 @@ def changed_options(before: dict[str, Any], config: Config, step: int) -> str:
     'steps 10 -> 20; the learning rate of step 11 is then 0.25, not 0'
     """
     now = asdict(config)
-    before = now | {name: value for name, value in before.items() if name in now}
+    before = now | before
     changed = [name for name in now if before[name] != now[name] and name not in ("resume", "output_dir")]
     changes = ", ".join(f"{name} {before[name]} -> {now[name]}" for name in changed)
     old, new = (c.learning_rate * schedule(step + 1, c) for c in (SimpleNamespace(**before), config))

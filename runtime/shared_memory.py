@@ -5,18 +5,18 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from fsdp_utils import on_every_rank, on_first_rank
-from runtime.files import folder_lock
+from runtime.files import locked
 from runtime.progress_bar import progress_bar
 
-SHARED_MEMORY = Path("/dev/shm")
+PLACES = (Path("/dev/shm"), Path(tempfile.gettempdir()))  # for shared folders: memory first
 
 
 def first_on_host() -> bool:
@@ -25,13 +25,13 @@ def first_on_host() -> bool:
 
 
 @contextmanager
-def shared_folder(needed: int = 0) -> Iterator[Path]:
+def shared_folder(needed: int, places: Sequence[Path] = PLACES) -> Iterator[Path]:
     """A new folder in each host's memory, of the same name on all hosts; one rank per host makes it. Collective.
 
     needed: bytes; with less room in memory on some host, it is among the temporary files, which may be on a disk.
     Raises ValueError if there is no room either. All are done with the folder when the block ends, and it goes.
     """
-    folder = place_with_room(needed) / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
+    folder = place_with_room(needed, places) / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
     lock = on_every_rank(lambda: make_locked(folder) if first_on_host() else None)
     try:
         yield folder
@@ -42,16 +42,16 @@ def shared_folder(needed: int = 0) -> Iterator[Path]:
             os.close(lock)
 
 
-def place_with_room(needed: int) -> Path:
+def place_with_room(needed: int, places: Sequence[Path]) -> Path:
     """The first place for shared folders that has so many bytes free on every host. Collective."""
-    places = [SHARED_MEMORY, Path(tempfile.gettempdir())]
     free = torch.tensor([free_bytes(place) for place in places])
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     for place, room in zip(places, free.tolist()):
         if needed <= room:
             return place
     found = " and ".join(f"{place} has {room / 2**20:,.0f} MiB" for place, room in zip(places, free.tolist()))
-    raise ValueError(f"no room to hand {needed / 2**20:,.0f} MiB to vLLM: {found} free; make room, or set TMPDIR")
+    fix = "set TMPDIR" if places == PLACES else "leave USE_SHM out"
+    raise ValueError(f"no room for {needed / 2**20:,.0f} MiB of weights: {found} free; make room, or {fix}")
 
 
 def free_bytes(place: Path) -> int:
@@ -64,24 +64,14 @@ def make_locked(folder: Path) -> int:
 
     Folders without a lock have been left by processes that were killed. They are removed.
     """
-    with folder_lock(folder.parent):  # otherwise another process could find it before it is locked
+    with locked(folder.parent):  # otherwise another process could find it before it is locked
         for path in folder.parent.glob("lorl-" + 12 * "[0-9a-f]"):
-            with suppress(OSError):  # in use, or another user's
-                lock = os.open(path, os.O_RDONLY)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(path)
-                finally:
-                    os.close(lock)
+            with suppress(OSError), locked(path, wait=False):  # in use, or another user's
+                shutil.rmtree(path)
         folder.mkdir()
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         return lock
-
-
-def fast_folder(folder: str) -> AbstractContextManager[str]:
-    """The folder itself or, with USE_SHM, a copy in memory. Collective."""
-    return in_shared_memory(folder) if use_shm() else nullcontext(folder)
 
 
 def use_shm() -> bool:
@@ -90,21 +80,19 @@ def use_shm() -> bool:
 
 
 @contextmanager
-def in_shared_memory(folder: str) -> Iterator[str]:
-    """A copy of a model's folder in the host's memory, deleted when the block ends. Collective.
+def fast_folder(folder: str) -> Iterator[str]:
+    """A model's folder itself or, with USE_SHM, a copy in the host's memory, deleted when the block ends. Collective.
 
     Every rank and vLLM then read the files from memory instead of asking a slow disk many times.
     """
-    with shared_folder() as copy:
+    if not use_shm():
+        yield folder
+        return
+    files = on_every_rank(lambda: [path for path in Path(folder).iterdir() if path.is_file()])
+    needed = sum(path.stat().st_size for path in files)
+    with shared_folder(needed, PLACES[:1]) as copy:
 
         def copy_files() -> None:
-            """Raises ValueError if there is no room."""
-            files = [path for path in Path(folder).iterdir() if path.is_file()]
-            needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(copy).free
-            if needed > free:
-                raise ValueError(
-                    f"USE_SHM needs {needed / 2**30:.1f} GiB in {copy.parent}, which has {free / 2**30:.1f} GiB free"
-                )
             with progress_bar("copying the model", needed, "bytes", unit_scale=True) as bar:
                 for path in files:
                     shutil.copy(path, copy)

@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from runtime.files import locked
 from runtime.wandb_run import WandbRun
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
@@ -90,8 +91,7 @@ class RunLog:
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
         """Appends one object per line. Lines that do not fit on a full disk wait in memory for the next call."""
-        lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
-        self.unwritten[name] += lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
+        self.unwritten[name] += json_lines(records)
         try:
             while self.unwritten[name]:
                 self.unwritten[name] = self.unwritten[name][self.files[name].write(self.unwritten[name]) :]
@@ -202,16 +202,19 @@ class RunLog:
             self.wandb.finish()
 
 
+def json_lines(records: list[dict[str, Any]]) -> bytes:
+    """One object per line."""
+    lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
+    return lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
+
+
 def in_use(folder: Path) -> bool:
     """Whether a process is writing to the run's folder. It holds a lock, which is released however the process ends."""
-    path = folder / "metrics.jsonl"
-    if path.exists():
-        with suppress(OSError), open(path) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-    return False
+    try:
+        with locked(folder / "metrics.jsonl", wait=False):
+            return False
+    except OSError as error:  # others than that of a lock: there is no such file, or it cannot be read
+        return isinstance(error, BlockingIOError)
 
 
 def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
@@ -274,11 +277,7 @@ def reset_peak_memory() -> None:
 def environment() -> dict[str, Any]:
     """Versions, commit, command and hardware of this run."""
     versions = {"python": platform.python_version()}
-    for package in RUNTIME:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions |= {package.name: package.version for package in distributions() if package.name in RUNTIME}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {"versions": versions, "commit": commit or "unknown", "command": sys.argv, "hardware": hardware()}

@@ -26,12 +26,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.pool import ThreadPool
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,15 +145,12 @@ class Function:
             return self.run_batch(rows, runner)
         if self.form.concurrent:
             return runner.run(self.run_concurrently(rows, timeout))
-        return [self.run_one(row) for row in rows]
-
-    def run_one(self, row: Row) -> Parts | None:
-        """One call, for one completion."""
+        (row,) = rows
         with self.explained(row):
             try:
-                return self.parts(self.call(**self.single_arguments(row)))
+                return [self.parts(self.call(**self.single_arguments(row)))]
             except TimeoutError:
-                return None
+                return [None]
 
     async def run_concurrently(self, rows: list[Row], timeout: float) -> list[Parts | None]:
         """A call for each completion, up to `CONCURRENT` at a time."""
@@ -182,11 +178,11 @@ class Function:
                 raise WrongValue(
                     f"must return a list of {len(rows)} values, one per completion, not {repr(values)[:80]}"
                 )
-        return [self.checked(value, row) for value, row in zip(values, rows)]
-
-    def checked(self, value: Any, row: Row) -> Parts:
-        with self.explained(row):
-            return self.parts(value)
+        parts = []
+        for value, row in zip(values, rows):
+            with self.explained(row):
+                parts.append(self.parts(value))
+        return parts
 
     def parts(self, value: Any) -> Parts:
         """The parts of a returned value: a number is the one part of the function's name."""
@@ -215,13 +211,15 @@ class Function:
         try:
             yield
         except (Exception, SystemExit) as error:
-            cause = str(error) if isinstance(error, WrongValue) else raised(error)
             texts = (repr(row[name])[:300] for name in ("prompt", "completion"))
-            raise ValueError(f"reward {self.spec.text} {cause}, on {' and completion '.join(texts)}{more}") from None
+            place = f"on {' and completion '.join(texts)}{more}"
+            raise ValueError(f"reward {self.spec.text} {raised(error)}, {place}") from None
 
 
 def raised(error: BaseException) -> str:
-    """An exception and its place, for a message."""
+    """An exception and its place, for a message that begins with what has raised it."""
+    if isinstance(error, WrongValue):
+        return str(error)
     places = traceback.extract_tb(error.__traceback__)
     place = f" ({places[-1].filename}, line {places[-1].lineno})" if places else ""
     return f"raised {type(error).__name__}: {error}{place}"
@@ -247,8 +245,8 @@ def load(spec: Spec) -> Callable:
 
 class Job(NamedTuple):
     function: int  # index
+    places: Sequence[int]  # of the rows among all
     rows: list[Row]
-    timeout: float
     seed: int  # of random numbers, so that a resumed run draws the same
 
 
@@ -256,13 +254,13 @@ def serve(descriptor: int) -> None:
     """The life of a worker: it answers jobs until its rank is gone."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # in a reward that hangs, too
     connection = Connection(descriptor)
-    try:
-        functions = [Function(spec) for spec in connection.recv()]
-    except ValueError as error:
-        connection.send(str(error))
-        return
-    connection.send([function.form for function in functions])
     with asyncio.Runner() as runner, suppress(EOFError, OSError):
+        specs, timeout = connection.recv()
+        try:
+            functions = [Function(spec) for spec in specs]
+            connection.send([function.form for function in functions])
+        except ValueError as error:
+            connection.send(str(error))
         while True:
             job = connection.recv()
             random.seed(job.seed)
@@ -271,7 +269,7 @@ def serve(descriptor: int) -> None:
             if "torch" in sys.modules:
                 sys.modules["torch"].manual_seed(job.seed)
             try:
-                answer = functions[job.function].run(job.rows, job.timeout, runner)
+                answer = functions[job.function].run(job.rows, timeout, runner)
             except ValueError as error:
                 answer = str(error)
             connection.send(answer)
@@ -283,7 +281,7 @@ def serve(descriptor: int) -> None:
 class Worker:
     """A process that runs your functions."""
 
-    def __init__(self, specs: list[Spec]):
+    def __init__(self, specs: list[Spec], timeout: float):
         """Raises ValueError if a file or a function is wrong."""
         self.connection, theirs = multiprocessing.Pipe()
         code = f"import sys; sys.path.insert(0, {ROOT!r}); from runtime.user_rewards import serve"
@@ -291,20 +289,19 @@ class Worker:
         # A session of its own: Ctrl-C lets the run be saved first, and whatever a reward starts is killed with it.
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
-        self.send(specs)
-        if not self.connection.poll(START_SECONDS):
-            self.kill()
+        self.forms: list[Form] | None = self.ask((specs, timeout), START_SECONDS)
+        if self.forms is None:
             raise ValueError(f"{', '.join(spec.text for spec in specs)}: not imported within {START_SECONDS:.0f} s")
-        self.forms: list[Form] = self.receive()
 
-    def send(self, message: Any) -> None:
-        with suppress(BrokenPipeError):  # it has died, which `receive` says
-            self.connection.send(message)
+    def ask(self, message: Any, seconds: float) -> Any:
+        """The answer; None if it takes longer, and the process is killed.
 
-    def receive(self) -> Any:
-        """An answer. Raises ValueError if it is a complaint, or if the process has died."""
+        Raises ValueError if the answer is a complaint, or if the process has died.
+        """
         try:
-            answer = self.connection.recv()
+            with suppress(BrokenPipeError):  # it has died, perhaps with a last word
+                self.connection.send(message)
+            answer = self.connection.recv() if self.connection.poll(seconds) else self.kill()
         except (EOFError, OSError):
             raise ValueError(f"a process of the reward died, with exit code {self.process.wait()}") from None
         if isinstance(answer, str):
@@ -326,10 +323,10 @@ class UserRewards:
         for spec in self.specs:
             if not spec.path.is_file():
                 raise FileNotFoundError(f"there is no file {str(spec.path)!r} for reward {spec.text!r}")
-        self.most_workers = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.most_workers = max(1, min(self.most_workers, MOST_WORKERS))
-        self.idle = [Worker(self.specs)]
+        self.idle = [Worker(self.specs, timeout)]
         self.forms = self.idle[0].forms
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.pool = ThreadPool(max(1, min(cores, MOST_WORKERS)))  # each thread waits for one worker at a time
 
     def check_columns(self, row: Row) -> None:
         """Raises ValueError if a function needs what the row does not have."""
@@ -348,17 +345,20 @@ class UserRewards:
 
     def score(self, rows: list[Row]) -> list[Reward]:
         """The rewards of completions. Raises ValueError for whatever goes wrong, but for timeouts, which count 0."""
-        jobs, places = [], []
-        for index, form in enumerate(self.forms):
-            together = [list(range(len(rows)))] if form.batch or form.concurrent else [[i] for i in range(len(rows))]
-            for place in filter(None, together):
-                jobs.append(Job(index, [rows[i] for i in place], self.timeout, random.getrandbits(32)))
-                places.append(place)
+        everywhere = range(len(rows))
+        jobs = [
+            Job(index, places, [rows[i] for i in places], random.getrandbits(32))
+            for index, form in enumerate(self.forms)
+            for places in ([everywhere] if form.batch or form.concurrent else [[i] for i in everywhere])
+            if places
+        ]
         parts: list[Parts] = [{} for _ in rows]
         totals, timeouts = [0.0] * len(rows), [()] * len(rows)
-        for job, place, answers in zip(jobs, places, self.run(jobs)):
+        # Unordered, because an error must not wait for earlier jobs; summed up in order, for the same bits every time.
+        answers = dict(self.pool.imap_unordered(lambda number: (number, self.answer(jobs[number])), range(len(jobs))))
+        for number, job in enumerate(jobs):
             spec = self.specs[job.function]
-            for i, answer in zip(place, answers):
+            for i, answer in zip(job.places, answers[number]):
                 if answer is None:
                     timeouts[i] += (spec.text,)
                 elif again := answer.keys() & parts[i].keys():
@@ -368,33 +368,17 @@ class UserRewards:
                     totals[i] += spec.weight * sum(answer.values())
         return [Reward(t, p, p.get(CORRECT), late) for t, p, late in zip(totals, parts, timeouts)]
 
-    def run(self, jobs: list[Job]) -> list[list[Parts | None]]:
-        """The answers to jobs, which are divided among the workers; a worker that is late is killed."""
-        answers: list[Any] = [None] * len(jobs)
-        waiting = deque(range(len(jobs)))
-        busy: dict[Connection, tuple[Worker, int, float]] = {}  # with its job and the time at which it is late
-        while waiting or busy:
-            while waiting and len(busy) < self.most_workers:
-                worker = self.idle.pop() if self.idle else Worker(self.specs)
-                number = waiting.popleft()
-                worker.send(jobs[number])
-                busy[worker.connection] = worker, number, time.monotonic() + self.seconds(jobs[number])
-            soonest = min(late for _, _, late in busy.values())
-            wait(list(busy), max(0.0, soonest - time.monotonic()))
-            for connection, (worker, number, late) in list(busy.items()):
-                if connection.poll():
-                    answers[number] = worker.receive()
-                    self.idle.append(worker)
-                elif time.monotonic() >= late:
-                    answers[number] = [None] * len(jobs[number].rows)
-                    worker.kill()
-                else:
-                    continue
-                del busy[connection]
-        return answers
-
-    def seconds(self, job: Job) -> float:
-        """After how many seconds a job is late."""
+    def answer(self, job: Job) -> list[Parts | None]:
+        """A worker's answer to a job: all None if it is late."""
+        seconds = self.timeout
         if self.forms[job.function].concurrent:
-            return self.timeout * math.ceil(len(job.rows) / CONCURRENT) + GRACE_SECONDS
-        return self.timeout
+            seconds = seconds * math.ceil(len(job.rows) / CONCURRENT) + GRACE_SECONDS
+        try:
+            worker = self.idle.pop()
+        except IndexError:
+            worker = Worker(self.specs, self.timeout)
+        answers = worker.ask(job, seconds)
+        if answers is None:
+            return [None] * len(job.rows)
+        self.idle.append(worker)
+        return answers

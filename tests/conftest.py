@@ -1,12 +1,16 @@
 """What tests share: small models, and a way to run a function on several ranks."""
 
+import http.server
+import json
 import multiprocessing.connection
 import os
 import subprocess
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +83,80 @@ def be_a_rank(environment: dict[str, str], folder: Path, function: Callable, arg
     os._exit(0)  # threads of gloo that outlive the interpreter would abort it
 
 
-def torchrun(ranks: int, *arguments: str, timeout: int = 300, **environment: str) -> subprocess.CompletedProcess:
-    """`torchrun --nproc-per-node=RANKS ARGUMENTS` from the project's root, on a free port."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
-    )
+def torchrun_command(ranks: int, *arguments: str) -> list[str]:
+    """The command `torchrun --nproc-per-node=RANKS ARGUMENTS`, on a free port."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+
+
+def torchrun(ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs that command from the project's root."""
+    return subprocess.run(torchrun_command(ranks, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def train(
+    ranks: int, config: str, folder: Path, *options: str, script: str = "train_grpo.py"
+) -> tuple[list[dict[str, float]], Path]:
+    """Runs a configuration to its end: its metrics and its run folder."""
+    target = folder / Path(config).stem
+    done = torchrun(ranks, script, "--config", str(ROOT / config), "--output_dir", str(target), *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    metrics = read_rows(target / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(len(metrics)))
+    return metrics, target
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def serving(answer: Callable[[str, bytes], tuple[int, dict]]) -> Iterator[str]:
+    """The address of a server on this machine. answer: from a request's path and body to a status and a reply."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status, reply = answer(self.path, self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps(reply).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            with suppress(BrokenPipeError):  # who asked may be gone
+                self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """A real file system of that size at the folder; without the right to mount one, the test is skipped."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def check_line(line: str, words: Iterable[str]) -> None:
+    """That it is one line, of a length that one reads, with those words in it."""
+    assert "\n" not in line and len(line) < 700, line
+    assert all(word in line for word in words), (words, line)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The block ends in a user's error: one line with those words in it."""
+    with pytest.raises((ValueError, OSError)) as error:
+        yield
+    check_line(str(error.value), words)
 
 
 def complaints(runs: list[list[str]]) -> list[str]:
@@ -102,6 +174,41 @@ def complaints(runs: list[list[str]]) -> list[str]:
         except Exception:
             said.append(traceback.format_exc())
     return said
+
+
+def sharded_policy(folder, world, dtype=torch.bfloat16, rank=4, nf4=False, checkpointing=False, load=True, **options):
+    """The policy of a model's folder with adapters of scale 2, which have no values yet. options: of `shard`."""
+    import fsdp_utils
+    import lora
+    from policy import Policy
+    from runtime.setup import meta_model
+
+    model = meta_model(str(folder), dtype)
+    if nf4:
+        lora.quantize_base(model)
+    lora.inject(model, ["all-linear"], rank, 2.0 * rank)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = Policy(model).train()
+    fsdp_utils.shard(policy, model.base_model.layers, world.device, **options)
+    if load:
+        fsdp_utils.load_weights(model, str(folder), world.device)
+    return policy
+
+
+@torch.no_grad()
+def plain_logprobs(model, prompts, completions) -> torch.Tensor:
+    """(R,) of the completions' tokens by a Hugging Face model; one text at a time, through all logits."""
+    logprobs = []
+    for prompt, completion in zip(prompts, completions):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logprobs.append(logits.float().log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return torch.cat(logprobs)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Mean absolute difference, of logprobs in nats."""
+    return (found - expected).abs().mean().item()
 
 
 def fill_adapters(model, fill):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, complaints, on_ranks
+from conftest import ROOT
 
 import train_grpo
 from configs.base import Config
@@ -42,54 +42,6 @@ def test_every_config_file_is_valid_and_short(path):
     assert len(listed) <= 27, "at most 25 settings"
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--stepz", "3"], ["'--stepz'", "--steps"]),
-        (["--learning-rat=3"], ["--learning-rat=3", "--learning_rate"]),
-        (["stray"], ["'stray'"]),
-        (["--steps", "many"], ["--steps", "'many'"]),
-        (["--steps", "0"], ["steps", "at least 1", "0"]),
-        (["--steps", "1.5"], ["--steps", "1.5"]),
-        (["--learning_rate", "nan"], ["learning_rate", "nan"]),
-        (["--learning_rate", "-1"], ["learning_rate", "-1"]),
-        (["--kl_coef", "nan"], ["kl_coef", "nan"]),
-        (["--temperature", "0"], ["temperature", "0"]),
-        (["--lr_schedule", "on"], ["lr_schedule", "'on'", "cosine"]),
-        (["--dtype", "float16"], ["dtype", "float16", "bfloat16"]),
-        (["--gradient_checkpointing", "perhaps"], ["gradient_checkpointing", "perhaps"]),
-        (["--gpu_memory_utilization", "1.5"], ["gpu_memory_utilization", "1.5"]),
-        (["--updates_per_rollout", "5"], ["updates_per_rollout", "5", "prompts_per_step"]),
-        (["--output_dir", "elsewhere/.."], ["output_dir", "elsewhere/.."]),
-        (["--seed", "-1"], ["seed", "-1"]),
-    ],
-)
-def test_bad_options(arguments, words):
-    with pytest.raises(ValueError) as error:
-        parse_config([*ARITHMETIC, *arguments], "")
-    assert "\n" not in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("", ["must define config", "NoneType"]),
-        ("config = {'steps': 3}", ["must define config", "dict"]),
-        ("from configs.base import Config\nconfig = Config(stepz=3)", ["TypeError", "stepz"]),
-        ("from configs.base import Config\nconfig = Config(steps='3')", ["steps must be int", "'3'"]),
-        ("from configs.base import Config\nconfig = Config(learning_rate=True)", ["learning_rate must be float"]),
-        ("config = 1 / 0", ["ZeroDivisionError"]),
-        ("config = (", ["SyntaxError"]),
-    ],
-)
-def test_bad_config_files(tmp_path, text, words):
-    path = tmp_path / "mine.py"
-    path.write_text(text)
-    with pytest.raises(ValueError) as error:
-        parse_config(["--config", str(path)], "")
-    assert str(path) in str(error.value) and all(word in str(error.value) for word in words), str(error.value)
-
-
 FORK = """
 import dataclasses
 import train_grpo
@@ -115,27 +67,6 @@ def test_a_user_sees_one_line(tmp_path):
         (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
         assert run.returncode == 2 and word in line
         assert "Traceback" not in err and not out
-
-
-def test_what_only_a_run_can_find_out(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"question": "q"}\n')
-    cases = {
-        "'sums'": ["--task", "sums"],
-        "'gpro'": ["--algorithm", "gpro"],
-        "'w_proj'": ["--target_modules", "w_proj"],
-        "tensor_parallel_size 3": ["--tensor_parallel_size", "3"],
-        "fsdp_size 3": ["--fsdp_size", "3"],
-        "max_prompt_length": ["--max_prompt_length", "2"],
-        "train.jsonl, line 1": ["--task", "gsm8k", "--data", str(tmp_path)],
-        "nothing can be held out": ["--task", "gsm8k", "--data", str(tmp_path / "nowhere")],
-    }
-    (tmp_path / "nowhere").mkdir()
-    (tmp_path / "nowhere" / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
-    run = [*ARITHMETIC, "--output_dir", str(tmp_path / "arithmetic")]
-    (said,) = on_ranks(1, complaints, [run + more for more in cases.values()], folder=tmp_path)
-    for word, line in zip(cases, said, strict=True):
-        assert word in line and "\n" not in line
-    assert not (tmp_path / "arithmetic").exists(), "nothing is written before everything is right"
 
 
 def test_a_model_is_named_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -160,7 +160,6 @@ MESSAGES = '{"prompt": [{"role": "user", "content": "q"}%s], "answer": 1}'
         ("a.csv", "ask,answer\nq,1\n", "row 2: has no field 'prompt' or 'question' or 'problem'.*are: ask, answer"),
         ("a.jsonl", '{"prompt": "q", "answer": 1}\n{"prompt": 7}', "line 2: 'prompt' must be text"),
         ("a.jsonl", '{"prompt": "q", "answer": null}', "line 1: 'answer' is empty"),
-        ("a.jsonl", '["q"]', "line 1: must be an object"),
         ("a.jsonl", MESSAGES % ', {"role": "assistant", "content": "a"}', "line 1: .* end before the model's turn"),
         ("a.jsonl", MESSAGES % ', {"role": "user"}', "line 1: .* chat messages of role and content"),
         ("a.jsonl", MESSAGES % ', {"role": "user", "content": null}', "line 1: .* chat messages of role and content"),
@@ -176,5 +175,8 @@ def test_a_malformed_row_is_named(tmp_path, name, content, words):
     with pytest.raises(ValueError, match=rf"{name}.*{words}") as error:
         both(str(tmp_path / name))
     assert "\n" not in str(error.value)
+
+
+def test_a_column_that_is_named_must_be_there(tmp_path):
     with pytest.raises(ValueError, match=r"has no field 'label' \(answer_field\)"):
         both(write(tmp_path / "good.jsonl", [{"prompt": "q"}]), "", "label")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, on_ranks
+from conftest import ROOT, TINY, on_ranks, read_rows
 from transformers import AutoModelForCausalLM
 
 DOCS = ROOT / "docs"
@@ -114,21 +114,13 @@ def align_and_train(folder: Path) -> tuple[list[int], list[dict], list[dict]]:
     """One completion's table of a real run, which then takes two steps: its metrics."""
     import train_grpo
 
-    sizes = {
-        "steps": 2,
-        "eval_every": 1,
-        "prompts_per_step": 8,
-        "eval_problems": 8,
-        "eval_samples": 1,
-    }
-    places = {"output_dir": folder / "run"}
-    sys.argv = ["train_grpo.py", "--config", "configs/arithmetic_cpu.py"]
-    sys.argv += [text for name, value in (sizes | places).items() for text in (f"--{name}", str(value))]
+    sizes = "--steps 2 --eval_every 1 --prompts_per_step 8 --eval_problems 8 --eval_samples 1"
+    sys.argv = f"train_grpo.py --config configs/arithmetic_cpu.py --output_dir {folder}/run {sizes}".split()
     train_grpo.VERIFY_EVERY, os.environ["WANDB_MODE"] = 1, "offline"
     run = train_grpo.setup_grpo()
     prompt, cells = load(DOCS / "alignment.py").align(run)
     train_grpo.train(run)
-    return prompt, cells, [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return prompt, cells, read_rows(folder / "run/metrics.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, on_ranks, torchrun
+from conftest import ROOT, TINY, on_ranks, read_rows, refused, torchrun, torchrun_command
 
 import fsdp_utils
 import reward
@@ -111,12 +110,10 @@ launch(train_grpo.setup_grpo, train)
 def start(fault: str, folder: Path, *options: str, **more) -> subprocess.Popen:
     """A short run on two ranks, one of which has a fault. more: arguments of `Popen`."""
     (folder / "faulty.py").write_text(FAULTY.format(root=str(ROOT)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(folder / "faulty.py"), fault, "--config", str(ROOT / "configs" / "arithmetic_cpu.py")]
-    command += ["--output_dir", str(folder / "r")]
-    command += "--steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536".split()
+    arguments = f"{folder}/faulty.py {fault} --config {ROOT}/configs/arithmetic_cpu.py --output_dir {folder}/r"
+    arguments += " --steps 9 --eval_problems 8 --eval_samples 1 --tokens_per_microbatch 65536"
     more = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "process_group": 0} | more
-    return subprocess.Popen([*command, *options], cwd=folder, **more)
+    return subprocess.Popen(torchrun_command(2, *arguments.split(), *options), cwd=folder, **more)
 
 
 def end(process: subprocess.Popen) -> tuple[str, str]:
@@ -155,7 +152,7 @@ def test_what_a_run_survives_and_what_stops_it(tmp_path):
     """A full disk, and on one rank an infinite loss, are passed over; endless infinite gradients are not."""
     options = ["--save_every", "1"]
     output, cause = end(start("numbers", tmp_path, *options))
-    metrics = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()][1:]
+    metrics = read_rows(tmp_path / "r" / "metrics.jsonl")[1:]
     assert [row["skipped_updates"] for row in metrics] == [0, 1, 0, 1, 1, 1, 1, 1, 1]
     assert metrics[1]["loss"] is None and metrics[1]["grad_norm"] is None, "JSON has no infinity"
     assert all(row["loss"] is not None for row in metrics[3:]), "only the gradients were infinite"
@@ -252,10 +249,8 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
         return result
 
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
-    with pytest.raises(ValueError) as error:
+    with refused(words, "task 'mine'", "1+1=", "'it is 3'"):
         task_reward("mine", reward.Problem("1+1=", "2"), "it is 3")
-    assert "\n" not in str(error.value) and words in str(error.value)
-    assert "task 'mine'" in str(error.value) and "1+1=" in str(error.value) and "'it is 3'" in str(error.value)
 
 
 def asked_to_stop(_number, _frame):
@@ -344,13 +339,11 @@ def test_fewer_problems_than_a_batch(tmp_path):
     for split in ("train", "test"):
         rows = [json.dumps({"question": question, "answer": "#### 4"}) for question in questions]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
-    done = torchrun(
-        2, "train_grpo.py", "--config", "configs/gsm8k_cpu.py", "--data", str(tmp_path), "--steps", "2",
-        "--output_dir", str(tmp_path / "r"),
-        "--prompts_per_step", "8", "--group_size", "2", "--max_completion_length", "8",
-    )  # fmt: skip
+    options = f"--config configs/gsm8k_cpu.py --data {tmp_path} --output_dir {tmp_path}/r --steps 2"
+    options += " --prompts_per_step 8 --group_size 2 --max_completion_length 8"
+    done = torchrun(2, "train_grpo.py", *options.split())
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 problems to train on, 3 held out" in done.stdout
     assert "768 tokens, are left out: 1 of 4 to train on, 1 of 4 held out" in done.stdout
-    samples = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    samples = read_rows(tmp_path / "r" / "samples.jsonl")
     assert {sample["prompt"].removesuffix("\n" + reward.BOXED) for sample in samples} == set(questions[:3])

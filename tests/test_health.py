@@ -7,21 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, read_rows, torchrun
 
 from configs.base import Config
 from runtime import steps
 from runtime.checkpoint import Progress
 from runtime.conversation import Completion
 from runtime.evaluation import rollout_metrics
-from runtime.health import (
-    HealthMonitor,
-    describe_rewards,
-    explain_survival,
-    likely_causes,
-    reason_of_useless_steps,
-    rewards_differ,
-)
+from runtime.health import HealthMonitor, describe_rewards, explain_survival, likely_causes, rewards_differ
 from runtime.run import Run
 
 NOTHING = {"reward/mixed_groups_frac": 0.0, "reward/min": 0.0, "reward/max": 0.0, "completion/truncated_frac": 0.25}
@@ -62,18 +55,23 @@ def test_likely_causes_follow_from_describe_rewards(changes, samples, first, oth
     assert ("too easy" in causes[0]) == (len(causes) == 1)
 
 
+def reason_after(steps: int, metrics: dict[str, float], config: Config) -> str | None:
+    """Why a run stops when so many steps have taught nothing."""
+    monitor = HealthMonitor(config, SimpleNamespace(print=lambda line: None))
+    return monitor.reason_to_stop(9, metrics, [SAMPLE], Progress(steps_useless=steps - 1))
+
+
 def test_when_to_stop():
     config = Config(max_useless=3)
-    assert reason_of_useless_steps(2, NOTHING, [SAMPLE], config) is None
-    reason = reason_of_useless_steps(3, NOTHING, [SAMPLE], config)
+    assert reason_after(2, NOTHING, config) is None
+    reason = reason_after(3, NOTHING, config)
     assert reason.startswith(
         "nothing to learn from in 3 steps in a row (max_useless): all rewards are 0. Likely causes: "
     )
     assert "See samples.jsonl" in reason and "\n" not in reason
-    late = NOTHING | {"reward/timeouts": 4}
-    reason = reason_of_useless_steps(3, late, [SAMPLE], Config(max_useless=3, reward=["a.py:f"]))
+    reason = reason_after(3, NOTHING | {"reward/timeouts": 4}, Config(max_useless=3, reward=["a.py:f"]))
     assert "4 rewards took longer than reward_timeout" in reason and "another format" not in reason
-    assert reason_of_useless_steps(1000, NOTHING, [SAMPLE], Config(max_useless=0)) is None
+    assert reason_after(1000, NOTHING, Config(max_useless=0)) is None
     assert "only the critic learns" in describe_rewards(NOTHING | {"critic/loss": 1.0})
 
 
@@ -143,7 +141,7 @@ def test_a_real_run_stops(tmp_path):
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "in 2 steps in a row (max_useless)" in line and "100% of the completions are cut off at" in line
     assert "\r" not in done.stderr, "a log file gets no progress bar"
-    rows = [json.loads(line) for line in (tmp_path / "silent/metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "silent/metrics.jsonl")
     assert [row.get("reward/mixed_groups_frac") for row in rows] == [None, 0, 0]
     assert "loss" not in rows[2] and "policy/entropy" not in rows[2], "what was not measured is not there"
     state = json.loads((tmp_path / "silent/checkpoints/step_000002/state.json").read_text())

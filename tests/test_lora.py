@@ -189,23 +189,6 @@ def test_adapters_of_some_layers_are_saved_so_that_peft_finds_no_more(model_fold
     assert len([name for name, _ in theirs.named_parameters() if "lora_A" in name]) == 1
 
 
-def test_gradients_are_pefts(model_folder, tmp_path):
-    theirs = peft_model(model_folder("qwen2"), "all-linear", 4)
-    theirs.save_pretrained(tmp_path)
-    ours = load(model_folder("qwen2"))
-    lora.inject(ours, ["all-linear"], 4, 16)
-    adapter_files.load_adapter(ours, tmp_path)
-    for model in (theirs, ours):
-        model(IDS).logits.log_softmax(-1)[..., 5].sum().backward()
-    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    for path, layer in lora.lora_layers(ours):
-        for matrix in ("lora_A", "lora_B"):
-            reference = expected[f"base_model.model.{path}.{matrix}.default.weight"]
-            found = getattr(layer.adapters[lora.POLICY], matrix).grad
-            assert (found - reference).norm() < 1000 * EPSILON * reference.norm()
-    assert sum(p.requires_grad for p in ours.parameters()) == len(expected)
-
-
 # ---- Strictness, ranks, several adapters ----------------------------------------------------------------------
 
 
@@ -219,45 +202,6 @@ def saved_adapter(folder, out, rank=16, alpha=16.0, std=0.05, seed=3):
         nn.init.normal_(layer.adapters[lora.POLICY].lora_B, std=std)
     adapter_files.save_adapter(model, out, base_model=str(folder))
     return model
-
-
-KEY = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-BREAKS = {
-    "lacks 'base_model.model.model.layers.1.mlp.up_proj.lora_B": lambda tensors, config: tensors.pop(KEY),
-    "unexpected 'base_model.model.model.layers.1.mlp.up_proj.lora_m": lambda tensors, config: tensors.update(
-        {KEY.replace("lora_B", "lora_magnitude_vector"): torch.ones(3)}
-    ),
-    "also has 'lm_head'": lambda tensors, config: tensors.update(
-        {f"base_model.model.lm_head.lora_{m}.weight": torch.ones(2, 2) for m in "AB"}
-    ),
-    "another base model": lambda tensors, config: tensors.update({KEY: torch.ones(97, 16)}),
-    "at rank 16": lambda tensors, config: tensors.update({KEY: torch.ones(96, 15)}),
-    "bias = 'all' is not supported": lambda tensors, config: config.update(bias="all"),
-    "use_dora = True is not supported": lambda tensors, config: config.update(use_dora=True),
-    "rank_pattern": lambda tensors, config: config.update(rank_pattern={"q_proj": 8}),
-    "alora_invocation_tokens = [5, 9]": lambda tensors, config: config.update(alora_invocation_tokens=[5, 9]),
-    "new_variant = {'on': 1} is not supported": lambda tensors, config: config.update(new_variant={"on": 1}),
-    "also has 'model.language_model.layers.0.": lambda tensors, config: [
-        tensors.update({key.replace("model.layers", "model.language_model.layers"): tensors.pop(key)})
-        for key in list(tensors)
-    ],
-    "pissa_niter_4": lambda tensors, config: config.update(init_lora_weights="pissa_niter_4"),
-    "not one of a LoRA": lambda tensors, config: config.update(peft_type="IA3"),
-    "lora_alpha in its adapter_config.json must be a number": lambda tensors, config: config.pop("lora_alpha"),
-}
-
-
-@pytest.mark.parametrize("message", BREAKS)
-def test_a_broken_adapter_is_refused_in_one_line(message, model_folder, tmp_path):
-    model = saved_adapter(model_folder("mistral"), tmp_path)
-    files = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    tensors, config = load_file(files[0]), json.loads(files[1].read_text())
-    BREAKS[message](tensors, config)
-    save_file(tensors, files[0])
-    files[1].write_text(json.dumps(config))
-    with pytest.raises(ValueError) as error:
-        adapter_files.load_adapter(model, tmp_path)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_peft_has_no_setting_that_is_not_known_here():
@@ -282,25 +226,6 @@ def test_keys_of_plain_state_dicts_are_read(change, model_folder, tmp_path):
     lora.inject(after, ["all-linear"], 16, 16)
     adapter_files.load_adapter(after, tmp_path)
     assert torch.equal(after(IDS).logits, before(IDS).logits)
-
-
-def test_others_may_read_what_the_umask_lets_them(model_folder, tmp_path):
-    saved_adapter(model_folder("qwen2"), tmp_path)
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()}
-    (tmp_path / "plain").touch()
-    assert set(modes.values()) == {oct((tmp_path / "plain").stat().st_mode & 0o777)}, modes
-
-
-def test_absent_and_cut_off_files_are_refused(model_folder, tmp_path):
-    model = saved_adapter(model_folder("mistral"), tmp_path)
-    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
-        adapter_files.load_adapter(model, tmp_path / "nowhere")
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=f"adapter '{tmp_path}'"):
-        adapter_files.load_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="there are: down_proj, gate_proj, k_proj"):
-        lora.inject(load(model_folder("llama")), ["query"], 4, 8)
 
 
 @torch.no_grad()

@@ -1,10 +1,8 @@
 """PPO's own parts: GAE, the value loss, the critic on several ranks, and a short run."""
 
-import json
-
 import pytest
 import torch
-from conftest import EPSILON, ROOT, on_ranks, torchrun
+from conftest import EPSILON, ROOT, on_ranks, train
 from test_algorithms import F64, micro_batch
 
 import fsdp_utils
@@ -121,10 +119,8 @@ def test_a_short_run(tmp_path):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
     options = "--steps 4 --eval_problems 32 --prompts_per_step 128"
     options += " --kl_coef 0.01 --kl_penalty k1_reward --epochs_per_rollout 2"
-    config = str(ROOT / "configs/arithmetic_cpu_ppo.py")
-    done = torchrun(2, "train_ppo.py", "--config", config, *options.split(), "--output_dir", str(tmp_path / "ppo"))
-    assert done.returncode == 0, done.stderr[-3000:]
-    _before, *steps = map(json.loads, (tmp_path / "ppo/metrics.jsonl").read_text().splitlines())
+    config = "configs/arithmetic_cpu_ppo.py"
+    (_before, *steps), _ = train(2, config, tmp_path, *options.split(), script="train_ppo.py")
     assert ["policy/kl_ref" in step for step in steps] == [False, False, True, True]
     assert [step["lr"] for step in steps] == [0.0, 0.0, 0.002, 0.001], "the policy waits, then begins at the peak rate"
     assert steps[3]["critic/error"] < 0.7 * steps[3]["reward/mean"]  # that is the error of expecting nothing

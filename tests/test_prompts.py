@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, refused
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
 
@@ -54,10 +54,9 @@ def test_an_instruction_follows_and_a_system_turn_precedes(asked):
     [(None, "has no chat template"), (REFUSES, "no system role"), (DROPS, "leaves a system turn out")],
 )
 def test_a_system_turn_that_the_model_would_not_see_is_refused(asked, template, words):
-    with pytest.raises(ValueError) as error:
+    with refused(words, "or put its text into instruction"):
         asked(template, system_prompt="You add.")
-    assert words in str(error.value) and "or put its text into instruction" in str(error.value)
-    assert "\n" not in str(error.value) and asked(template), "without one it is a model like any other"
+    assert asked(template), "without one it is a model like any other"
 
 
 def test_prompts_that_are_too_long_are_counted(asked, capsys):

@@ -6,7 +6,6 @@ this model by 0.05 nats, so nothing here is compared with a fixed number: `Refer
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
-from conftest import ROOT, on_ranks
+from conftest import ROOT, distance, on_ranks, plain_logprobs, read_rows
 from test_resume import await_step, finish, kill, rows, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -108,21 +107,6 @@ def ask(tokenizer, question: str) -> list[int]:
     """The token ids of a chat that waits for its first answer."""
     chat = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
-@torch.no_grad()
-def plain_logprobs(model, prompts: list[list[int]], completions: list[list[int]]) -> torch.Tensor:
-    """(R,) of the completions' tokens; one text at a time, through all logits."""
-    logprobs = []
-    for prompt, completion in zip(prompts, completions):
-        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        logprobs.append(logits.float().log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return torch.cat(logprobs)
-
-
-def distance(logprobs: torch.Tensor, others: torch.Tensor) -> float:
-    """Mean absolute difference, in nats."""
-    return (logprobs - others).abs().mean().item()
 
 
 # ---- The trainer ----------------------------------------------------------------------------------------------
@@ -282,7 +266,7 @@ def runs(smollm2, reference, tmp_path_factory) -> tuple[Path, list[dict]]:
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_two_steps_learn_and_are_finite(runs, reference, name):
     folder, found = runs
-    _before, *steps = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    _before, *steps = read_rows(folder / name / "metrics.jsonl")
     assert [step["step"] for step in steps] == [1, 2]
     for step in steps:
         assert all(math.isfinite(value) for value in step.values())

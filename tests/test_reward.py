@@ -20,130 +20,114 @@ WAYS = ("#### N", "\\(\\boxed{N}\\)", "The answer is **$N**.", "**Answer:** N eg
 GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
 
 
+MARKED = [
+    ("#### 72", "72"),
+    ("####72", "72"),
+    ("work\n#### 1,234", "1234"),
+    ("#### $1,080.", "1080"),
+    ("#### 50%", "50"),
+    ("#### 12 apples", "12"),
+    ("#### -5", "-5"),
+    ("#### \N{MINUS SIGN}5", "-5"),
+    ("#### -$5", "-5"),
+    ("#### 3.50", "3.5"),
+    ("#### .5", "0.5"),
+    ("#### 10.00", "10"),
+    ("#### 100", "100"),
+    ("#### 007", "7"),
+    ("#### -0", "0"),
+    ("#### 7\n#### 8", "8"),
+    ("#### 7\n#### none", "7"),
+    ("#### \n 9", "9"),
+    ("#### the answer is 9, not 10", "9"),
+    ("#### ", None),
+    ("####", None),
+    ("", None),
+    ("72", None),
+    ("### 72", None),
+    ("#### seventy-two", None),
+    ("#### ,,,", None),
+    ("The answer is 18.", "18"),
+    ("The answer is $18. 5 of them are left.", "18"),
+    ("the answer is: \\(18\\)", "18"),
+    ("The final answer is **18**", "18"),
+    ("**Answer:** $1,234.50", "1234.5"),
+    ("**Answer**: 12 eggs", "12"),
+    ("### Final Answer:\n\n18 eggs", "18"),
+    ("The answer is $\\boxed{18}$.", "18"),
+    ("The answer is 18, for 2 + 4 = 6 and 3 * 6 = 18", "18"),
+    ("The answer is 16 eggs - 3 eggs = 13 eggs.", "13"),
+    ("The answer is yes. There are 3.", None),
+    ("\\boxed{5} or rather \\boxed{6}", "6"),
+    ("\\boxed{5}\nThe answer is correct.", "5"),
+    ("#### 5\nThe answer is 6.", "6"),
+    ("The answer is 6.\n#### 5", "5"),
+    ("#### \\boxed{7}", "7"),
+    ("\\boxed{5}, so \\boxed{x + 1}", None),  # it has changed its mind, though not to a number
+    # Endings of Qwen2.5-Coder-0.5B-Instruct at temperature 1.
+    ("the cost of the boots is \\(\\boxed{-98}\\).", "-98"),
+    ("The original price of the book is \\(\\boxed{30.00}\\).", "30"),
+    ("```output\n119000\n```\nJill's annual salary is \\(\\boxed{119000}\\).", "119000"),
+    ("So, John spends \\boxed{35} hours a week taking care of dogs.", "35"),
+    ("   \\[\n   \\boxed{42.50 + 67.50 + 126.00}\n   \\]", None),
+    ("the total cost Terry spends on yogurt over 30 days is:\n\\[ \\boxed{", None),
+    ("the final chopped measurements are:\n- Full hour (500 cm)", None),
+    ("\\boxed{18", None),
+    ("answers to 18 questions", None),
+    ("#### 10 - 12 = -2", "-2"),
+    ("#### $10 - $12 = -$2", "-2"),
+    ("#### 72 (48 + 24)", "72"),
+    ("#### 3/4", "0.75"),
+    ("#### -\N{EURO SIGN}5", "-5"),
+    *((f"#### {text}", None) for text in ("10 - 12", "12:30", "2 1/2", "6.02e23", "12 000", "- 5", "1,5", "5 or 6")),
+    ("#### " * 100_000, None),
+    ("\\boxed{" * 100_000, None),
+]
+BOXED = [  # what is inside
+    ("18", "18"),
+    (r"\$18", "18"),
+    (r"\$1,\!000", "1000"),
+    (r"12\,000", "12000"),
+    (r"1{,}234.50", "1234.5"),
+    (r"18\text{ dollars}", "18"),
+    (r"\text{The answer is } 18", "18"),
+    (r"\text{18 eggs, all \textbf{large}}", "18"),
+    (r"18 \ \mathrm{cm}^2", "18"),
+    (r"50\%", "50"),
+    (r"45^{\circ}", "45"),
+    (r"\mathbf{{18}}", "18"),
+    (r"\boxed{18}", "18"),
+    (r"-\dfrac{1}{3}", "-1/3"),
+    (r"\frac{3}{4}", "0.75"),
+    (r"\frac{6}{8}\text{ of it}", "0.75"),
+    (r"\frac34", "0.75"),
+    (r"0.750", "0.75"),
+    (r"\frac{1,000}{2}", "500"),
+    (r"x = 5", "5"),
+    (r"3 \times 6 = 18", "18"),
+    (r"\frac{55}{3} \approx 18.33", "18.33"),
+    (r"20\text{ h} = 1200\text{ min}", "1200"),
+    (r"2\frac{1}{2}", None),
+    (r"2\sqrt{3}", None),
+    (r"\frac{\sqrt{2}}{2}", None),
+    (r"2\pi", None),
+    (r"10^{6}", None),
+    (r"x^2", None),
+    (r"x - 5", None),
+    (r"(3, 4)", None),
+    (r"3:4", None),
+    (r"\frac{1}{0}", None),
+    (r"\text{Yes}", None),
+    ("", None),
+]
+
+
 @pytest.mark.parametrize(
     "text, answer",
-    [
-        ("#### 72", "72"),
-        ("####72", "72"),
-        ("work\n#### 1,234", "1234"),
-        ("#### $1,080.", "1080"),
-        ("#### 50%", "50"),
-        ("#### 12 apples", "12"),
-        ("#### -5", "-5"),
-        ("#### \N{MINUS SIGN}5", "-5"),
-        ("#### -$5", "-5"),
-        ("#### 3.50", "3.5"),
-        ("#### .5", "0.5"),
-        ("#### 10.00", "10"),
-        ("#### 100", "100"),
-        ("#### 007", "7"),
-        ("#### -0", "0"),
-        ("#### 7\n#### 8", "8"),
-        ("#### 7\n#### none", "7"),
-        ("#### \n 9", "9"),
-        ("#### the answer is 9, not 10", "9"),
-        ("#### ", None),
-        ("####", None),
-        ("", None),
-        ("72", None),
-        ("### 72", None),
-        ("#### seventy-two", None),
-        ("#### ,,,", None),
-    ],
-)
-def test_extract_answer(text, answer):
-    assert reward.extract_answer(text) == answer
-
-
-@pytest.mark.parametrize(
-    "inside, answer",
-    [
-        ("18", "18"),
-        (r"\$18", "18"),
-        (r"\$1,\!000", "1000"),
-        (r"12\,000", "12000"),
-        (r"1{,}234.50", "1234.5"),
-        (r"18\text{ dollars}", "18"),
-        (r"\text{The answer is } 18", "18"),
-        (r"\text{18 eggs, all \textbf{large}}", "18"),
-        (r"18 \ \mathrm{cm}^2", "18"),
-        (r"50\%", "50"),
-        (r"45^{\circ}", "45"),
-        (r"\mathbf{{18}}", "18"),
-        (r"\boxed{18}", "18"),
-        (r"-\dfrac{1}{3}", "-1/3"),
-        (r"\frac{3}{4}", "0.75"),
-        (r"\frac{6}{8}\text{ of it}", "0.75"),
-        (r"\frac34", "0.75"),
-        (r"0.750", "0.75"),
-        (r"\frac{1,000}{2}", "500"),
-        (r"x = 5", "5"),
-        (r"3 \times 6 = 18", "18"),
-        (r"\frac{55}{3} \approx 18.33", "18.33"),
-        (r"20\text{ h} = 1200\text{ min}", "1200"),
-        (r"2\frac{1}{2}", None),
-        (r"2\sqrt{3}", None),
-        (r"\frac{\sqrt{2}}{2}", None),
-        (r"2\pi", None),
-        (r"10^{6}", None),
-        (r"x^2", None),
-        (r"x - 5", None),
-        (r"(3, 4)", None),
-        (r"3:4", None),
-        (r"\frac{1}{0}", None),
-        (r"\text{Yes}", None),
-        ("", None),
-    ],
-)
-def test_boxed_answers(inside, answer):
-    assert reward.extract_answer(f"So $$\\boxed{{{inside}}}$$ for 7 days.") == answer
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("The answer is 18.", "18"),
-        ("The answer is $18. 5 of them are left.", "18"),
-        ("the answer is: \\(18\\)", "18"),
-        ("The final answer is **18**", "18"),
-        ("**Answer:** $1,234.50", "1234.5"),
-        ("**Answer**: 12 eggs", "12"),
-        ("### Final Answer:\n\n18 eggs", "18"),
-        ("The answer is $\\boxed{18}$.", "18"),
-        ("The answer is 18, for 2 + 4 = 6 and 3 * 6 = 18", "18"),
-        ("The answer is 16 eggs - 3 eggs = 13 eggs.", "13"),
-        ("The answer is yes. There are 3.", None),
-        ("\\boxed{5} or rather \\boxed{6}", "6"),
-        ("\\boxed{5}\nThe answer is correct.", "5"),
-        ("#### 5\nThe answer is 6.", "6"),
-        ("The answer is 6.\n#### 5", "5"),
-        ("#### \\boxed{7}", "7"),
-        ("\\boxed{5}, so \\boxed{x + 1}", None),  # it has changed its mind, though not to a number
-        # Endings of Qwen2.5-Coder-0.5B-Instruct at temperature 1.
-        ("the cost of the boots is \\(\\boxed{-98}\\).", "-98"),
-        ("The original price of the book is \\(\\boxed{30.00}\\).", "30"),
-        ("```output\n119000\n```\nJill's annual salary is \\(\\boxed{119000}\\).", "119000"),
-        ("So, John spends \\boxed{35} hours a week taking care of dogs.", "35"),
-        ("   \\[\n   \\boxed{42.50 + 67.50 + 126.00}\n   \\]", None),
-        ("the total cost Terry spends on yogurt over 30 days is:\n\\[ \\boxed{", None),
-        ("the final chopped measurements are:\n- Full hour (500 cm)", None),
-        ("\\boxed{18", None),
-        ("answers to 18 questions", None),
-        ("#### 10 - 12 = -2", "-2"),
-        ("#### $10 - $12 = -$2", "-2"),
-        ("#### 72 (48 + 24)", "72"),
-        ("#### 3/4", "0.75"),
-        ("#### -\N{EURO SIGN}5", "-5"),
-        *(
-            (f"#### {text}", None)
-            for text in ("10 - 12", "12:30", "2 1/2", "6.02e23", "12 000", "- 5", "1,5", "5 or 6")
-        ),
-        ("#### " * 100_000, None),
-        ("\\boxed{" * 100_000, None),
-    ],
+    [*MARKED, *((f"So $$\\boxed{{{inside}}}$$ for 7 days.", answer) for inside, answer in BOXED)],
     ids=lambda value: repr(value)[:40],
 )
-def test_marks(text, answer):
+def test_extract_answer(text, answer):
     assert reward.extract_answer(text) == answer
 
 
@@ -212,40 +196,6 @@ def test_gsm8k_answers_agree_with_an_independent_reading():
             assert reward.extract_answer(f"{solution}\\[\\boxed{{\\${latex}\\text{{ a day}}}}\\]") == problem.answer
         total += len(problems)
     assert total == 8792
-
-
-@pytest.mark.parametrize(
-    "line, complaint",
-    [
-        ('{"question": "q"}', "has no field 'answer'"),
-        ('{"question": "q", "answer": "one"}', "end in '#### N'"),
-        ("{", "not JSON"),
-    ],
-)
-def test_a_bad_line_is_named(tmp_path, line, complaint):
-    (tmp_path / "train.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 3: ") as error:
-        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
-    assert complaint in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_byte_order_mark_and_a_missing_final_newline_are_no_matter(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes(b'\xef\xbb\xbf{"question": "q", "answer": "#### 1"}')
-    (tmp_path / "test.jsonl").write_bytes(b"")
-    assert [problem.answer for problem in reward.load_problems("gsm8k", "train", Source(str(tmp_path)))] == ["1"]
-
-
-def test_no_problems_or_no_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
-    (tmp_path / "train.jsonl").write_text("\n")
-    (tmp_path / "test.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="no train problems"):
-        reward.load_problems("gsm8k", "train", Source(str(tmp_path)))
-    with pytest.raises(
-        ValueError, match="unknown task 'gsm'; there are: arithmetic, times_tables, gsm8k, gsm8k_flexible, math, own"
-    ):
-        reward.load_problems("gsm", "train")
 
 
 # ---- math -----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import time
 
 import pytest
 import torch
-from conftest import fill_adapters, on_ranks
+from conftest import fill_adapters, on_ranks, sharded_policy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -12,8 +12,6 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
-from policy import Policy
-from runtime import setup
 
 UNEVEN = dict(intermediate_size=90, vocab_size=161, tie_word_embeddings=False)  # rows that 4 ranks cannot share evenly
 
@@ -35,14 +33,8 @@ class Memory(TorchDispatchMode):
         return out
 
 
-def sharded_model(folder, world, fsdp_size, param_offload, nf4=False):
-    model = setup.meta_model(str(folder), torch.bfloat16)
-    if nf4:
-        lora.quantize_base(model)
-    lora.inject(model, ["all-linear"], rank=5, alpha=10.0)
-    policy = Policy(model)
-    fsdp_utils.shard(policy, model.base_model.layers, world.device, fsdp_size, param_offload=param_offload)
-    fsdp_utils.load_weights(model, str(folder), world.device)
+def filled_model(folder, world, **options):
+    model = sharded_policy(folder, world, rank=5, **options).model
     fill_adapters(model, fsdp_utils.fill)
     return model
 
@@ -62,7 +54,7 @@ def streams(folder, ways):
     """For each (fsdp_size, param_offload): names that are not bit-equal to the whole merge, after many passes."""
     world, expected, wrong = fsdp_utils.init_world(), whole_merge(folder), []
     for fsdp_size, param_offload in ways:
-        model = sharded_model(folder, world, fsdp_size, param_offload)
+        model = filled_model(folder, world, fsdp_size=fsdp_size, param_offload=param_offload)
         frozen = [fsdp_utils.local(p).clone() for p in model.parameters() if not p.requires_grad]
         for options in [dict(), dict(release=True)] + [dict(prefetch=True)] * 5:
             names = []
@@ -86,7 +78,7 @@ def many_syncs(folder, count):
     """Of a bf16 base, and a tenth as often of an NF4 one: whether all bits stayed, while the adapters kept changing."""
     world, same = fsdp_utils.init_world(), []
     for nf4, syncs in ((False, count), (True, count // 10)):
-        model = sharded_model(folder, world, 0, False, nf4)
+        model = filled_model(folder, world, nf4=nf4)
         frozen = [fsdp_utils.local(p) for p in model.parameters() if not p.requires_grad]
         before = [shard.clone() for shard in frozen]
         trained = [fsdp_utils.local(p) for p in model.parameters() if p.requires_grad]
@@ -109,7 +101,7 @@ def test_w_is_the_same_after_many_syncs(model_folder, tmp_path, count):
 def peaks(folder):
     """Per way: the most bytes of any operation's tensors, what the stream itself reports, and its largest tensor."""
     world, found = fsdp_utils.init_world(), []
-    model = sharded_model(folder, world, 0, False)
+    model = filled_model(folder, world)
     lora.MERGED_AT_ONCE = 1 << 14
 
     def sizes(**options):
@@ -138,7 +130,7 @@ def test_a_pass_holds_one_tensor_and_with_prefetch_two(model_folder, tmp_path):
 def peaks_of_a_hoarder(folder):
     """With and without `release`: the peak, all bytes sent, and those still there for one who kept every tensor."""
     world, found = fsdp_utils.init_world(), []
-    model = sharded_model(folder, world, 0, False)
+    model = filled_model(folder, world)
     for release in (False, True):
         stats = fsdp_utils.SyncStats()
         kept = [w for _, w in fsdp_utils.summon_layers(model, world.device, stats=stats, release=release)]
@@ -158,7 +150,7 @@ def test_what_is_kept_is_counted_and_what_is_released_is_gone(model_folder, tmp_
 def survivals(folder):
     """Of all updates together, as the stream says and from whole tensors in float64; updates that rounding hurts."""
     world, stats, pairs = fsdp_utils.init_world(), fsdp_utils.SyncStats(), []
-    model = sharded_model(folder, world, 0, False)
+    model = filled_model(folder, world)
     for _, layer in lora.lora_layers(model):
         fsdp_utils.local(layer.adapters[lora.POLICY].lora_B).data.mul_(0.002)
     for _ in fsdp_utils.summon_layers(model, world.device, stats=stats):

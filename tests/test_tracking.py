@@ -2,7 +2,6 @@
 
 import fcntl
 import gzip
-import http.server
 import json
 import math
 import mmap
@@ -12,13 +11,13 @@ import struct
 import subprocess
 import sys
 import termios
-import threading
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_rows, serving, small_disk
 
 from benchmarks.soak import own_megabytes
 from benchmarks.what_bounds import own_times, table
@@ -49,7 +48,7 @@ def test_timeline(tmp_path, monkeypatch):
         log.step(step, {"reward/mean": 0.0, "completion/length_mean": 1.0, "rollout/tokens": 7})
         elapsed = time.perf_counter() - start
         log.phase("save")
-        (row,) = [row for row in map(json.loads, (tmp_path / "run/metrics.jsonl").open()) if row["step"] == step]
+        (row,) = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if row["step"] == step]
         phases = sum(value for name, value in row.items() if name.startswith("time/") and name != "time/step")
         assert row["time/step"] == pytest.approx(phases)
         assert row["tokens_per_second"] == pytest.approx(7 / (row["time/step"] - row.get("time/save", 0.0)))
@@ -119,30 +118,15 @@ def test_the_environment_decides_about_wandb(monkeypatch, tmp_path, environment,
         assert re.search(mode_or_error, str(error)) and "\n" not in str(error)
 
 
-class Refusing(http.server.BaseHTTPRequestHandler):
-    """A server that knows no API key."""
-
-    def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(401)
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.mark.parametrize("key, words", [(GOOD, "returned error 401"), (SHORT, "must have 40+ characters, has 5")])
 def test_a_bad_key_is_refused_before_anything_is_loaded(tmp_path, key, words):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        environment = os.environ | key | {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}"}
+    with serving(lambda path, body: (401, {})) as address:
+        environment = os.environ | key | {"WANDB_BASE_URL": address}
         environment |= {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_SILENT": "true"}
         command = "from runtime.wandb_run import choose_mode; choose_mode()"
         done = subprocess.run(
             [sys.executable, "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
         )
-        server.shutdown()
     error = done.stderr.splitlines()[-1]
     assert error.startswith("ValueError: wandb: ") and words in error and "WANDB_MODE=offline" in error
 
@@ -181,16 +165,11 @@ def test_no_fault_of_wandb_reaches_the_run(tmp_path, fault, lines):
     """A real offline run without a home, with wandb's process killed, and with a disk that gets full under it."""
     run = tmp_path / "runs"
     run.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(run)]
-    if fault == "full" and subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a file system")
-    try:
+    with small_disk(run, "1m") if fault == "full" else nullcontext():
         environment = os.environ | {"WANDB_MODE": "offline", "HOME": "/dev/null", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", FAILING, str(run), fault]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-        rows = [json.loads(line) for line in (run / "r" / "metrics.jsonl").read_text().splitlines()]
-    finally:
-        subprocess.run(["umount", "-l", str(run)], capture_output=True)
+        rows = read_rows(run / "r" / "metrics.jsonl")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-3000:]
     assert done.stdout.count("wandb fails (") == lines, done.stdout
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
@@ -274,7 +253,7 @@ def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
         r"step 3/3 \| groups 3/4 \| \d+\.\d s \(update \d+\.\d\) \| [\d,]+ tokens/s \| held-out accuracy 25.0% sampled"
     )
     assert re.fullmatch(line, lines[2])
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    rows = read_rows(tmp_path / "run/metrics.jsonl")
     assert rows[0] == {"step": 1, "time/step": 0}
     assert rows[1]["loss"] is None and rows[1]["policy/entropy"] is None, "measured, and not finite"
     assert "loss" not in logged[1] and all(math.isfinite(value) for metrics in logged for value in metrics.values())

@@ -7,23 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, on_ranks, torchrun
+from conftest import ROOT, on_ranks, read_rows, train
 from safetensors.torch import load_file
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
-
-
-def train(ranks: int, config: str, folder: Path, *options: str) -> tuple[list[dict], Path]:
-    """Runs a configuration; its metrics and its run folder."""
-    name = Path(config).stem
-    done = torchrun(
-        ranks, "train_grpo.py", "--config", str(ROOT / config), "--output_dir", str(folder / name),
-        *options,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    metrics = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in metrics] == list(range(len(metrics)))
-    return metrics, folder / name
 
 
 def test_arithmetic_learns(tmp_path):
@@ -43,7 +30,7 @@ def test_arithmetic_learns(tmp_path):
     adapters = [load_file(run / f"checkpoints/step_0000{n}/adapter/adapter_model.safetensors") for n in (15, 30)]
     assert adapters[0].keys() == adapters[1].keys()
     assert any((adapters[0][key] != adapters[1][key]).any() for key in adapters[0])
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    samples = read_rows(run / "samples.jsonl")
     assert {"train", "eval"} == {sample["kind"] for sample in samples}
     record = json.loads((run / "config.json").read_text())
     assert record["config"]["steps"] == 30 and record["environment"]["versions"]["torch"].startswith("2.")
@@ -67,7 +54,7 @@ def test_gsm8k_runs(tmp_path, ranks, tensor_parallel_size):
     metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, *options)
     assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"
-    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    samples = read_rows(run / "samples.jsonl")
     assert all(sample["prompt"].endswith("put your final answer within \\boxed{}.") for sample in samples)
 
 
@@ -87,13 +74,13 @@ def test_your_own_data_and_rewards(tmp_path):
     command = f"--model tiny {own} {rewards} {sizes} --output_dir {tmp_path}/own"
     on_ranks(2, train_on, command, folder=tmp_path)
     assert "54 problems to train on, 6 held out" in (tmp_path / "rank_0.txt").read_text()
-    _, *metrics = [json.loads(line) for line in (tmp_path / "own" / "metrics.jsonl").read_text().splitlines()]
+    _, *metrics = read_rows(tmp_path / "own" / "metrics.jsonl")
     for row in metrics:
         parts = row["reward/correct"] + row["reward/form"] + 0.5 * row["reward/short"]
         assert row["reward/mean"] == pytest.approx(parts, abs=1e-12) and row["reward/timeouts"] == 0
         assert row["reward/correct_std"] > 0 and row["reward/form"] <= 0.2
         assert -0.15 < row["reward/short"] < -0.05, "a sum and its end are 13 characters or fewer"
-    samples = [json.loads(line) for line in (tmp_path / "own" / "samples.jsonl").read_text().splitlines()]
+    samples = read_rows(tmp_path / "own" / "samples.jsonl")
     for sample in samples:
         truth = str(eval(sample["prompt"].rstrip("=")))
         right = sample["completion"].strip().endswith(f"#### {truth}")

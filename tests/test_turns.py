@@ -1,6 +1,5 @@
 """Conversations of several turns: what the environment says is read, and in no loss, mean or metric."""
 
-import json
 import math
 import random
 import sys
@@ -11,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EPSILON, ROOT, TINY, on_ranks
-from test_resume import NOISE
+from conftest import EPSILON, ROOT, TINY, on_ranks, refused
+from test_resume import rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fsdp_utils
@@ -520,12 +519,8 @@ def test_a_message_keeps_its_role():
     ],
 )
 def test_what_is_wrong_with_a_reply_is_said_in_a_line(template, reply, words):
-    with pytest.raises(ValueError) as error:
+    with refused("the reply ", "on Problem(prompt='2*3=', answer='6') and turn '5 '", *words):
         talk(template, reply)
-    message = str(error.value)
-    assert all(word in message for word in words), message
-    assert message.startswith("the reply ") and "\n" not in message
-    assert "on Problem(prompt='2*3=', answer='6') and turn '5 '" in message
 
 
 # ---- Whole runs -----------------------------------------------------------------------------------------------
@@ -536,10 +531,10 @@ def calculator_runs(out: Path) -> None:
     small = "--prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
     ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
     runs = [
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/whole --steps 2 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts --steps 1 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts --steps 2 {small} --resume"),
-        (train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo {ppo}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/whole/r --steps 2 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts/r --steps 1 {small}"),
+        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts/r --steps 2 {small} --resume"),
+        (train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo/r {ppo}"),
     ]
     alive = []
     for prepare, train, options in runs:
@@ -552,16 +547,12 @@ def calculator_runs(out: Path) -> None:
 def test_the_example_of_a_tool(tmp_path):
     """Runs are resumed bit by bit; samples show the whole conversation, and score its last turn."""
     on_ranks(2, calculator_runs, tmp_path, folder=tmp_path, timeout=600)
-
-    def rows(run: str, name: str) -> list[dict]:
-        lines = (tmp_path / run / f"{name}.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if not k.startswith(NOISE)} for line in lines]
-
-    assert rows("whole", "metrics") == rows("parts", "metrics") and rows("whole", "samples") == rows("parts", "samples")
+    for name in ("metrics", "samples"):
+        assert rows(tmp_path / "whole", name) == rows(tmp_path / "parts", name)
     called = Counter()
     for run in ("whole", "ppo"):
-        assert all(row["mismatch/kl"] < 1e-5 for row in rows(run, "metrics") if "mismatch/kl" in row)
-        for sample in rows(run, "samples"):
+        assert all(row["mismatch/kl"] < 1e-5 for row in rows(tmp_path / run) if "mismatch/kl" in row)
+        for sample in rows(tmp_path / run, "samples"):
             first, *rest = sample["completion"].split("<eos>")
             called[run] += len(rest)
             assert len(rest) <= 1

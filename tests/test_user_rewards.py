@@ -1,7 +1,5 @@
 """Functions of users' files: how they are called, what they may return, and what happens when they fail or hang."""
 
-import contextlib
-import http.server
 import json
 import os
 import random
@@ -9,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, on_ranks
+from conftest import ROOT, TINY, on_ranks, serving
 from transformers import AutoTokenizer
 
 import fsdp_utils
@@ -238,36 +235,22 @@ def test_workers_end_with_their_rank(file):
 # ---- Examples ---------------------------------------------------------------------------------------------------
 
 
-class Judge(http.server.BaseHTTPRequestHandler):
+def wise(path: str, body: bytes) -> tuple[int, dict]:
     """Answers as OpenAI's API does: so many points as the answer has letters a; "slow" takes too long."""
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = request["messages"][0]["content"]
-        answer = question.partition("Answer: ")[2].partition("\n")[0]
-        time.sleep(3 if answer == "slow" else 0)
-        assert self.path == "/v1/chat/completions" and request["model"] == "wise"
-        reply = json.dumps({"choices": [{"message": {"content": f"I give {answer.count('a')} points."}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(reply)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        with contextlib.suppress(BrokenPipeError):  # who asked was killed for being late
-            self.wfile.write(reply)
-
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
+    request = json.loads(body)
+    answer = request["messages"][0]["content"].partition("Answer: ")[2].partition("\n")[0]
+    time.sleep(3 if answer == "slow" else 0)
+    assert path == "/v1/chat/completions" and request["model"] == "wise"
+    return 200, {"choices": [{"message": {"content": f"I give {answer.count('a')} points."}}]}
 
 
 def test_the_judge(monkeypatch):
     """examples/judge.py against a server; one reply that does not come in time counts 0 and stops nothing."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("JUDGE_URL", f"http://127.0.0.1:{server.server_port}/v1")
+    with serving(wise) as address:
+        monkeypatch.setenv("JUDGE_URL", f"{address}/v1")
         monkeypatch.setenv("JUDGE_MODEL", "wise")
         rows = [{"prompt": "q", "completion": text} for text in ("banana", "x", "slow", "a" * 30)]
         rewards = score([str(ROOT / "examples" / "judge.py:judge")], rows, timeout=2.0)
-        server.shutdown()
     assert total_rewards(rewards).tolist() == [0.3, 0.0, 0.0, 1.0] and total_rewards(rewards).dtype == torch.float64
     assert [len(reward.timeouts) for reward in rewards] == [0, 0, 1, 0]
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -43,7 +43,7 @@ from runtime.run import Prompt, Scorer
 from runtime.setup import build_engine, check_world, meta_model, model_folder, read_model_config
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
-from runtime.tracking import environment, hardware
+from runtime.tracking import environment, hardware, json_lines
 from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
@@ -75,7 +75,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         settings = dataclasses.asdict(read_config_file(given.config))
     if given.run_folder:
         folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
-        settings = read_settings(folder)
+        settings |= checkpoint.read_saved(folder).settings
         if settings["lora_rank"]:
             adapter = str(folder / "adapter")
         else:
@@ -83,7 +83,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     elif given.config:
         adapter = adapter or settings["lora_adapter_path"]
     elif adapter and (Path(adapter).parent / "state.json").is_file():  # of the run that trained it
-        settings = read_settings(Path(adapter).parent)
+        settings |= checkpoint.read_saved(Path(adapter).parent).settings
     if not adapter:  # with sync adapter, vLLM would wait for one
         return dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged"), given.out, []
 
@@ -113,42 +113,29 @@ def find_checkpoint(run: Path, which: str) -> Path:
     """The folder of a run's checkpoint: "latest", "best", or that of a step."""
     if which.isdecimal():
         folder = run / "checkpoints" / f"step_{int(which):06d}"
-    elif which in ("latest", "best"):
-        if not (run / which).is_file():
-            raise ValueError(f"run {str(run)!r} has no {which} checkpoint")
+    elif which in ("latest", "best") and (run / which).is_file():
         folder = run / (run / which).read_text().strip()
     else:
-        raise ValueError(f"checkpoint must be latest, best or a step, not {which!r}")
+        raise ValueError(f"run {str(run)!r} has no checkpoint {which!r}; ask for latest, best or a step")
     error = checkpoint.integrity_error(folder)
     if error:
         raise ValueError(f"checkpoint {str(folder)!r} cannot be used: {error}")
     return folder
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run that wrote a checkpoint."""
-    try:
-        return dataclasses.asdict(Config(**json.loads((folder / "state.json").read_text())["config"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None
-
-
 # ---- In vLLM --------------------------------------------------------------------------------------------------
 
 
 class Sampler(NamedTuple):
-    """vLLM with the model that is evaluated, and the problems."""
+    """vLLM with the model that is evaluated, and the problems: a `Run` without what trains."""
 
     config: Config
     world: fsdp_utils.World
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    test_prompts: list[Prompt]
     scorer: Scorer
     engine: Engine
     doubts: list[str]  # about the base that the adapter is evaluated on
-
-    def evaluate(self) -> Evaluation:
-        return evaluate_prompts(self.engine, self.prompts, self.config, self.scorer, self.tokenizer, self.world)
 
 
 def setup() -> tuple[Sampler, Path]:
@@ -162,7 +149,7 @@ def setup() -> tuple[Sampler, Path]:
     folder = fsdp_utils.on_first_rank(lambda: new_folder(out))
     model = model_folder(config)
     tokenizer = load_tokenizer(model, started(config), config.chat_template_kwargs)
-    _, prompts = load_prompts(dataclasses.replace(config, eval_problems=ALL), tokenizer)
+    _, prompts = load_prompts(config, tokenizer)
     model_config = read_model_config(model)
     check_prompts(config, model_config, prompts)
     stops = find_stops(config, tokenizer, model_config)
@@ -176,7 +163,7 @@ def setup() -> tuple[Sampler, Path]:
             engine.load_adapter(config.lora_adapter_path)
         elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(files)))
-    sampler = Sampler(config, world, tokenizer, prompts[: config.eval_problems], scorer, engine, doubts)
+    sampler = Sampler(config, world, tokenizer, prompts, scorer, engine, doubts)
     if world.rank == 0:
         print_header(sampler)
     return sampler, folder
@@ -184,8 +171,8 @@ def setup() -> tuple[Sampler, Path]:
 
 def started(config: Config) -> str:
     """The date that the prompts of a checkpoint's run show, see `Progress`; "" if it is no checkpoint's."""
-    state = Path(config.lora_adapter_path or config.model).parent / "state.json"
-    return json.loads(state.read_text())["progress"].get("started", "") if state.is_file() else ""
+    folder = Path(config.lora_adapter_path or config.model).parent
+    return checkpoint.read_saved(folder).progress.started if (folder / "state.json").is_file() else ""
 
 
 def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -212,7 +199,7 @@ def print_header(sampler: Sampler) -> None:
         print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
         for doubt in sampler.doubts:
             print(f"       {doubt}")
-    print(f"task   {config.task}, {len(sampler.prompts):,} test problems, {config.eval_samples} samples of each")
+    print(f"task   {config.task}, {len(sampler.test_prompts):,} test problems, {config.eval_samples} samples of each")
     print(f"world  {sampler.world.size} x {hardware()}", flush=True)
 
 
@@ -249,7 +236,7 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
 
 def evaluate(sampler: Sampler, folder: Path) -> None:
     """Samples, scores, prints and writes."""
-    evaluation, prompts = sampler.evaluate(), sampler.prompts
+    evaluation, prompts = evaluate_prompts(sampler), sampler.test_prompts
     if sampler.world.rank > 0:
         return
     metrics = measure(evaluation)
@@ -259,13 +246,11 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
             shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
             print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    rewards = evaluation.rewards
-    records = sample_records(prompts + prompts, evaluation.completions, rewards, sampler.config, sampler.tokenizer)
-    with open(folder / "samples.jsonl", "w", errors="backslashreplace") as file:
-        for completion, record in zip(evaluation.completions, records):
-            kind = "sampled" if completion.request < len(prompts) else "greedy"
-            record = {"problem": completion.request % len(prompts), "kind": kind} | record
-            file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+    completions, rewards = evaluation.completions, evaluation.rewards
+    samples = sample_records(sampler, 2 * prompts, completions, rewards)
+    places = [divmod(completion.request, len(prompts)) for completion in completions]  # sampled ones, then greedy ones
+    keys = [{"problem": problem, "kind": ("sampled", "greedy")[kind]} for kind, problem in places]
+    (folder / "samples.jsonl").write_bytes(json_lines([key | sample for key, sample in zip(keys, samples)]))
     results = {"metrics": metrics, "problems": len(prompts), "processes": sampler.world.size}
     results |= {"config": dataclasses.asdict(sampler.config), "environment": environment()}
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
