@@ -6,8 +6,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 KEPT = 1 << 30  # bytes, of one array, and at the end of the heap
 
 
-def keep_freed_memory() -> None:
-    """Lets the process use the memory of large arrays again.
+def keep_freed_memory(most: int = KEPT) -> None:
+    """Lets the process use the memory of arrays up to `most` bytes again.
 
     By default glibc maps what exceeds 32 MiB anew each time, and the system fills its pages with zeros: the logits of
     256 sequences, for every token that they generate.
@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:  # only glibc has it
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            set_option(option, KEPT)
+            set_option(option, most)
 
 
 def release_free_memory() -> None:
