@@ -347,6 +347,7 @@ def train(run: Run) -> None:
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
         engine.sleep()  # until the sync
+        run.prefetch_rollout(step + 1)  # with max_staleness 1, sampled while this step learns
         metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
         metrics |= part_metrics(scored)
         metrics["rollout/kept_frac"] = len(kept) / len(scores)

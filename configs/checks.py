@@ -53,6 +53,16 @@ def check_together(c: Any) -> None:
         f"updates_per_rollout must divide prompts_per_step, not {c.updates_per_rollout}",
     )
 
+    # Separate generators
+    refuse(
+        c.rollout_ranks and c.sleep_level,
+        f"sleep_level {c.sleep_level} frees memory that trainer and sampler share; with rollout_ranks set it to 0",
+    )
+    refuse(
+        c.max_staleness and not c.rollout_ranks,
+        "max_staleness needs processes that generate during the update; set rollout_ranks above 0",
+    )
+
     # Names
     refuse(not c.target_modules, "target_modules must be a list of names, or [all-linear], not []")
     refuse(
@@ -148,6 +158,10 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     refuse(
         algorithm.settings.get("max_rollouts", 1) > 1 and c.max_rollouts == 1,
         f"{name} leaves out groups of equal rewards and samples others: max_rollouts must exceed 1",
+    )
+    refuse(
+        c.max_staleness and c.tis_mode == "off",
+        "max_staleness 1 learns from an older policy, which needs importance weights: tis_mode must not be off",
     )
     refuse(
         c.max_rollouts > 1 and c.group_size == 1,
