@@ -15,6 +15,7 @@ then waits until it is complete, so weights arrive between rollouts and never in
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -128,7 +129,7 @@ class Link:
 
 
 class RemoteEngine:
-    """The generators' engines, with the interface of `rollout.Engine`. All trainers call it alike, as an Engine."""
+    """The generators' engines, with what a run needs of `rollout.Engine`. All trainers call it alike, as an Engine."""
 
     sleep_level, copies_at_once = 0, True  # a tensor has been sent when `load_weights` asks for the next one
 
@@ -196,8 +197,8 @@ class RemoteEngine:
             self.link.broadcast(None)
 
     def metrics(self) -> dict[str, float]:
-        """How far the last rollout was behind the policy that learned from it, and the seconds waited since the last
-        call.
+        """How many steps the prefetched rollout was behind the policy that learned from it, and the seconds that each
+        side waited since the last call.
         """
         waited = {"time/trainer_wait": self.trainer_wait, "time/generator_wait": self.generator_wait}
         metrics = {"rollout/staleness": self.staleness} | waited
@@ -259,7 +260,13 @@ class Generator:
             except (ValueError, OSError, Stopped) as error:
                 answer = error
             ready = time.perf_counter()  # from here on it waits: trainers that are busy take the answer later
-            self.link.answer((answer, waited))
+            self.link.answer((self.agreed(answer), waited))
+
+    def agreed(self, answer: Any) -> Any:
+        """This generator's answer, unless one of them has an exception. Collective."""
+        errors: list[Exception | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, answer if isinstance(answer, Exception) else None)
+        return next(filter(None, errors), answer)
 
     def describe(self) -> tuple[torch.dtype, int, int]:
         return self.engine.dtype, self.engine.kv_cache_tokens, self.engine.engines
@@ -275,7 +282,11 @@ class Generator:
         return answers
 
     def load_weights(self) -> bool:
-        self.engine.load_weights(self.link.receive_tensors(self.device))
+        stream = self.link.receive_tensors(self.device)
+        try:
+            self.engine.load_weights(stream)
+        finally:
+            deque(stream, maxlen=0)  # after an error, what the trainers still send
         return True
 
     def load_adapter(self, files: dict[str, bytes], name: str) -> bool:
