@@ -64,6 +64,7 @@ def rank_of(pid: int) -> int:
     return int(dict(variable.split(b"=", 1) for variable in variables if variable)[b"RANK"])
 
 
+@pytest.mark.slow
 def test_a_step_behind_it_learns_and_survives_a_killed_generator(tmp_path):
     """No problem is lost or repeated, though at the kill a batch had been sampled ahead."""
     options = ["--prompts_per_step", "16", "--group_size", "16", "--eval_problems", "64", "--eval_every", "60"]
