@@ -10,8 +10,8 @@ the first two and the last.
 import argparse
 import json
 import os
-import statistics
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
