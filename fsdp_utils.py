@@ -48,8 +48,11 @@ class World:
         return values.div_(group_size(self.sequence_group))
 
 
-def init_world() -> World:
-    """Joins the process group of torchrun; without torchrun, the world is this one process."""
+def init_world(store: dist.Store | None = None) -> World:
+    """Joins the process group of torchrun; without torchrun, the world is this one process.
+
+    store: where the ranks of the environment meet; None: torchrun's.
+    """
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -65,7 +68,8 @@ def init_world() -> World:
         device = torch.device("cpu")
     if not dist.is_initialized():
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=LONGEST_WAIT)
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -9,7 +9,7 @@ import runtime.quiet  # noqa: F401, I001  before torch
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain, count
@@ -216,6 +216,10 @@ class Engine:
         (output,) = self.llm.generate([prompt], params, lora_request=self.adapter(adapter), use_tqdm=False)
         return [entry[token].logprob for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:])]
 
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What `function(engine, *arguments)` returns for each engine that this process asks: here, this one alone."""
+        return [function(self, *arguments)]
+
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces weights by a stream of (Hugging Face name, whole tensor); all ranks of an engine pass the same.
 
@@ -289,6 +293,13 @@ class Engine:
         if part in self.asleep:
             self.llm.wake_up([part])
             self.asleep.remove(part)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the last step: nothing, but see `RemoteEngine` (runtime/generators.py)."""
+        return {}
+
+    def close(self) -> None:
+        """Ends nothing: this engine ends with its process."""
 
 
 def start_vllm(model: str, **options: Any) -> "vllm.LLM":

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, chain, cycle, islice
 
 import torch
@@ -35,6 +35,7 @@ from configs.base import Config
 from policy import Policy
 from rollout import Engine
 from runtime.adapter_files import save_adapter
+from runtime.generators import AnyEngine
 from runtime.packing import CONVOLUTIONS, pack
 from runtime.shared_memory import first_on_host, shared_folder
 
@@ -54,10 +55,12 @@ MIN_ERROR = 0.12  # of the probe in vLLM, as a share of its effect: smaller diff
 class WeightSync:
     """Sends the policy to vLLM, and verifies that it arrived."""
 
-    def __init__(self, policy: Policy, engine: Engine, config: Config, prompts: list[list[int]], device: torch.device):
+    def __init__(
+        self, policy: Policy, engine: AnyEngine, config: Config, prompts: list[list[int]], device: torch.device
+    ):
         """prompts: token ids, of which the texts that both sides score are made."""
         self.policy, self.engine, self.config, self.device = policy, engine, config, device
-        self.held, self.count = HeldWeights(engine), 0
+        self.count = 0
         self.probe = Probe(policy, engine, self.send, probe_texts(prompts, config.max_model_len - 1), device)
 
     def update_weights(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
@@ -86,7 +89,7 @@ class WeightSync:
             self.engine.load_weights(read_back.recording(self.weights(modules, stats)))
             metrics = stats.metrics()
         self.engine.wake("kv_cache")
-        metrics |= read_back.check(self.held)
+        metrics |= read_back.check(self.engine)
         return metrics | {"sync/seconds": time.perf_counter() - start}
 
     def weights(
@@ -103,7 +106,7 @@ class WeightSync:
         )
 
 
-def send_adapter(policy: Policy, engine: Engine, read_back: "ReadBack") -> dict[str, float]:
+def send_adapter(policy: Policy, engine: AnyEngine, read_back: "ReadBack") -> dict[str, float]:
     """Sends the adapter alone: one rank of each host writes it to a folder in memory, and vLLM loads it."""
     names: dict[Tensor, str] = {}
     for path, layer in lora.lora_layers(policy.model):
@@ -149,25 +152,31 @@ class ReadBack:
             yield name, tensor
             del tensor  # this generator must not keep it while the next one is gathered
 
-    def check(self, held: "HeldWeights") -> dict[str, float]:
+    def check(self, engine: AnyEngine) -> dict[str, float]:
         """Raises RuntimeError, on all ranks, if vLLM holds other values. Collective."""
-        read, difference = 0, None
-        for name, (columns, values) in self.samples.items():
-            part = held.read(name, columns)
-            if part is None:
-                continue
-            read += 1
-            expected = values[[row for row in part.rows if row < len(values)]][:, part.places]
-            found = part.values[: len(expected)].to(expected.device)  # without zeros that pad a rank or a vocabulary
-            wrong = ~((expected - found).abs() <= DENORMAL)  # True for NaN, too
-            if wrong.any() and not difference:
-                difference = f"{wrong.sum()} of {wrong.numel()} values of {name}"
-        differences: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(differences, difference)
-        if any(differences):
-            first = next(filter(None, differences))
-            raise RuntimeError(f"vLLM does not hold the weights that were sent: {first} differ")
-        return {"sync/read_back_frac": read / max(1, len(self.samples))}
+        found = engine.run(compare_held, self.samples)
+        everywhere: list = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, found)
+        for _, difference in chain.from_iterable(everywhere):
+            if difference:
+                raise RuntimeError(f"vLLM does not hold the weights that were sent: {difference} differ")
+        return {"sync/read_back_frac": found[0][0] / max(1, len(self.samples))}
+
+
+def compare_held(engine: Engine, samples: dict[str, tuple[list[int], Tensor]]) -> tuple[int, str | None]:
+    """How many of the tensors were read out of an engine, and the first that differs from its sample; None: none."""
+    held, read, difference = held_weights(engine), 0, None
+    for name, (columns, values) in samples.items():
+        part = held.read(name, columns)
+        if part is None:
+            continue
+        read += 1
+        expected = values[[row for row in part.rows if row < len(values)]][:, part.places]
+        found = part.values[: len(expected)].to(expected.device)  # without zeros that pad a rank or a vocabulary
+        wrong = ~((expected - found).abs() <= DENORMAL)  # True for NaN, too
+        if wrong.any() and not difference:
+            difference = f"{wrong.sum()} of {wrong.numel()} values of {name}"
+    return read, difference
 
 
 @dataclass(frozen=True)
@@ -232,6 +241,9 @@ class HeldWeights:
         return found
 
 
+held_weights = cache(HeldWeights)  # its linears never change
+
+
 class HeldLinear:
     """A linear of the checkpoint inside vLLM: alone or fused with others by rows, whole or one rank's share."""
 
@@ -292,7 +304,7 @@ class Probe:
     def __init__(
         self,
         policy: Policy,
-        engine: Engine,
+        engine: AnyEngine,
         send: Callable[[bool], object],
         texts: list[list[int]],
         device: torch.device,
@@ -374,16 +386,21 @@ class Probe:
         return self.policy(packed).logprobs
 
     def sampler_logprobs(self, everything: bool = False) -> Tensor:
-        """Of the texts, by vLLM, after sending it the policy's current weights."""
+        """(engines, tokens) of the texts, by each vLLM, after sending it the policy's current weights."""
         self.send(everything)
-        found = [logprob for text in self.texts for logprob in self.engine.logprobs(text)]
+        found = self.engine.run(score, self.texts)
         self.engine.sleep()
         return torch.tensor(found, device=self.device)
 
 
+def score(engine: Engine, texts: list[list[int]]) -> list[float]:
+    """Logprobs of all texts' tokens, by an engine."""
+    return [logprob for text in texts for logprob in engine.logprobs(text)]
+
+
 def distance(found: Tensor, expected: Tensor) -> float:
-    """Mean absolute difference: the largest of all ranks, since each engine has its own. Collective."""
-    mean = (found - expected).abs().mean()
+    """Mean absolute difference over the last dimension: the largest of all engines and ranks. Collective."""
+    mean = (found - expected).abs().mean(-1).max()
     dist.all_reduce(mean, dist.ReduceOp.MAX)
     return mean.item()
 

@@ -264,7 +264,9 @@ def policy_loss(
     old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
     loss, info = loss_of(logprobs, old_logprobs, batch, config)
 
-    # Sampler and trainer have the same weights but compute differently. TIS corrects that: arXiv 2508.18756.
+    # Sampler and trainer have the same weights but compute differently. TIS corrects that: arXiv 2508.18756. With
+    # max_staleness 1 the sampler's weights are also a step older, and the same weight corrects for both, while ratios
+    # stay those to the policy before this step: the decoupled objective of AReaL, arXiv 2505.24298.
     mismatch = old_logprobs - batch.sampler_logprobs
     info |= {
         "mismatch/abs_logprob_diff": mismatch.abs(),
@@ -347,6 +349,7 @@ def train(run: Run) -> None:
             if len(kept) == config.prompts_per_step * config.group_size:
                 break
         engine.sleep()  # until the sync
+        run.prefetch_rollout(step + 1)  # with max_staleness 1, sampled while this step learns
         metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
         metrics |= part_metrics(scored)
         metrics["rollout/kept_frac"] = len(kept) / len(scores)

@@ -152,6 +152,7 @@ def train(run: Run) -> None:
         prompts = run.next_prompts(config.prompts_per_step)
         completions = engine.generate(rollout_requests(prompts, config, step))
         engine.sleep()  # until the sync
+        run.prefetch_rollout(step + 1)  # with max_staleness 1, sampled while this step learns
 
         # 2. reward
         log.phase("reward")

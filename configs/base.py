@@ -74,6 +74,12 @@ class Config:
         None,
         "adapter (default if possible) sends the adapter, merged new weights; straight_through trains with these, too.",
     )
+    rollout_ranks: int = option(
+        0, "The last so many processes only generate, the others only train; 0: all do both.", least=0
+    )
+    max_staleness: Literal[0, 1] = option(
+        0, "1: processes that only generate sample the next step's batch during the update, with the weights before it."
+    )
     sleep_level: Literal[0, 1, 2] = option(
         0, "During updates vLLM's weights stay (0), move to the host (1) or are dropped and sent again (2)."
     )

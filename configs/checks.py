@@ -53,6 +53,16 @@ def check_together(c: Any) -> None:
         f"updates_per_rollout must divide prompts_per_step, not {c.updates_per_rollout}",
     )
 
+    # Separate generators
+    refuse(
+        c.rollout_ranks and c.sleep_level,
+        f"sleep_level {c.sleep_level} frees memory that trainer and sampler share; with rollout_ranks set it to 0",
+    )
+    refuse(
+        c.max_staleness and not c.rollout_ranks,
+        "max_staleness needs processes that generate during the update; set rollout_ranks above 0",
+    )
+
     # Names
     refuse(not c.target_modules, "target_modules must be a list of names, or [all-linear], not []")
     refuse(
@@ -134,6 +144,10 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     refuse(
         algorithm.whole_sequences and c.tis_mode.startswith("token"),
         f"{name} weighs whole completions: tis_mode must be sequence..., not {c.tis_mode!r}",
+    )
+    refuse(
+        c.max_staleness and c.tis_mode == "off",
+        "max_staleness 1 learns from an older policy, which needs importance weights: tis_mode must not be off",
     )
     refuse(
         algorithm.reference and c.kl_coef,

@@ -64,9 +64,17 @@ def first_to_fail() -> bool:
     if not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", "0") == "0"  # of each machine: the others may have no error
     try:
-        return dist.distributed_c10d._get_default_store().add("first_to_fail", 1) == 1
+        return common_store().add("first_to_fail", 1) == 1
     except RuntimeError:  # the machine that keeps the store is gone
         return True
+
+
+def common_store() -> dist.Store:
+    """The store of all processes, of whichever world (runtime/generators.py)."""
+    store = dist.distributed_c10d._get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 @contextmanager
@@ -91,7 +99,7 @@ def watch_other_ranks(over: Event) -> None:
     while not dist.is_initialized():
         if over.wait(WATCH_EVERY):
             return
-    store = dist.distributed_c10d._get_default_store().clone()  # a waiting rank keeps the store's own connection busy
+    store = common_store().clone()  # a waiting rank keeps the store's own connection busy
     with suppress(RuntimeError):  # the machine that keeps the store is gone
         while not store.check(["first_to_fail"]):
             if over.wait(WATCH_EVERY):

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from configs.base import Config
 from fsdp_utils import World
 from policy import Policy
-from rollout import Engine
 from runtime.checkpoint import Progress, Saved
 from runtime.conversation import Reply, Request, mix_seeds, single_turn
 from runtime.data import Problem
+from runtime.generators import AnyEngine
 from runtime.health import HealthMonitor
 from runtime.signals import StopRequest
 from runtime.tracking import RunLog
@@ -42,7 +42,7 @@ class Run:
     train_prompts: list[Prompt]
     test_prompts: list[Prompt]
     scorer: Scorer
-    engine: Engine
+    engine: AnyEngine
     policy: Policy
     optimizer: torch.optim.Optimizer
     log: RunLog
@@ -66,6 +66,16 @@ class Run:
         """The next training prompts, in an order that the seed decides."""
         self.prompts_drawn += count
         return list(islice(self.upcoming, count))
+
+    def prefetch_rollout(self, step: int) -> None:
+        """With `max_staleness` 1, has the generators sample a step's first rollout with the weights that they have now.
+
+        Its prompts are not drawn yet: a run that resumes before that step samples it anew.
+        """
+        if self.config.max_staleness and step <= self.config.steps:
+            prompts = list(islice(self.upcoming, self.config.prompts_per_step))
+            self.upcoming = chain(prompts, self.upcoming)
+            self.engine.prefetch(rollout_requests(prompts, self.config, step))
 
     def complete_step(self, step: int) -> None:
         """From here on, a checkpoint is one of this step, even if the next step has begun when it is written.
@@ -93,6 +103,11 @@ def rollout_requests(prompts: list[Prompt], config: Config, step: int, attempt: 
 def request_of(prompt: Prompt, samples: int, temperature: float, seed: int) -> Request:
     """A request for completions of a prompt, in its environment."""
     return Request(prompt.token_ids, samples, temperature, seed, environment=prompt.environment)
+
+
+def environments(prompts: list[Prompt]) -> list[Callable[[], Reply]]:
+    """Those of the prompts, each once."""
+    return list(dict.fromkeys(prompt.environment for prompt in prompts))
 
 
 def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:

@@ -1,11 +1,16 @@
 """From a configuration to a `Run`: the model, the prompts, the sharded policy, the engine, a checkpoint."""
 
 import math
+import os
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,11 +34,12 @@ from runtime import adapter_files, checkpoint
 from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
 from runtime.files import check_parent, check_tied_head, find_model, locked, one_line_errors
+from runtime.generators import AnyEngine, Generator, Link, RemoteEngine, init_worlds
 from runtime.optimize import make_optimizer, schedule
 from runtime.packing import CONVOLUTIONS, RECURRENT
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
-from runtime.run import Run
+from runtime.run import Run, environments
 from runtime.sequence_parallel import neighbours
 from runtime.shared_memory import fast_folder
 from runtime.tracking import RunLog, in_use
@@ -45,9 +51,14 @@ IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters o
 
 
 def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
-    """Builds all parts of a run. Raises ValueError or OSError, of one line, for errors that the user can fix."""
+    """Builds all parts of a run. Raises ValueError or OSError, of one line, for errors that the user can fix.
+
+    In a process that only generates (`rollout_ranks`) it does not return: the run is the trainers'.
+    """
     reward.find_task(config.task)
-    world = fsdp_utils.init_world()
+    world, link = init_worlds(config.rollout_ranks)
+    if link and link.generates:
+        serve_trainers(config, world, link)
     check_world(config, world)
     world = replace(world, sequence_group=neighbours(config.sequence_parallel_size))
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
@@ -69,7 +80,9 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
         with progress_bar("starting vLLM"):
-            engine = build_engine(config, files, stops, lora.target_names(policy.model))
+            known = environments(train_prompts + test_prompts)
+            make = partial(RemoteEngine, link, known, progress.started) if link else Engine
+            engine = build_engine(config, files, stops, lora.target_names(policy.model), make)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(
         config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
@@ -83,10 +96,13 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
 
 def check_world(config: Config, world: fsdp_utils.World) -> None:
     """Raises ValueError for groups of ranks that do not divide their number."""
-    for name in ("tensor_parallel_size", "fsdp_size", "sequence_parallel_size"):
-        size = getattr(config, name) or world.size
-        if world.size % size:
-            raise ValueError(f"{name} {size} does not divide the number of processes, {world.size}")
+    generates = config.rollout_ranks or world.size
+    sides = {"tensor_parallel_size": generates, "fsdp_size": world.size, "sequence_parallel_size": world.size}
+    for name, ranks in sides.items():
+        size = getattr(config, name) or ranks
+        if ranks % size:
+            side = f" that {'generate' if name == 'tensor_parallel_size' else 'train'}" if config.rollout_ranks else ""
+            raise ValueError(f"{name} {size} does not divide the number of processes{side}, {ranks}")
 
 
 def print_header(run: Run) -> None:
@@ -102,7 +118,8 @@ def print_header(run: Run) -> None:
     task = " ".join(filter(None, (config.task, config.data, *config.reward)))
     log.print(f"task   {task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out")
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
-    log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s)")
+    apart = f" in {config.rollout_ranks} process(es) of their own" if config.rollout_ranks else ""
+    log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s){apart}")
     weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
     states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # gradient and Adam's moments
     log.print(
@@ -214,9 +231,15 @@ def model_folder(config: Config) -> str:
     return fsdp_utils.on_first_rank(find)
 
 
-def build_engine(config: Config, folder: str, stops: Stops, targets: list[str] | None = None) -> Engine:
+def build_engine(
+    config: Config,
+    folder: str,
+    stops: Stops,
+    targets: list[str] | None = None,
+    make: Callable[..., AnyEngine] = Engine,
+) -> AnyEngine:
     """The sampler, with the weights of the model's folder, for adapters of these target modules (None: of any)."""
-    return Engine(
+    return make(
         folder,
         dtype=config.compute_dtype,
         tensor_parallel_size=config.tensor_parallel_size,
@@ -224,13 +247,26 @@ def build_engine(config: Config, folder: str, stops: Stops, targets: list[str] |
         max_completion_length=config.max_completion_length,
         stop_texts=stops.texts,
         stop_token_ids=stops.token_ids,
-        max_num_seqs=sequences_at_once(config, dist.get_world_size(), gpu_memory()),
+        max_num_seqs=sequences_at_once(config, config.rollout_ranks or dist.get_world_size(), gpu_memory()),
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
         lora_targets=targets,
         seed=config.seed,
     )
+
+
+def serve_trainers(config: Config, world: fsdp_utils.World, link: Link) -> NoReturn:
+    """Builds an engine when the trainers ask for it, and does with it what they ask until they end the run."""
+    started, options = link.broadcast()
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the trainers say the same
+        folder = model_folder(config)
+        prompts = chain.from_iterable(load_prompts(config, load_tokenizer(folder, started)))
+    with fast_folder(folder) as files:
+        engine = Engine(files, **options)
+    engine.stop.listen()
+    Generator(engine, link, environments(prompts), world.device).serve()
+    sys.exit()
 
 
 def sequences_at_once(config: Config, ranks: int, gpu_bytes: float) -> int:

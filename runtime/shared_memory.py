@@ -20,8 +20,8 @@ PLACES = (Path("/dev/shm"), Path(tempfile.gettempdir()))  # for shared folders: 
 
 
 def first_on_host() -> bool:
-    """True on one rank of each host."""
-    return os.environ["LOCAL_RANK"] == "0"
+    """True on one rank of each host: its first, or the world's, which may begin in the middle of a host."""
+    return "0" in (os.environ["LOCAL_RANK"], os.environ["RANK"])
 
 
 @contextmanager

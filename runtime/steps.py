@@ -35,6 +35,7 @@ def finish_step(run: Run, step: int, metrics: dict[str, float]) -> None:
     Stopped.
     """
     config, last = run.config, step == run.config.steps
+    metrics |= run.engine.metrics()
     run.log.step(step, metrics)
     run.health.check(metrics, run.progress)
     reason = run.health.reason_to_stop(step, metrics, run.samples, run.progress)
@@ -51,6 +52,7 @@ def finish_step(run: Run, step: int, metrics: dict[str, float]) -> None:
 
 def finish_training(run: Run) -> None:
     """Closes the log, and prints where everything is. Raises OSError if the last step could not be saved."""
+    run.engine.close()
     run.log.close()
     folder, kind = run.log.folder, "adapter" if run.config.lora_rank else "model"
     saved = run.saved_step and folder / "checkpoints" / f"step_{run.saved_step:06d}" / kind
@@ -70,6 +72,7 @@ def finish_stopped(run: Run) -> None:
     saved = "saved" if run.saved_step == run.progress.step else "could not save"
     where = f"after step {run.progress.step}, and {saved}" if begun else "before the first step"
     run.log.print(f"stopped {where}. To go on, add --resume to the command.")
+    run.engine.close()
     run.log.close()
 
 

@@ -118,13 +118,20 @@ def test_replicas_across_machines(machines, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_machine_that_dies_ends_the_others(machines, victim):
-    script = [str(ROOT / "train_grpo.py"), *OPTIONS.split(), "--steps", "1000", "--eval_every", "0"]
+@pytest.mark.parametrize(
+    "victim, options, lost",
+    [
+        (1, "", ""),
+        (0, "--rollout_ranks 1 --max_staleness 1", "trainers"),
+        (1, "--rollout_ranks 1 --max_staleness 1", "generators"),
+    ],
+)
+def test_a_machine_that_dies_ends_the_others(machines, victim, options, lost):
+    script = [str(ROOT / "train_grpo.py"), *OPTIONS.split(), "--steps", "1000", "--eval_every", "0", *options.split()]
     agents = [machine.start(rank, *script) for rank, machine in enumerate(machines)]
     await_step(agents[0], machines[0].folder / "runs", 2)
     machines[victim].die()
     survivor = agents[1 - victim]
     output, _ = survivor.communicate(timeout=60)
     assert survivor.returncode not in (0, None)
-    assert "error" in output.lower()
+    assert f"error: lost the {lost}: " in output if lost else "error" in output.lower()

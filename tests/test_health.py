@@ -80,7 +80,7 @@ def unfinished_run(said: list[str], progress: Progress, config: Config) -> Run:
     run = Run.__new__(Run)
     run.config, run.progress, run.samples, run.saved_step = config, progress, [SAMPLE], None
     run.log = SimpleNamespace(print=said.append, step=lambda *_: None, phase=lambda _: None)
-    run.health = HealthMonitor(config, run.log)
+    run.health, run.engine = HealthMonitor(config, run.log), SimpleNamespace(metrics=dict)
     run.complete_step = lambda step: setattr(run, "progress", dataclasses.replace(run.progress, step=step))
     run.stop = SimpleNamespace(check=lambda: None, take_save=lambda: False)
     return run

@@ -372,6 +372,7 @@ def test_a_run_whose_end_could_not_be_saved_fails(tmp_path):
     run = Run.__new__(Run)
     run.config, run.progress, run.saved_step = Config(), Progress(step=3), 2
     run.log = SimpleNamespace(folder=tmp_path, close=lambda: None, print=print)
+    run.engine = SimpleNamespace(close=lambda: None)
     with pytest.raises(OSError, match="step 3 could not be saved; the last one that was: .*step_000002"):
         steps.finish_training(run)
 

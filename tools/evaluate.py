@@ -47,7 +47,8 @@ from runtime.tracking import environment, hardware, json_lines
 from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
-DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}  # whatever they were in training
+# Whatever they were in training.
+DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9, "rollout_ranks": 0, "max_staleness": 0}
 
 # ---- What is evaluated ----------------------------------------------------------------------------------------
 

@@ -314,7 +314,7 @@ def bytes_per_sequence(config: Config, shape: PretrainedConfig) -> float:
 
 
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int, gpu: float) -> dict[str, Ledger]:
-    """What one GPU of `gpu` bytes holds at the peak of each phase."""
+    """What one GPU of `gpu` bytes holds at the peak of each phase; of rollouts, one of the `gpus` that generate."""
     working, graphs = working_memory(config, shape, gpus, gpu), CUDA_GRAPHS
     own = trainer.engine + working + graphs
     kv_cache = config.gpu_memory_utilization * gpu - own
@@ -336,6 +336,14 @@ def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int,
         return max(ledgers, key=lambda ledger: sum(ledger.values()))
 
     streamed = {"streamed weights": trainer.streamed_peak}
+    if config.rollout_ranks:  # no GPU has both sides
+        own = {"reserved": RESERVED}
+        return {
+            "rollout": engine | {"vLLM working memory": working} | always,
+            "logprobs": shards | peak("forward") | own,
+            "update": shards | peak("update") | own,
+            "sync": shards | state | waiting | streamed | own,
+        }
     return {
         "rollout": shards | state | waiting | engine | {"vLLM working memory": working} | always,
         "logprobs": shards | peak("forward") | awake | always,
@@ -378,18 +386,21 @@ def report(
     """The text, and whether it all fits."""
     if gpus < 1 or not gpu_gb > 0 or not bandwidth_gb > 0:
         raise ValueError(f"there must be GPUs, memory and bandwidth, not {gpus}, {gpu_gb:g} GB, {bandwidth_gb:g} GB/s")
-    for name in ("tensor_parallel_size", "sequence_parallel_size"):
-        if gpus % getattr(config, name):
-            raise ValueError(f"{name} {getattr(config, name)} does not divide the {gpus} GPUs")
-    trainer = plan_trainer(config, shape, gpus, prompt_head)
-    ledgers = phases(config, shape, trainer, gpus, gpu_gb * GB)
+    trains, generates = gpus - config.rollout_ranks, config.rollout_ranks or gpus  # GPUs
+    if trains < 1:
+        raise ValueError(f"rollout_ranks {config.rollout_ranks} of {gpus} GPUs leaves none to train; lower it")
+    for name, count in (("tensor_parallel_size", generates), ("sequence_parallel_size", trains)):
+        if count % getattr(config, name):
+            raise ValueError(f"{name} {getattr(config, name)} does not divide the {count} GPUs")
+    trainer = plan_trainer(config, shape, trains, prompt_head)
+    ledgers = phases(config, shape, trainer, generates, gpu_gb * GB)
     width = getattr(torch, config.compute_dtype).itemsize
     total, active = trainer.model / width / GB, trainer.active / width / GB
     of_them = f", of which {active:.1f}B are active for a token" if active < total else ""
     totals = {phase: sum(ledger.values()) / GB for phase, ledger in ledgers.items()}
     lines = [
         f"{config.model}, {total:.1f}B parameters{of_them}, on {gpus} x {gpu_gb:g} GB; "
-        "at its peak, each GPU holds (GB)",
+        f"at its peak, each GPU holds (GB{f'; rollout: each of the last {generates}' if generates < gpus else ''})",
         "",
         f"{'':<22}" + "".join(f"{phase:>10}" for phase in ledgers),
     ]
@@ -400,9 +411,9 @@ def report(
     lines.append(f"{'together':<22}" + "".join(f"{total:>10.2f}" for total in totals.values()))
 
     sequences = ledgers["rollout"]["KV cache"] / bytes_per_sequence(config, shape)
-    moved = trainer.streamed * (1 - 1 / (config.fsdp_size or gpus))
-    host = host_memory(config, trainer, gpus)
-    at_once = setup.sequences_at_once(config, gpus, gpu_gb * GB)
+    moved = trainer.streamed * (1 if config.rollout_ranks else 1 - 1 / (config.fsdp_size or gpus))
+    host = host_memory(config, trainer, trains)
+    at_once = setup.sequences_at_once(config, generates, gpu_gb * GB)
     lines += [
         "",
         f"KV cache  holds {sequences:,.0f} sequences of {config.max_model_len:,} tokens; {at_once:,} at once",
