@@ -67,7 +67,7 @@ class Config:
     max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
     max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
     stop: list[str] = option([], "Texts or special tokens that end a completion, beside the model's end tokens.")
-    temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01)
+    temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01, most=2)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
     sync: Literal["adapter", "merged", "straight_through"] | None = option(
