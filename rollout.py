@@ -7,20 +7,16 @@ the same requests. Engines divide the requests among them; afterwards every rank
 import runtime.quiet  # noqa: F401, I001  before torch
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must run inside this process
 if not torch.cuda.is_available():
@@ -30,19 +26,16 @@ import vllm  # noqa: E402  loads most of itself on first use, so --help stays qu
 from vllm.distributed import get_tp_group  # noqa: E402
 from vllm.inputs import tokens_input  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
-from vllm.model_executor.models import registry  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 import lora  # noqa: E402
 from fsdp_utils import on_every_rank, on_first_rank  # noqa: E402
 from runtime.conversation import Completion, Conversation, Request  # noqa: E402
 from runtime.files import one_line_errors, other_weights  # noqa: E402
-from runtime.heap import keep_freed_memory  # noqa: E402
 from runtime.progress_bar import progress_bar  # noqa: E402
 from runtime.signals import StopRequest  # noqa: E402
+from runtime.vllm_on_cpu import drop_expert_kernels, prepare_cpu  # noqa: E402
 
-CPU_KV_CACHE = 1 << 30  # bytes
-CPU_BLOCK = 32  # tokens; only whole blocks of a prompt are shared by its samples, and vLLM's 128 are longer than many
 AGREE_EVERY = 16  # engine steps; then the ranks of one engine agree whether a signal has come
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's LoRA kernels; others use the next larger one
 
@@ -83,17 +76,7 @@ class Engine:
         self.stop = StopRequest()  # a signal ends a rollout that is under way
         on_cpu = not torch.cuda.is_available()
         self.copies_at_once = not on_cpu  # see load_weights
-        if on_cpu:
-            keep_freed_memory()
-        if on_cpu and tensor_parallel_size > 1:
-            remove_stale_shared_memory()
-        if on_cpu and max_lora_rank:
-            use_lora_on_cpu()
-        if on_cpu and find_spec("torchvision") is None:
-            do_without_torchvision()
-        recurrent = has_recurrent_layers(model)
-        if on_cpu and recurrent and dtype != "bfloat16":
-            raise ValueError(f"vLLM on a CPU runs recurrent layers in bfloat16 alone, not {dtype}; set dtype bfloat16")
+        options = prepare_cpu(model, dtype, tensor_parallel_size, max_lora_rank > 0) if on_cpu else {}
         self.llm = start_vllm(
             model,
             dtype=dtype,
@@ -106,12 +89,7 @@ class Engine:
             max_model_len=max_model_len,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_memory_bytes=CPU_KV_CACHE if on_cpu else None,  # None: by gpu_memory_utilization
-            block_size=CPU_BLOCK if on_cpu else None,
-            enforce_eager=on_cpu,
             enable_sleep_mode=sleep_level > 0 and not on_cpu,  # its allocator needs CUDA
-            enable_chunked_prefill=not on_cpu,  # a partial prompt with a seed needs a CUDA generator
-            enable_prefix_caching=False if on_cpu and recurrent else None,  # it needs chunks there; None: vLLM's choice
             enable_lora=max_lora_rank > 0,
             max_lora_rank=next(rank for rank in VLLM_RANKS if rank >= max_lora_rank),
             max_loras=max_loras,
@@ -119,6 +97,7 @@ class Engine:
             logprobs_mode="processed_logprobs",  # at the sampling temperature, as the trainer's are
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **options,
         )
         self.group = get_tp_group().cpu_group  # the ranks of this engine
 
@@ -313,69 +292,3 @@ def start_vllm(model: str, **options: Any) -> "vllm.LLM":
         for path in set(Path(model).iterdir()).difference(others) if others else ():
             Path(links, path.name).symlink_to(path.absolute())
         return vllm.LLM(links if others else model, **options)
-
-
-def has_recurrent_layers(model: str) -> bool:
-    """Whether some layers of the model in this folder have a state instead of keys and values."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    return "linear_attention" in (getattr(config, "layer_types", None) or [])
-
-
-def do_without_torchvision() -> None:
-    """Lets vLLM read its file of Qwen3.5, which imports code for images and with it a part of torchvision, which a CPU
-    here lacks. Text never calls it.
-    """
-    sys.modules["torchvision.transforms.v2"] = SimpleNamespace(functional=None)
-    registry._run_in_subprocess = lambda function: function()  # another process would look for torchvision again
-
-
-def use_lora_on_cpu() -> None:
-    """Replaces two parts of vLLM that are slow on a CPU, or do not run there."""
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
-
-    PunicaWrapperCPU.add_lora_linear = add_lora_linear
-    # With LoRA, vLLM takes Triton's kernels for experts, which a CPU lacks. No adapter here is of experts.
-    FusedMoEConfig.is_lora_enabled = property(lambda _: False, lambda *_: None)
-
-
-def add_lora_linear(
-    self, y: Tensor, x: Tensor, lora_a_stacked, lora_b_stacked, scale: float, output_slices, **_
-) -> None:
-    """y (T, out) += scale · x Aᵀ Bᵀ, each token with its own adapter. Replaces the method of vLLM's PunicaWrapperCPU.
-
-    vLLM's copies A and B once per token, which takes ten times as long as the rest of the model. This one makes two
-    products per adapter in the batch, rounded as in the trainer. A stack is (adapters, 1, r, in) or (adapters, 1, out,
-    r), one per fused linear, whose outputs are `output_slices` wide.
-    """
-    indices = self.token_lora_indices
-    for slot in indices.unique().tolist():
-        if slot < 0:  # tokens without an adapter
-            continue
-        rows = (indices == slot).nonzero()[:, 0]
-        everyone, start = len(rows) == len(y), 0
-        for A, B, width in zip(lora_a_stacked, lora_b_stacked, output_slices):
-            target = y[:, start : start + width]
-            low = (x if everyone else x[rows]) @ A[slot, 0].T
-            if everyone:
-                target.addmm_(low, B[slot, 0].T, alpha=scale)
-            else:
-                target.index_add_(0, rows, low @ B[slot, 0].T, alpha=scale)
-            start += width
-
-
-def drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Makes vLLM build the kernels of a mixture of experts anew when it has loaded weights for it."""
-    for layer in model.modules():
-        if hasattr(getattr(layer, "quant_method", None), "moe_kernel"):
-            layer.quant_method.moe_kernel = None
-
-
-def remove_stale_shared_memory() -> None:
-    """Removes the shared memory of killed engines of several CPU ranks; a new engine would fail on it.
-
-    Under torchrun, vLLM uses one name for all engines. A running engine has its segment open and needs no name.
-    """
-    for left in Path("/dev/shm").glob("-tp:*-cpushm_*"):
-        left.unlink(missing_ok=True)
-    dist.barrier()

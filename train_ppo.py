@@ -36,7 +36,8 @@ from runtime.launch import launch
 from runtime.optimize import Metrics, Update, make_optimizer, set_learning_rate, update_metrics
 from runtime.progress_bar import progress_bar
 from runtime.run import Run, is_due, rollout_requests
-from runtime.setup import build_critic, model_folder, setup
+from runtime.models import build_critic, model_folder
+from runtime.setup import setup
 from runtime.steps import begin_training, finish_step, finish_training
 from sync import VERIFY_EVERY
 from train_grpo import (

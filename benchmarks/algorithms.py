@@ -22,9 +22,10 @@ from benchmarks import curves
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
 from configs.checks import resolve_config
+from runtime.models import build_policy, model_folder
 from runtime.optimize import make_optimizer
 from runtime.run import Run
-from runtime.setup import build_policy, model_folder, setup
+from runtime.setup import setup
 from runtime.tracking import RunLog
 
 

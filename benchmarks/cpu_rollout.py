@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 torchrun benchmarks/cpu_rollout.py --config configs/smollm2_times_tables.py --model FOLDER
 
 Four engines in one process take turns with the same requests, a whole rollout of the configuration. Ours differs in two
-settings: prompts are shared in blocks of 32 tokens instead of 128 (`CPU_BLOCK` in rollout.py), and memory of large
-arrays is used again (runtime/heap.py). An adapter that is new (B = 0) takes as long as any other.
+settings: prompts are shared in blocks of 32 tokens instead of 128 (runtime/vllm_on_cpu.py), and memory of large arrays
+is used again (runtime/heap.py). An adapter that is new (B = 0) takes as long as any other.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import rollout  # noqa: E402, I001  before torch
 import fsdp_utils  # noqa: E402
 import lora  # noqa: E402
 from configs.base import Config  # noqa: E402
-from runtime import heap, setup  # noqa: E402
+from runtime import heap, models, setup, vllm_on_cpu  # noqa: E402
 from runtime.adapter_files import save_adapter  # noqa: E402
 from runtime.conversation import Request  # noqa: E402
 from runtime.prompts import find_stops, load_prompts, load_tokenizer  # noqa: E402
@@ -33,15 +33,15 @@ SETTINGS = {"vLLM's": (128, 32 << 20), "ours": (32, heap.KEPT)}  # tokens of a b
 
 def engines(config: Config) -> Iterator[tuple[tuple[str, str], rollout.Engine]]:
     """By setting and way of syncing."""
-    folder = setup.model_folder(config)
+    folder = models.model_folder(config)
     tokenizer = load_tokenizer(folder)
-    stops = find_stops(config, tokenizer, setup.read_model_config(folder))
+    stops = find_stops(config, tokenizer, models.read_model_config(folder))
     for setting, (block, _) in SETTINGS.items():
         for sync in ("merged", "adapter"):
             changed = Config(**vars(config) | {"sync": sync})
-            model = setup.meta_model(folder, setup.parameter_dtype(changed, changed.lora_rank))
-            setup.add_adapters(model, changed, changed.lora_rank)
-            with patch.object(rollout, "CPU_BLOCK", block):
+            model = models.meta_model(folder, models.parameter_dtype(changed))
+            models.add_adapters(model, changed)
+            with patch.object(vllm_on_cpu, "BLOCK", block):
                 engine = setup.build_engine(changed, folder, stops, lora.target_names(model))
             if sync == "adapter":
                 model.to_empty(device="cpu")
@@ -54,7 +54,7 @@ def engines(config: Config) -> Iterator[tuple[tuple[str, str], rollout.Engine]]:
 
 def requests(config: Config, step: int) -> list[Request]:
     """Of one rollout."""
-    prompts, _ = load_prompts(config, load_tokenizer(setup.model_folder(config)))
+    prompts, _ = load_prompts(config, load_tokenizer(models.model_folder(config)))
     size = config.prompts_per_step
     numbers = [step * size + i for i in range(size)]
     return [request_of(prompts[i % len(prompts)], config.group_size, config.temperature, 10 * i) for i in numbers]

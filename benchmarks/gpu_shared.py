@@ -139,12 +139,12 @@ def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True)
     """A run without a task, an optimizer and a log; and without an engine unless it is to `sample`."""
     import fsdp_utils
     import lora
-    from runtime import setup
+    from runtime import models, setup
     from runtime.prompts import Stops
     from runtime.run import Prompt, Run
 
     world = fsdp_utils.init_world()
-    policy = setup.build_policy(config, folder, world)
+    policy = models.build_policy(config, folder, world)
     engine = (
         setup.build_engine(config, folder, Stops(), lora.target_names(policy.model)) if sample else SimpleNamespace()
     )

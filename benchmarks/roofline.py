@@ -34,7 +34,7 @@ with patch("torch.cuda.is_available", return_value=True):  # they choose sizes w
 
 from benchmarks.counting import CARDS, Card, Counter  # noqa: E402
 from configs.base import Config  # noqa: E402
-from runtime import setup  # noqa: E402
+from runtime import models  # noqa: E402
 from runtime.batching import MicroBatch, make_updates  # noqa: E402
 from runtime.checkpoint import allocate_state  # noqa: E402
 from runtime.conversation import Completion  # noqa: E402
@@ -94,7 +94,7 @@ def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card
     """One linear, one block and the head, alone and not sharded; the block as often as an update computes it."""
     model = AutoModelForCausalLM.from_config(plan.with_layers(shape, 1), dtype=torch.bfloat16)
     use_rms_norm(model)
-    setup.add_adapters(model, config)
+    models.add_adapters(model, config)
     policy, packed, found = Policy(model), batch.packed, {}
     block, head = model.base_model.layers[0], Head.of(model)
     x = torch.empty(1, sum(packed.lengths), shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -168,7 +168,7 @@ def predict(config: Config, shape: PretrainedConfig, card: Card) -> dict[str, Co
     is_cuda = patch.object(FakeTensor, "is_cuda", True)  # attention asks its tensors
     one_kernel = patch("torch.nn.functional.rms_norm", lambda x, *_, **__: RMSNormOnGPU.apply(x))
     with plan.fake_ranks(1):
-        policy, batch = plan.make(setup.meta_policy, config, shape, config.lora_rank), full_batch(config)
+        policy, batch = plan.make(models.meta_policy, config, shape), full_batch(config)
         use_rms_norm(policy.model)  # compares numbers, which the tensors below lack
         with FakeTensorMode(allow_non_fake_inputs=True) as fake, is_cuda, one_kernel:
             starts = fake.from_tensor(batch.packed.starts)  # then each sequence counts with the longest one's length

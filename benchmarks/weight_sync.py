@@ -29,7 +29,7 @@ import fsdp_utils  # noqa: E402
 import lora  # noqa: E402
 from fsdp_utils import SyncStats, summon_layers  # noqa: E402
 from policy import Policy  # noqa: E402
-from runtime import setup  # noqa: E402
+from runtime import models  # noqa: E402
 
 DRIFT_SYNCS = 100
 
@@ -135,7 +135,7 @@ def main() -> None:
     if world.rank == 0:
         Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     dist.barrier()
-    model = setup.meta_model(folder, torch.bfloat16)
+    model = models.meta_model(folder, torch.bfloat16)
     lora.inject(model, ["all-linear"], rank=32, alpha=32.0)
     policy = Policy(model)
     fsdp_utils.shard(policy, model.base_model.layers, world.device)

@@ -181,7 +181,7 @@ def sharded_policy(folder, world, dtype=torch.bfloat16, rank=4, nf4=False, check
     import fsdp_utils
     import lora
     from policy import Policy
-    from runtime.setup import meta_model
+    from runtime.models import meta_model
 
     model = meta_model(str(folder), dtype)
     if nf4:
@@ -234,7 +234,7 @@ def make_model(
     """
     from transformers import AutoConfig
 
-    from runtime.setup import auto_class
+    from runtime.models import auto_class
 
     sizes = dict(
         vocab_size=160,

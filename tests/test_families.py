@@ -17,7 +17,7 @@ import fsdp_utils
 import lora
 from configs.base import Config
 from policy import Policy
-from runtime import adapter_files, setup
+from runtime import adapter_files, models
 from runtime.packing import pack
 
 RANK, ALPHA = 4, 8.0
@@ -95,8 +95,8 @@ PROMPTS, COMPLETIONS = (
 
 
 def trainer(folder) -> Policy:
-    """The policy as `setup.build_policy` makes it, on one rank, with a random adapter."""
-    model = setup.meta_model(str(folder), torch.float32)
+    """The policy as `models.build_policy` makes it, on one rank, with a random adapter."""
+    model = models.meta_model(str(folder), torch.float32)
     lora.inject(model, ["all-linear"], RANK, ALPHA)
     model.to_empty(device="cpu").tie_weights()
     fsdp_utils.compute_buffers(model, torch.device("cpu"))
@@ -134,7 +134,7 @@ def test_logprobs_and_gradients_are_those_of_transformers_and_peft(family, model
     architecture, settings = FAMILIES[family]
     folder = model_folder(architecture, **SHAPE, **settings)
     policy, packed = trainer(folder), pack(PROMPTS, COMPLETIONS, torch.device("cpu"))
-    kind = setup.auto_class(setup.read_whole_config(str(folder)))
+    kind = models.auto_class(models.read_whole_config(str(folder)))
     plain = kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     if "num_experts" in settings:
         plain.set_experts_implementation("eager")  # one expert after the other
@@ -162,13 +162,13 @@ def test_experts_are_frozen(model_folder):
     """All-linear is attention; a shared expert has adapters where it is named; all weights are not trained."""
     folder = model_folder("qwen2_moe", **SHAPE, **FAMILIES["qwen2_moe"][1])
     for targets, names in ((["all-linear"], ["k_proj", "o_proj", "q_proj", "v_proj"]), (["down_proj"], ["down_proj"])):
-        model = setup.meta_model(str(folder), torch.bfloat16)
+        model = models.meta_model(str(folder), torch.bfloat16)
         lora.inject(model, targets, RANK, ALPHA)
         assert lora.target_names(model) == names
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert all(name in frozen for name, _ in lora.base_weights(model))
     with pytest.raises(ValueError, match="learns by adapters alone"):
-        setup.shard(Policy(model), Config(lora_rank=0), torch.device("cpu"))
+        models.shard(Policy(model), Config(lora_rank=0), torch.device("cpu"))
 
 
 def test_the_page_has_every_family():

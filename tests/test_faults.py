@@ -296,7 +296,7 @@ def test_a_mismatch_stops_a_run():
 
 def empty_updates(tiny: str) -> dict[str, list[float]]:
     """Of every algorithm, gradient norms of updates in which some completions, or all, have no token."""
-    from runtime.setup import build_policy
+    from runtime.models import build_policy
 
     world, norms = fsdp_utils.init_world(), {}
     for name, algorithm in train_grpo.ALGORITHMS.items():

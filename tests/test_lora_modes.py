@@ -14,7 +14,7 @@ import fsdp_utils
 import lora
 import policy
 from fsdp_utils import summon_layers
-from runtime import adapter_files, setup
+from runtime import adapter_files, models, setup
 from runtime.packing import pack
 
 PROMPTS, COMPLETIONS = [[5, 9, 3], [7, 2]], [[4, 8, 6, 1], [3, 3, 1]]
@@ -70,7 +70,7 @@ def compare_with_one_process(folders: dict[str, str]) -> dict[str, tuple[float, 
         expected = plain_logprobs(plain)
         expected.square().sum().backward()
 
-        model = prepared(setup.meta_model(folders[architecture], torch.float32), merged, nf4)
+        model = prepared(models.meta_model(folders[architecture], torch.float32), merged, nf4)
         if recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         sharded = policy.Policy(model).train()
@@ -128,7 +128,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     """
     from configs.arithmetic_cpu import config as base
     from configs.checks import resolve_config
-    from runtime import run, setup
+    from runtime import run
     from runtime.prompts import Stops
     from train_grpo import ALGORITHMS
 
@@ -138,7 +138,7 @@ def train_and_stream(model: str, adapter: str) -> dict[str, tuple[float, ...]]:
     for mode, changes in MODES.items():
         changes = {key: adapter if value == "ADAPTER" else value for key, value in changes.items()}
         config = resolve_config(dataclasses.replace(base, **changes), ALGORITHMS[base.algorithm])
-        trained = setup.build_policy(config, model, world)
+        trained = models.build_policy(config, model, world)
         optimizer = torch.optim.AdamW(
             [p for p in trained.parameters() if p.requires_grad], lr=3e-3 if config.lora_rank else 3e-4
         )

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 import fsdp_utils
 from benchmarks.measuring import PeakBytes
 from configs.base import Config
+from runtime import models
 from tools import plan
 from train_grpo import log_z_head
 
@@ -43,16 +44,15 @@ def exchange_slowly(*tensors, exchange=torch.distributed.all_to_all_single, **op
 def really(folders):
     """For each way, of this rank's models as the trainer builds them: shards, peaks, and what a sync moves."""
     from fsdp_utils import SyncStats, summon_layers, to_send
-    from runtime import setup
 
     world, found = fsdp_utils.init_world(), {}
     torch.distributed.all_to_all_single = exchange_slowly
     for way, folder in folders.items():
         config = settings(way)
-        policy = setup.build_policy(config, str(folder), world, log_z_head if config.algorithm == "flowrl" else None)
+        policy = models.build_policy(config, str(folder), world, log_z_head if config.algorithm == "flowrl" else None)
         found[way] = {"policy": learner(config, policy)}
         if config.algorithm == "ppo":
-            found[way]["critic"] = learner(config, setup.build_critic(config, str(folder), world))
+            found[way]["critic"] = learner(config, models.build_critic(config, str(folder), world))
         fsdp_utils.reshard(policy)
         modules, stats = to_send(policy.model, everything=config.sleep_level == 2), SyncStats()
         dtype = getattr(torch, config.compute_dtype)

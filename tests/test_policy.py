@@ -19,7 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 import fsdp_utils
 import policy
 from policy import FrozenHead, Head, Policy, trained_head
-from runtime import packing, setup
+from runtime import models, packing
 from runtime.packing import pack, packed_attention
 from train_grpo import log_z_head
 
@@ -175,7 +175,7 @@ def say_the_same_twice(folders):
     """Whether the policies in training mode do."""
     world, same = fsdp_utils.init_world(), []
     for folder in folders:
-        model = setup.meta_model(str(folder), torch.float32)
+        model = models.meta_model(str(folder), torch.float32)
         fsdp_utils.load_weights(model, str(folder), world.device)
         policy, packed = Policy(model).train(), pack([[5]], [[6, 7, 8, 9]], world.device)
         same.append(torch.equal(policy(packed).logprobs, policy(packed).logprobs))
@@ -201,7 +201,7 @@ def test_a_base_has_no_dropout(model_folder, tmp_path):
 def test_models_that_cannot_be_trained_are_refused(architecture, sizes, words, tmp_path):
     AutoConfig.for_model(architecture, **sizes).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=words) as error:
-        setup.meta_model(str(tmp_path), torch.bfloat16)
+        models.meta_model(str(tmp_path), torch.bfloat16)
     assert "\n" not in str(error.value) and repr(str(tmp_path)) in str(error.value)
 
 

@@ -7,8 +7,8 @@ from test_algorithms import F64, micro_batch
 
 import fsdp_utils
 from configs.base import Config
+from runtime.models import build_critic
 from runtime.packing import pack
-from runtime.setup import build_critic
 from train_ppo import gae, normalize, value_loss
 
 PROMPTS = [[5, 9, 2], [7, 7, 7, 7], [3], [11, 4]]

@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 
 import fsdp_utils
 import rollout
-from rollout import Engine, add_lora_linear
+from rollout import Engine
 from runtime.conversation import Request
+from runtime.vllm_on_cpu import add_lora_linear
 from sync import HeldLinear
 
 

@@ -18,7 +18,7 @@ import train_ppo
 from configs.base import Config
 from configs.checks import resolve_config
 from policy import Policy
-from runtime import setup
+from runtime import models
 from runtime.batching import batch_metrics, make_updates
 from runtime.conversation import Completion
 from runtime.optimize import update_metrics
@@ -74,7 +74,7 @@ def update_in_a_way(folder: str, world: fsdp_utils.World, settings: dict) -> tup
     )
     algorithm = train_ppo.PPO if config.algorithm == "ppo" else train_grpo.ALGORITHMS[config.algorithm]
     config = resolve_config(config, algorithm)
-    policy = setup.build_policy(config, folder, world, algorithm.prompt_head)
+    policy = models.build_policy(config, folder, world, algorithm.prompt_head)
     fill_adapters(policy, fsdp_utils.fill)
     if policy.prompt_head:
         fill(policy.prompt_head[-1].weight)
@@ -91,7 +91,7 @@ def update_in_a_way(folder: str, world: fsdp_utils.World, settings: dict) -> tup
     train_grpo.add_logprobs(run, updates, reference=config.kl_coef > 0 or algorithm.reference)
     metrics = {"kl": train_grpo.reference_kl(run, completions)} if config.lora_rank else {}
     if config.algorithm == "ppo":
-        critic = setup.build_critic(config, folder, world)
+        critic = models.build_critic(config, folder, world)
         fill_adapters(critic, fsdp_utils.fill)
         fill(critic.value.weight)
         run.learners["critic"] = critic, Keeping(critic)
@@ -182,5 +182,5 @@ def test_what_cannot_be_spread_is_refused(architecture, settings, size, words, m
     with torch.device("meta"):
         policy = Policy(AutoModelForCausalLM.from_config(config))
     with pytest.raises(ValueError, match=words) as error:
-        setup.shard(policy, Config(sequence_parallel_size=size), torch.device("cpu"))
+        models.shard(policy, Config(sequence_parallel_size=size), torch.device("cpu"))
     assert "\n" not in str(error.value)

@@ -23,7 +23,7 @@ from configs.checks import resolve_config
 from policy import Critic, Policy
 from reward import Problem
 from rollout import Engine
-from runtime import prompts, setup
+from runtime import models, prompts
 from runtime.batching import batch_metrics, make_updates
 from runtime.conversation import Completion, Request
 from runtime.environment import Environment
@@ -64,7 +64,7 @@ class Recorder:
 
 def make(kind, folder: Path, world, **more):
     """A sharded policy or critic in float64."""
-    model = setup.meta_model(str(folder), torch.float64)
+    model = models.meta_model(str(folder), torch.float64)
     if kind is Policy:
         lora.inject(model, ["all-linear"], 4, 8.0)
     module = kind(model, **more)
@@ -134,7 +134,7 @@ def settings(name: str) -> tuple[Config, train_grpo.Algorithm]:
 
 
 def head(algorithm):
-    return algorithm.prompt_head and setup.make_prompt_head(algorithm.prompt_head, 64, 0, torch.device("cpu"))
+    return algorithm.prompt_head and models.make_prompt_head(algorithm.prompt_head, 64, 0, torch.device("cpu"))
 
 
 # ---- The same by a plain loop over transformers' model, one completion at a time ------------------------------

@@ -25,7 +25,8 @@ import nf4
 from lora import merge
 from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.files import FLOATS, check_tied_head, find_model, new_folder, read_model, write_model
-from runtime.setup import auto_class, load_tokenizer, meta_model, read_model_config, read_whole_config
+from runtime.models import auto_class, meta_model, read_model_config, read_whole_config
+from runtime.setup import load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXTS = (  # whose logprobs two exports of one adapter are compared by

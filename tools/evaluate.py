@@ -40,7 +40,8 @@ from runtime.files import new_folder
 from runtime.launch import launch
 from runtime.prompts import check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Prompt, Scorer
-from runtime.setup import build_engine, check_world, meta_model, model_folder, read_model_config
+from runtime.models import meta_model, model_folder, read_model_config
+from runtime.setup import build_engine, check_world
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
 from runtime.tracking import environment, hardware, json_lines

@@ -38,12 +38,12 @@ import fsdp_utils
 import lora
 from configs.base import Config
 from policy import Critic, Policy, PolicyOutput
-from runtime import checkpoint, setup
+from runtime import checkpoint, models, setup
 from runtime.command_line import parse_config
+from runtime.models import PromptHead
 from runtime.optimize import make_optimizer
 from runtime.packing import Packed, pack
 from runtime.sequence_parallel import neighbours
-from runtime.setup import PromptHead
 from runtime.shared_memory import use_shm
 
 GB = 1e9
@@ -164,9 +164,9 @@ def full_batch(config: Config) -> Packed:
 def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     config = dataclasses.replace(config, offload="none")  # what lives on the host is told apart in `phases`
-    policy_of = partial(setup.meta_policy, prompt_head=prompt_head)
+    policy_of = partial(models.meta_policy, prompt_head=prompt_head)
     policy = make(policy_of, config, shape)  # outside of the fake mode: a mesh holds ranks
-    critic = make(setup.meta_critic, config, shape) if config.algorithm == "ppo" else None
+    critic = make(models.meta_critic, config, shape) if config.algorithm == "ppo" else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         learners = [module and run_learner(config, module) for module in (policy, critic)]
     width = getattr(torch, config.compute_dtype).itemsize
@@ -176,7 +176,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     return Trainer(
         *learners,
         model=sum(whole.values()),
-        active=setup.active_parameters(policy.model) * width,
+        active=models.active_parameters(policy.model) * width,
         engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
         streamed=sum(sent),
         streamed_peak=max(sent),
@@ -185,7 +185,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
 
 def make(meta: Callable, config: Config, shape: PretrainedConfig) -> Policy | Critic:
     """The policy or the critic as it is trained, sharded, but without memory."""
-    return meta(config, setup.meta_model_of(shape, config.model, setup.parameter_dtype(config)), HERE)
+    return meta(config, models.meta_model_of(shape, config.model, models.parameter_dtype(config)), HERE)
 
 
 def run_learner(config: Config, module: Policy | Critic) -> Learner:
@@ -450,7 +450,7 @@ def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig
     known = {} if Path(config.model).is_dir() else dict(zip(SIZES, SHAPES.get(config.model, ())))
     if known or len(given) == len(SIZES):
         return AutoConfig.for_model("qwen2", **known | given)
-    shape = setup.read_model_config(config.model_source)
+    shape = models.read_model_config(config.model_source)
     shape.update(given)
     return shape
 
