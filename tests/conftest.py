@@ -55,8 +55,8 @@ def on_ranks(ranks: int, function: Callable, *args: Any, folder: Path, timeout: 
         processes.append(ranks_are.Process(target=be_a_rank, args=(environment, folder, function, args)))
         processes[-1].start()
     deadline = time.time() + timeout
-    while any(process.exitcode is None for process in processes):
-        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], deadline - time.time())
+    while running := [process.sentinel for process in processes if process.exitcode is None]:
+        multiprocessing.connection.wait(running, deadline - time.time())
         if time.time() > deadline or any(process.exitcode for process in processes):  # the others would wait for it
             for process in processes:
                 process.kill()
