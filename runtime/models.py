@@ -99,7 +99,7 @@ def read_whole_config(folder: str) -> PretrainedConfig:
         raise ValueError(f"model {folder!r} has attn_logit_softcapping {cap}, which is not implemented here")
     for name, value in list(vars(config).items()):
         if name.endswith(("dropout", "pdrop")) and isinstance(value, float):
-            setattr(config, name, 0.0)  # the sampler has none, and adapters have their own
+            setattr(config, name, 0.0)  # as in the sampler
     return whole
 
 
