@@ -25,7 +25,7 @@ import lora
 import nf4
 from runtime.files import FLOATS, open_safetensors, weight_files
 from runtime.progress_bar import progress_bar
-from runtime.sequence_parallel import group_size
+from runtime.sequence_parallel import ranks_sharing
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Adds up values of all ranks' micro-batches, in place; one that ranks share counts once. Collective."""
         dist.all_reduce(values)
-        return values.div_(group_size(self.sequence_group))
+        return values.div_(ranks_sharing(self.sequence_group))
 
 
 def init_world(store: dist.Store | None = None) -> World:

@@ -94,8 +94,8 @@ def low_rank_linear(
     x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, merged: bool
 ) -> Tensor:
     """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out); see `LowRankLinear`."""
-    x, saved = Inputs.apply(x, A, B)
-    return LowRankLinear.apply(x, weight, bias, A, B, scale, merged, saved)
+    same, saved = Inputs.apply(x, A, B)
+    return LowRankLinear.apply(same if x.requires_grad else x, weight, bias, A, B, scale, merged, saved)
 
 
 class Inputs(torch.autograd.Function):
@@ -116,7 +116,7 @@ class Inputs(torch.autograd.Function):
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, saving x, A and B only; W's gradient is never formed, nor is BA.
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with x, A and B kept by `Inputs` alone; W's gradient is never formed, nor is BA.
 
     With g = dy B:   dA = s gᵀ x    dB = s dyᵀ (x Aᵀ)    dx = dy W + s g A
 

@@ -196,7 +196,7 @@ class Engine:
         return [entry[token].logprob for token, entry in zip(token_ids[1:], output.prompt_logprobs[1:])]
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What `function(engine, *arguments)` returns for each engine that this process asks: here, this one alone."""
+        """[`function(engine, *arguments)`] of this engine; a `RemoteEngine` has the result of each generator's."""
         return [function(self, *arguments)]
 
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
@@ -272,6 +272,9 @@ class Engine:
         if part in self.asleep:
             self.llm.wake_up([part])
             self.asleep.remove(part)
+
+    def finish_rollout(self) -> None:
+        """Waits for nothing: this engine generates nothing ahead, but see `RemoteEngine` (runtime/generators.py)."""
 
     def metrics(self) -> dict[str, float]:
         """Of the last step: nothing, but see `RemoteEngine` (runtime/generators.py)."""

@@ -61,7 +61,8 @@ class WeightSync:
         """prompts: token ids, of which the texts that both sides score are made."""
         self.policy, self.engine, self.config, self.device = policy, engine, config, device
         self.count = 0
-        self.probe = Probe(policy, engine, self.send, probe_texts(prompts, config.max_model_len - 1), device)
+        length = min(config.max_model_len - 1, PROBE_TOKENS)  # no rank shares such a text with others
+        self.probe = Probe(policy, engine, self.send, probe_texts(prompts, length), device)
 
     def update_weights(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
         """Wakes vLLM with the policy's weights; with `verify`, the probe is checked first. Collective.
@@ -74,6 +75,7 @@ class WeightSync:
 
     def send(self, everything: bool = False) -> dict[str, float]:
         """One transfer of the policy's weights into vLLM, which is awake afterwards."""
+        self.engine.finish_rollout()
         start = time.perf_counter()
         fsdp_utils.reshard(self.policy)
         if self.device.type == "cuda":
@@ -107,7 +109,9 @@ class WeightSync:
 
 
 def send_adapter(policy: Policy, engine: AnyEngine, read_back: "ReadBack") -> dict[str, float]:
-    """Sends the adapter alone: one rank of each host writes it to a folder in memory, and vLLM loads it."""
+    """Sends the adapter alone: one rank of each host writes it to a folder in memory, which vLLM or, if processes only
+    generate, the link to them reads.
+    """
     names: dict[Tensor, str] = {}
     for path, layer in lora.lora_layers(policy.model):
         adapter = layer.adapters[lora.POLICY]

@@ -15,14 +15,16 @@ from configs.base import Config
 from fsdp_utils import World
 from runtime.conversation import Completion
 from runtime.packing import Packed, pack
-from runtime.sequence_parallel import group_size
+from runtime.sequence_parallel import ranks_sharing
 
 ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1, 0.1, 0.1 is not exactly 0.1
 
 
 @dataclass
 class MicroBatch:
-    """Whole completions that a rank pushes through the model at once; per-token tensors are (R,) float32.
+    """Whole completions that a rank, or several that share them, push through the model at once.
+
+    Tensors of tokens are (R,) float32.
 
     R counts the trained tokens alone. The replies of an environment are in the packed row, and in nothing else.
     """
@@ -104,7 +106,7 @@ def make_updates(
         total = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in useful]
         shortest = useful[total.index(min(total))]
         batches = []
-        sharing = group_size(world.sequence_group)  # each of them has its part of the tokens
+        sharing = ranks_sharing(world.sequence_group)  # each of them has its part of the tokens
         assigned = assign(total, world.size // sharing, config.tokens_per_microbatch * sharing)
         for indices in assigned[world.rank // sharing]:
             chosen = [useful[i] for i in indices]

@@ -27,11 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._pytree import tree_map_only
+from transformers import set_seed
 
 import fsdp_utils
 import lora
 from rollout import Engine
-from runtime.conversation import Completion, Reply, Request
+from runtime.conversation import Completion, Reply, Request, mix_seeds
+from runtime.heap import release_free_memory
 from runtime.shared_memory import first_on_host, shared_folder
 from runtime.signals import Stopped, StopRequest
 
@@ -138,26 +140,27 @@ class RemoteEngine:
         self.link, self.stop = link, StopRequest()
         self.places = {environment: place for place, environment in enumerate(environments)}
         self.prefetched: list[Request] | None = None  # the requests of a rollout that nobody has asked for yet
-        self.under_way, self.answer = False, None  # whether it is not complete; else its completions
-        self.stale, self.staleness = False, 0.0
+        self.under_way = False  # whether the generators still sample it
+        self.rollout = None  # what they sent: its completions, or an exception
+        self.weights_changed, self.staleness = False, 0.0  # since it was requested, in steps
         self.trainer_wait = self.generator_wait = 0.0  # seconds in this step
         if link.group:
             link.broadcast((started, options))
         self.dtype, self.kv_cache_tokens, self.engines = self.ask("describe")
 
     def generate(self, requests: list[Request], label: str = "rollout") -> list[Completion]:
-        """As `Engine.generate`; at once if the same requests were prefetched."""
+        """As `Engine.generate`; if the same requests were prefetched, those completions, as soon as they are there."""
         if requests != self.prefetched:
             return self.ask("generate", self.numbered(requests), label)
-        self.await_prefetched()
-        self.prefetched, self.staleness = None, float(self.stale)
-        return result(self.answer)
+        self.finish_rollout()
+        self.prefetched, self.staleness = None, float(self.weights_changed)
+        return result(self.rollout)
 
     def prefetch(self, requests: list[Request]) -> None:
         """Has the generators begin a rollout with the weights that they have now, and does not wait for it."""
-        self.await_prefetched()
+        self.finish_rollout()
         self.send("generate", self.numbered(requests), "rollout")
-        self.prefetched, self.under_way, self.stale = requests, True, False
+        self.prefetched, self.under_way, self.weights_changed = requests, True, False
 
     def numbered(self, requests: list[Request]) -> list[Request]:
         """The requests with numbers for environments, which may hold what cannot be sent."""
@@ -169,7 +172,7 @@ class RemoteEngine:
 
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """As `Engine.load_weights`."""
-        self.await_prefetched()
+        self.finish_rollout()
         self.send("load_weights")
         for name, tensor in stream:
             if self.link.group:
@@ -177,12 +180,12 @@ class RemoteEngine:
             del tensor
         if self.link.group:
             self.link.broadcast(None)
-        self.stale = result(self.receive())
+        self.weights_changed = result(self.receive())
 
     def load_adapter(self, folder: str, name: str = lora.POLICY) -> None:
         """As `Engine.load_adapter`; the folder may be on the trainers' machine alone."""
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()} if self.link.group else {}
-        self.stale = self.ask("load_adapter", files, name)
+        self.weights_changed = self.ask("load_adapter", files, name)
 
     def sleep(self) -> None:
         """Nothing: no trainer's memory is the sampler's."""
@@ -192,7 +195,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Ends the generators, when they have finished what they are doing."""
-        self.await_prefetched()
+        self.finish_rollout()
         if self.link.group:
             self.link.broadcast(None)
 
@@ -209,7 +212,7 @@ class RemoteEngine:
 
     def ask(self, method: str, *arguments: Any) -> Any:
         """The result of a Generator's method, on all trainers; its ValueError, OSError or Stopped is raised here."""
-        self.await_prefetched()
+        self.finish_rollout()
         self.send(method, *arguments)
         return result(self.receive())
 
@@ -221,13 +224,15 @@ class RemoteEngine:
         start = time.perf_counter()
         answer, waited = fsdp_utils.on_first_rank(self.link.receive_answer)
         self.trainer_wait += time.perf_counter() - start
+        if isinstance(answer, Stopped):  # a signal came there, and is one to this process, too
+            self.stop.time = min(self.stop.time, time.monotonic())
         self.generator_wait += waited
         return answer
 
-    def await_prefetched(self) -> None:
+    def finish_rollout(self) -> None:
         """Waits for the rollout that is under way, if one is, and keeps it."""
         if self.under_way:
-            self.answer, self.under_way = self.receive(), False
+            self.rollout, self.under_way = self.receive(), False
 
 
 def result(answer: Any) -> Any:
@@ -272,13 +277,22 @@ class Generator:
         return self.engine.dtype, self.engine.kv_cache_tokens, self.engine.engines
 
     def generate(self, requests: list[Request], label: str) -> list[Completion]:
+        set_seed(mix_seeds(requests[0].seed, dist.get_rank()))  # of tools that are random: the same after a resume
+        if label == "evaluation":
+            release_free_memory()
         requests = [replace(request, environment=self.environments[request.environment]) for request in requests]
         return self.engine.generate(requests, label)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What the function makes of each generator's engine; the first has all of it."""
-        answers = [None] * dist.get_world_size()
-        dist.gather_object(function(self.engine, *arguments), answers if dist.get_rank() == 0 else None)
+        try:
+            found = function(self.engine, *arguments)
+        except (ValueError, OSError) as error:  # the others wait here
+            found = error
+        answers: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(found, answers if dist.get_rank() == 0 else None)
+        for answer in answers:
+            result(answer)
         return answers
 
     def load_weights(self) -> bool:
@@ -291,8 +305,7 @@ class Generator:
 
     def load_adapter(self, files: dict[str, bytes], name: str) -> bool:
         with shared_folder(sum(map(len, files.values()))) as folder:
-            for file, content in files.items() if first_on_host() else ():
-                (folder / file).write_bytes(content)
-            dist.barrier()  # written
+            mine = files if first_on_host() else {}
+            fsdp_utils.on_every_rank(lambda: [(folder / file).write_bytes(mine[file]) for file in mine])
             self.engine.load_adapter(str(folder), name)
         return True

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
-from runtime.sequence_parallel import Slices, attend_to_all, group_size, spread, spread_like
+from runtime.sequence_parallel import Slices, attend_to_all, ranks_sharing, spread, spread_like
 
 # Fewer heads of keys and values than of queries: torch 2.11 takes them as they are, later ones want to be told.
 GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -72,7 +72,7 @@ def pack(
         input_ids += prompt + completion
         position_ids += range(len(prompt) + len(completion))
         starts.append(len(input_ids))
-    while len(input_ids) < group_size(group):  # no rank may be without a token: a sequence of one, which counts nowhere
+    while len(input_ids) < ranks_sharing(group):  # no rank may have none: sequences of one, which count nowhere
         input_ids.append(0)
         position_ids.append(0)
         starts.append(len(input_ids))

@@ -23,7 +23,7 @@ def neighbours(ranks: int) -> dist.ProcessGroup | None:
     return dist.new_subgroups(ranks)[0] if ranks > 1 else None
 
 
-def group_size(group: dist.ProcessGroup | None) -> int:
+def ranks_sharing(group: dist.ProcessGroup | None) -> int:
     """Ranks of a group of `neighbours`."""
     return dist.get_world_size(group) if group else 1
 
@@ -52,7 +52,7 @@ class Slices:
 
 def spread(tokens: int, group: dist.ProcessGroup | None) -> Slices:
     """Slices of a row that differ by at most one token."""
-    ranks = group_size(group)
+    ranks = ranks_sharing(group)
     return Slices([tokens // ranks + (rank < tokens % ranks) for rank in range(ranks)], group)
 
 

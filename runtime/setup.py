@@ -82,7 +82,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
 
 
 def check_world(config: Config, world: fsdp_utils.World) -> None:
-    """Raises ValueError for groups of ranks that do not divide their number."""
+    """Raises ValueError for group sizes that do not divide the number of ranks."""
     generates = config.rollout_ranks or world.size
     sides = {"tensor_parallel_size": generates, "fsdp_size": world.size, "sequence_parallel_size": world.size}
     for name, ranks in sides.items():
@@ -227,7 +227,8 @@ def serve_trainers(config: Config, world: fsdp_utils.World, link: Link) -> NoRet
     started, options = link.broadcast()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the trainers say the same
         folder = model_folder(config)
-        prompts = chain.from_iterable(load_prompts(config, load_tokenizer(folder, started)))
+        tokenizer = load_tokenizer(folder, started, config.chat_template_kwargs)
+        prompts = chain.from_iterable(load_prompts(config, tokenizer))
     with fast_folder(folder) as files:
         engine = Engine(files, **options)
     engine.stop.listen()

@@ -22,7 +22,7 @@ from runtime import models
 from runtime.batching import batch_metrics, make_updates
 from runtime.conversation import Completion
 from runtime.optimize import update_metrics
-from runtime.sequence_parallel import group_size, neighbours
+from runtime.sequence_parallel import neighbours, ranks_sharing
 from runtime.signals import StopRequest
 
 MODELS = {  # 12 heads of queries, which 2, 3 and 4 ranks can share
@@ -70,7 +70,7 @@ def update_in_a_way(folder: str, world: fsdp_utils.World, settings: dict) -> tup
     settings = dict(algorithm="grpo", group_size=3, prompts_per_step=4, lora_rank=4, dtype="float32") | settings
     fsdp_size = 0 if settings.pop("reshard", True) else 1
     config = Config(
-        **settings, temperature=0.7, fsdp_size=fsdp_size, sequence_parallel_size=group_size(world.sequence_group)
+        **settings, temperature=0.7, fsdp_size=fsdp_size, sequence_parallel_size=ranks_sharing(world.sequence_group)
     )
     algorithm = train_ppo.PPO if config.algorithm == "ppo" else train_grpo.ALGORITHMS[config.algorithm]
     config = resolve_config(config, algorithm)

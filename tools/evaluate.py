@@ -49,7 +49,8 @@ from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
 # Whatever they were in training.
-DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9, "rollout_ranks": 0, "max_staleness": 0}
+DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}
+DEFAULTS |= {"rollout_ranks": 0, "max_staleness": 0, "fsdp_size": 0, "sequence_parallel_size": 1}  # of training alone
 
 # ---- What is evaluated ----------------------------------------------------------------------------------------
 

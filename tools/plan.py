@@ -314,7 +314,7 @@ def bytes_per_sequence(config: Config, shape: PretrainedConfig) -> float:
 
 
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int, gpu: float) -> dict[str, Ledger]:
-    """What one GPU of `gpu` bytes holds at the peak of each phase; of rollouts, one of the `gpus` that generate."""
+    """What one GPU of `gpu` bytes holds at the peak of each phase; `gpus`: how many generate, for the rollout's column."""
     working, graphs = working_memory(config, shape, gpus, gpu), CUDA_GRAPHS
     own = trainer.engine + working + graphs
     kv_cache = config.gpu_memory_utilization * gpu - own
@@ -442,7 +442,7 @@ def host_memory(config: Config, trainer: Trainer, gpus: int) -> float:
     shards = sum(each.base + each.adapters + each.trained for each in learners) * (config.offload == "all")
     state = sum(2 * each.trained for each in learners) * (config.offload != "none")
     asleep = trainer.engine * (config.sleep_level == 1)
-    return gpus * (shards + state + asleep) + trainer.model * use_shm()
+    return gpus * (shards + state + asleep) + trainer.model * use_shm() * (1 + (config.rollout_ranks > 0))
 
 
 def find_shape(config: Config, given: dict[str, int | bool]) -> PretrainedConfig:
