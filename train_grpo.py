@@ -41,8 +41,7 @@ from runtime.evaluation import (
 )
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
-from runtime.progress_bar import progress_bar
-from runtime.run import Run, is_due, rollout_requests
+from runtime.run import Run, is_due, micro_batches, rollout_requests
 from runtime.setup import setup
 from sync import VERIFY_EVERY
 from runtime.steps import begin_training, finish_step, finish_training
@@ -308,16 +307,12 @@ def update_policy(run: Run, batches: list[MicroBatch], loss_of: Callable, may_st
     """
     policy, config = run.policy, run.config
     update = Update(run.optimizer, run.world)
-    with progress_bar("update", len(batches), "micro-batches") as bar:
-        for batch in batches:
-            if may_stop:
-                run.stop.check()
-            out = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
-            if out.prompt_values is not None:
-                batch.prompt_values = out.prompt_values[batch.sequences]  # (S,) -> (R,)
-            loss, info = policy_loss(out.logprobs, out.entropy, batch, loss_of, config)
-            update.backward(loss, info, batch)
-            bar.update()
+    for batch in micro_batches(run, batches, "update", may_stop):
+        out = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
+        if out.prompt_values is not None:
+            batch.prompt_values = out.prompt_values[batch.sequences]  # (S,) -> (R,)
+        loss, info = policy_loss(out.logprobs, out.entropy, batch, loss_of, config)
+        update.backward(loss, info, batch)
     return update.step()
 
 
@@ -350,8 +345,8 @@ def train(run: Run) -> None:
                 break
         engine.sleep()  # until the sync
         run.prefetch_rollout(step + 1)  # with max_staleness 1, sampled while this step learns
-        metrics = rollout_metrics(completions, scores, config.group_size if algorithm.groups else None)
-        metrics |= part_metrics(scored)
+        group_size = config.group_size if algorithm.groups else None
+        metrics = rollout_metrics(completions, scores, group_size) | part_metrics(scored)
         metrics["rollout/kept_frac"] = len(kept) / len(scores)
         completions = [completions[i] for i in kept]
 
@@ -418,16 +413,12 @@ def add_logprobs(run: Run, updates: list[list[MicroBatch]], reference: bool = Fa
     """
     config, policy = run.config, run.policy
     several = len(updates) * config.epochs_per_rollout > 1
-    batches = list(chain.from_iterable(updates))
-    with progress_bar("logprobs", len(batches), "micro-batches") as bar:
-        for batch in batches:
-            run.stop.check()
-            if reference:
-                with lora.reference(policy):
-                    batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
-            if several:
-                batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
-            bar.update()
+    for batch in micro_batches(run, list(chain.from_iterable(updates)), "logprobs"):
+        if reference:
+            with lora.reference(policy):
+                batch.ref_logprobs = policy(batch.packed, config.temperature).logprobs
+        if several:
+            batch.old_logprobs = policy(batch.packed, config.temperature).logprobs
 
 
 @torch.no_grad()
@@ -436,17 +427,13 @@ def reference_kl(run: Run, completions: list[Completion]) -> Tensor:
     config, world = run.config, run.world
     totals = torch.zeros(len(completions), dtype=torch.float64, device=world.device)
     updates = make_updates(completions, torch.ones(len(completions)), sum_of_tokens, config, world)
-    batches = list(chain.from_iterable(updates))
-    with progress_bar("reference", len(batches), "micro-batches") as bar:
-        for batch in batches:
-            run.stop.check()
-            with lora.reference(run.policy):
-                ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
-            penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)
-            penalty *= batch.weights > 0  # fillers do not count
-            owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
-            totals.index_add_(0, owners, penalty.double())
-            bar.update()
+    for batch in micro_batches(run, list(chain.from_iterable(updates)), "reference"):
+        with lora.reference(run.policy):
+            ref_logprobs = run.policy(batch.packed, config.temperature).logprobs
+        penalty = kl(batch.sampler_logprobs, ref_logprobs, config.kl_estimator)
+        penalty *= batch.weights > 0  # fillers do not count
+        owners = torch.tensor(batch.completions, device=world.device)[batch.sequences]
+        totals.index_add_(0, owners, penalty.double())
     return world.sum(totals).cpu()
 
 

@@ -34,8 +34,7 @@ from runtime.command_line import parse_config
 from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, rollout_metrics, total_rewards
 from runtime.launch import launch
 from runtime.optimize import Metrics, Update, make_optimizer, set_learning_rate, update_metrics
-from runtime.progress_bar import progress_bar
-from runtime.run import Run, is_due, rollout_requests
+from runtime.run import Run, is_due, micro_batches, rollout_requests
 from runtime.models import build_critic, model_folder
 from runtime.setup import setup
 from runtime.steps import begin_training, finish_step, finish_training
@@ -94,18 +93,15 @@ def value_loss(
 def compute_advantages(run: Run, batches: list[MicroBatch]) -> None:
     """Sets values, advantages and returns of the step's micro-batches, from their rewards. Collective."""
     config, (critic, _) = run.config, run.learners["critic"]
-    with progress_bar("values", len(batches), "micro-batches") as bar:
-        for batch in batches:
-            run.stop.check()
-            values = batch.values = critic(batch.packed)  # (R,)
-            rewards = batch.rewards
-            if config.kl_in_reward:
-                penalty = kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
-                rewards = rewards - config.kl_coef * penalty
-            lengths = batch.sequences.bincount().tolist()
-            batch.advantages = gae(rewards, values, lengths, GAMMA, GAE_LAMBDA)
-            batch.returns = values + batch.advantages
-            bar.update()
+    for batch in micro_batches(run, batches, "values"):
+        values = batch.values = critic(batch.packed)  # (R,)
+        rewards = batch.rewards
+        if config.kl_in_reward:
+            penalty = kl(batch.sampler_logprobs, batch.ref_logprobs, config.kl_estimator)
+            rewards = rewards - config.kl_coef * penalty
+        lengths = batch.sequences.bincount().tolist()
+        batch.advantages = gae(rewards, values, lengths, GAMMA, GAE_LAMBDA)
+        batch.returns = values + batch.advantages
     normalize(batches, run.world)
 
 
@@ -126,15 +122,11 @@ def update_critic(run: Run, batches: list[MicroBatch], may_stop: bool) -> dict[s
     """One optimizer update of the critic; see `update_policy`."""
     critic, optimizer = run.learners["critic"]
     update = Update(optimizer, run.world)
-    with progress_bar("update of the critic", len(batches), "micro-batches") as bar:
-        for batch in batches:
-            if may_stop:
-                run.stop.check()
-            values = critic(batch.packed)  # (R,)
-            losses, info = value_loss(values, batch.values, batch.returns)
-            info |= {"value": values.detach(), "return": batch.returns}
-            update.backward((losses * batch.weights).sum(), info, batch)
-            bar.update()
+    for batch in micro_batches(run, batches, "update of the critic", may_stop):
+        values = critic(batch.packed)  # (R,)
+        losses, info = value_loss(values, batch.values, batch.returns)
+        info |= {"value": values.detach(), "return": batch.returns}
+        update.backward((losses * batch.weights).sum(), info, batch)
     return update.step()
 
 

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from configs.base import Config
 from fsdp_utils import World
 from policy import Policy
+from runtime.batching import MicroBatch
 from runtime.checkpoint import Progress, Saved
 from runtime.conversation import Reply, Request, mix_seeds, single_turn
 from runtime.data import Problem
 from runtime.generators import AnyEngine
 from runtime.health import HealthMonitor
+from runtime.progress_bar import progress_bar
 from runtime.signals import StopRequest
 from runtime.tracking import RunLog
 from runtime.user_rewards import Reward
@@ -86,6 +88,18 @@ class Run:
         self.progress = replace(self.progress, step=step, prompts_drawn=self.prompts_drawn)
         self.log_position = self.log.position()
         set_seed(mix_seeds(self.config.seed, step, self.world.rank))
+
+
+def micro_batches(run: Run, batches: list[MicroBatch], label: str, may_stop: bool = True) -> Iterator[MicroBatch]:
+    """The batches one after the other, with a progress bar of that label. Between two, a signal may stop the run: it
+    raises Stopped on all ranks.
+    """
+    with progress_bar(label, len(batches), "micro-batches") as bar:
+        for batch in batches:
+            if may_stop:
+                run.stop.check()
+            yield batch
+            bar.update()
 
 
 # ---- Order and seeds: functions of the configuration and the step alone -----------------------------------------

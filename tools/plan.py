@@ -314,7 +314,7 @@ def bytes_per_sequence(config: Config, shape: PretrainedConfig) -> float:
 
 
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int, gpu: float) -> dict[str, Ledger]:
-    """What one GPU of `gpu` bytes holds at the peak of each phase; `gpus`: how many generate, for the rollout's column."""
+    """What one GPU of `gpu` bytes holds at the peak of each phase. gpus: how many generate."""
     working, graphs = working_memory(config, shape, gpus, gpu), CUDA_GRAPHS
     own = trainer.engine + working + graphs
     kv_cache = config.gpu_memory_utilization * gpu - own
