@@ -145,7 +145,7 @@ class RemoteEngine:
         self.weights_changed, self.staleness = False, 0.0  # since it was requested, in steps
         self.trainer_wait = self.generator_wait = 0.0  # seconds in this step
         if link.group:
-            link.broadcast((started, options))
+            link.broadcast((started, options, len(environments)))
         self.dtype, self.kv_cache_tokens, self.engines = self.ask("describe")
 
     def generate(self, requests: list[Request], label: str = "rollout") -> list[Completion]:

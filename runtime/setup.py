@@ -224,15 +224,19 @@ def build_engine(
 
 def serve_trainers(config: Config, world: fsdp_utils.World, link: Link) -> NoReturn:
     """Builds an engine when the trainers ask for it, and does with it what they ask until they end the run."""
-    started, options = link.broadcast()
+    started, options, count = link.broadcast()
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the trainers say the same
         folder = model_folder(config)
         tokenizer = load_tokenizer(folder, started, config.chat_template_kwargs)
-        prompts = chain.from_iterable(load_prompts(config, tokenizer))
+        known = environments(chain.from_iterable(load_prompts(config, tokenizer)))
+    if len(known) != count:
+        raise ValueError(
+            f"generators find {len(known):,} conversations and trainers {count:,}: give both the same data"
+        )
     with fast_folder(folder) as files:
         engine = Engine(files, **options)
     engine.stop.listen()
-    Generator(engine, link, environments(prompts), world.device).serve()
+    Generator(engine, link, known, world.device).serve()
     sys.exit()
 
 

@@ -115,13 +115,16 @@ def test_what_is_evaluated(model_folder, tmp_path):
     saved_adapter(model_folder("llama"), tmp_path / "adapter", rank=4, alpha=12)
     config, _, doubts = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--task", "arithmetic"])
     assert (config.model, config.lora_rank, config.lora_alpha) == (str(model_folder("llama")), 4, 12)
-    settings = Config(task="arithmetic", model="elsewhere", temperature=0.7, eval_problems=5)
+    settings = Config(
+        task="arithmetic", model="elsewhere", temperature=0.7, eval_problems=5, fsdp_size=8, sequence_parallel_size=4
+    )
     state = {"config": dataclasses.asdict(settings), "progress": {}, "log": {}}
     assert "does not say how its base was stored" in doubts[0]
     (tmp_path / "state.json").write_text(json.dumps(state))
     config, *_ = evaluate.parse(["--adapter", str(tmp_path / "adapter"), "--temperature", "0.5"])
     assert (config.model, config.task, config.temperature, config.lora_rank) == ("elsewhere", "arithmetic", 0.5, 4)
     assert config.eval_problems == evaluate.ALL
+    assert (config.fsdp_size, config.sequence_parallel_size) == (0, 1), "it asks for no number of processes"
     assert evaluate.parse(["--model", "tiny", "--sync", "adapter"])[0].sync == "merged", "there is no adapter"
     model = saved_adapter(model_folder("llama"), tmp_path / "other" / "adapter")
     adapter_files.save_adapter(model, tmp_path / "other" / "adapter", base_model="elsewhere", base_dtype="nf4")
