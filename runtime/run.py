@@ -1,7 +1,7 @@
 """The state of a run. runtime/setup.py makes it; the training scripts and runtime/steps.py change it."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import Any
@@ -119,7 +119,7 @@ def request_of(prompt: Prompt, samples: int, temperature: float, seed: int) -> R
     return Request(prompt.token_ids, samples, temperature, seed, environment=prompt.environment)
 
 
-def environments(prompts: list[Prompt]) -> list[Callable[[], Reply]]:
+def environments(prompts: Iterable[Prompt]) -> list[Callable[[], Reply]]:
     """Those of the prompts, each once."""
     return list(dict.fromkeys(prompt.environment for prompt in prompts))
 

@@ -230,9 +230,7 @@ def serve_trainers(config: Config, world: fsdp_utils.World, link: Link) -> NoRet
         tokenizer = load_tokenizer(folder, started, config.chat_template_kwargs)
         known = environments(chain.from_iterable(load_prompts(config, tokenizer)))
     if len(known) != count:
-        raise ValueError(
-            f"generators find {len(known):,} conversations and trainers {count:,}: give both the same data"
-        )
+        raise ValueError(f"generators find {len(known):,} conversations, trainers {count:,}: both need the same data")
     with fast_folder(folder) as files:
         engine = Engine(files, **options)
     engine.stop.listen()
