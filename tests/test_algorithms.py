@@ -476,10 +476,11 @@ def test_every_row_learns(name):
 
 def test_a_run_with_everything_on(tmp_path):
     """Two ranks and vLLM: dynamic sampling, several updates and epochs, KL in the reward, entropy, masks, cosine."""
-    options = "--algorithm dapo --steps 2 --updates_per_rollout 2 --epochs_per_rollout 2 --group_size 2 --kl_coef 0.05"
+    options = f"train_grpo.py --config {ROOT}/configs/arithmetic_cpu.py --algorithm dapo"
+    options += " --steps 2 --updates_per_rollout 2 --epochs_per_rollout 2 --group_size 2 --kl_coef 0.05"
     options += " --kl_penalty k2_reward --entropy_coef 0.01 --tis_mode sequence_mask --lr_schedule cosine"
     options += " --warmup_steps 1 --tokens_per_microbatch 2048 --eval_problems 32"
-    (_before, first, second), _ = train(2, "configs/arithmetic_cpu.py", tmp_path, *options.split())
+    (_before, first, second), _ = train(2, options, tmp_path)
     assert (first["lr"], second["lr"]) == (1e-3, 2e-3)
     assert 0 < first["rollout/kept_frac"] < 1 and first["rollout/tokens"] > 2 * 64 * 8
     assert first["policy/clip_frac"] > 0 and first["mismatch/kl"] < 0.01

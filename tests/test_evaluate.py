@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.run
-from conftest import TINY, on_ranks, read_rows, refused, train
+from conftest import ROOT, TINY, on_ranks, read_rows, refused, train
 from safetensors.torch import load_file, save_file
 from test_lora import saved_adapter
 from transformers import AutoTokenizer
@@ -92,8 +92,8 @@ def test_a_checkpoint_is_evaluated_as_its_run_was_and_so_is_its_export(tmp_path)
     """Trained with QLoRA, whose base is not that of the model's files: two evaluations of one policy are equal only if
     weights, prompts and seeds all are.
     """
-    options = "--steps 2 --learning_rate 0.02 --dtype nf4 --eval_problems 32 --eval_samples 3".split()
-    metrics, run = train(1, "configs/arithmetic_cpu.py", tmp_path, *options)
+    options = "--steps 2 --learning_rate 0.02 --dtype nf4 --eval_problems 32 --eval_samples 3"
+    metrics, run = train(1, f"train_grpo.py --config {ROOT}/configs/arithmetic_cpu.py {options}", tmp_path)
     (found,) = on_ranks(1, evaluate_a_run, run, tmp_path / "out", folder=tmp_path)
     results = json.loads((tmp_path / "out/results.json").read_text())
     logged = {name.removeprefix("eval/"): value for name, value in metrics[-1].items() if name.startswith("eval/")}

@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, on_ranks, train_on
 from test_resume import await_step, finish, rows, start
 
 import reward
@@ -26,12 +28,23 @@ STALE = [*APART, "--max_staleness", "1"]
 OWN = ("rollout/staleness", "sync/peak_bytes")  # a tensor is freed when it has been sent, not when vLLM has packed it
 
 
+def train_on_one_thread(command: str) -> None:
+    """`train_on` of a trainer or a generator, which ends its process."""
+    torch.set_num_threads(1)
+    with suppress(SystemExit):
+        train_on(command)
+
+
 def test_alternating_sides_give_the_run_of_one_process(tmp_path):
     """In float32, with dynamic sampling and the reference's KL. The weights are merged, the checks of arrival pass."""
-    options = ["--dtype", "float32", "--algorithm", "dapo", "--steps", "4", "--save_every", "0"]
+    command = f"train_grpo.py --config {ROOT}/configs/arithmetic_cpu.py --dtype float32 --algorithm dapo --kl_coef 0.01"
+    command += " --steps 4 --prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16 --eval_every 4"
     together, apart = tmp_path / "together", tmp_path / "apart"
-    finish(start(together, *options, ranks=1, OMP_NUM_THREADS="1"))
-    output = finish(start(apart, *options, *APART, OMP_NUM_THREADS="1"))
+    for folder, options in ((together, []), (apart, APART)):
+        folder.mkdir()
+        whole = " ".join([command, *options, "--output_dir", str(folder / "r")])
+        on_ranks(1 + len(options) // 2, train_on_one_thread, whole, folder=folder)
+    output = (apart / "rank_0.txt").read_text()
     assert "world  1 x CPU, 1 vLLM engine(s) in 1 process(es) of their own" in output
     assert rows(apart, "samples") == rows(together, "samples")
     for one, other in zip(rows(apart), rows(together), strict=True):

@@ -117,10 +117,10 @@ def test_critic_is_the_plain_model_with_a_linear(tmp_path, model_folder):
 
 def test_a_short_run(tmp_path):
     """The critic learns; the policy waits for it in the warm-up; KL may go into the rewards of tokens."""
-    options = "--steps 4 --eval_problems 32 --prompts_per_step 128"
+    options = f"train_ppo.py --config {ROOT}/configs/arithmetic_cpu_ppo.py"
+    options += " --steps 4 --eval_problems 32 --prompts_per_step 128"
     options += " --kl_coef 0.01 --kl_penalty k1_reward --epochs_per_rollout 2"
-    config = "configs/arithmetic_cpu_ppo.py"
-    (_before, *steps), _ = train(2, config, tmp_path, *options.split(), script="train_ppo.py")
+    (_before, *steps), _ = train(2, options, tmp_path)
     assert ["policy/kl_ref" in step for step in steps] == [False, False, True, True]
     assert [step["lr"] for step in steps] == [0.0, 0.0, 0.002, 0.001], "the policy waits, then begins at the peak rate"
     assert steps[3]["critic/error"] < 0.7 * steps[3]["reward/mean"]  # that is the error of expecting nothing

@@ -1,15 +1,13 @@
 """A row that is spread over ranks gives what one rank gives: losses, gradients, metrics, and a whole run."""
 
-import json
 import random
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EPSILON, ROOT, fill_adapters, on_ranks
+from conftest import EPSILON, ROOT, fill_adapters, on_ranks, train
 from test_families import EXPERTS, WINDOW
-from test_train import train_on
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fsdp_utils
@@ -154,15 +152,14 @@ def test_updates_are_those_of_one_rank(ranks, sizes, folders, alone, tmp_path):
                 assert same(found, wanted), (size, way, name, found, wanted)
 
 
-@pytest.mark.slow
 def test_a_run_is_that_of_rows_on_one_rank(tmp_path):
     """The whole program: two ranks that share every row, and two that share none."""
     sizes = "--steps 1 --prompts_per_step 8 --group_size 8 --eval_problems 8 --dtype float32 --kl_coef 0.1"
     metrics = []
     for size in (1, 2):
-        command = f"--config {ROOT}/configs/arithmetic_cpu.py {sizes} --sequence_parallel_size {size}"
-        on_ranks(2, train_on, f"{command} --output_dir {tmp_path}/{size}", folder=tmp_path)
-        metrics.append([json.loads(line) for line in (tmp_path / str(size) / "metrics.jsonl").read_text().splitlines()])
+        (tmp_path / str(size)).mkdir()
+        command = f"train_grpo.py --config {ROOT}/configs/arithmetic_cpu.py {sizes} --sequence_parallel_size {size}"
+        metrics.append(train(2, command, tmp_path / str(size))[0])
     for found, expected in zip(*metrics, strict=True):
         measured = {name for name in found if name.startswith(("time/", "memory/")) or "second" in name}
         assert found.keys() == expected.keys() and len(found.keys() - measured) > 5

@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, on_ranks, read_rows, train
+from conftest import ROOT, read_rows, torchrun, train
 from safetensors.torch import load_file
 
 GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
@@ -15,8 +14,8 @@ GSM8K = Path(os.environ.get("GSM8K_DIR", ROOT.parent / "shared" / "gsm8k"))
 
 def test_arithmetic_learns(tmp_path):
     """Held-out accuracy climbs well above where the teacher left it, and everything promised is on disk."""
-    options = ["--steps", "30", "--eval_every", "15", "--save_every", "15"]
-    (before, *metrics), run = train(2, "configs/arithmetic_cpu.py", tmp_path, *options)
+    options = f"--config {ROOT}/configs/arithmetic_cpu.py --steps 30 --eval_every 15 --save_every 15"
+    (before, *metrics), run = train(2, f"train_grpo.py {options}", tmp_path)
     error = 0.5 / math.sqrt(256 * 4)  # one standard error of an accuracy, of so many samples, at most
     assert before["eval/accuracy"] == pytest.approx(0.35, abs=4 * error), "the teacher's, in the weights"
     assert metrics[-1]["eval/accuracy"] > before["eval/accuracy"] + 10 * error
@@ -50,20 +49,14 @@ def test_gsm8k_runs(tmp_path, ranks, tensor_parallel_size):
     for rank in range(2) if tensor_parallel_size == 2 else ():  # what a killed engine leaves must not be in the way
         Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").write_bytes(bytes(64))
     sizes = ["--tensor_parallel_size", str(tensor_parallel_size), "--sequence_parallel_size", str(tensor_parallel_size)]
-    options = ["--steps", "2", "--data", str(GSM8K), *sizes]
-    metrics, run = train(ranks, "configs/gsm8k_cpu.py", tmp_path, *options)
+    options = ["--config", f"{ROOT}/configs/gsm8k_cpu.py", "--steps", "2", "--data", str(GSM8K), *sizes]
+    done = torchrun(ranks, "train_grpo.py", *options, "--output_dir", f"{tmp_path}/run")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    metrics, run = read_rows(tmp_path / "run" / "metrics.jsonl"), tmp_path / "run"
     assert not list(Path("/dev/shm").glob("*cpushm*"))
     assert len(metrics) == 3, "step 0, before training, and two steps"
     samples = read_rows(run / "samples.jsonl")
     assert all(sample["prompt"].endswith("put your final answer within \\boxed{}.") for sample in samples)
-
-
-def train_on(command: str) -> None:
-    """`train_grpo.py` with these options, on a rank."""
-    import train_grpo
-
-    sys.argv = ["train_grpo.py", *command.split()]
-    train_grpo.train(train_grpo.setup_grpo())
 
 
 def test_your_own_data_and_rewards(tmp_path):
@@ -71,16 +64,14 @@ def test_your_own_data_and_rewards(tmp_path):
     sizes = "--steps 2 --prompts_per_step 8 --max_prompt_length 16 --max_completion_length 24 --learning_rate 2e-3"
     own = f"--data {ROOT}/examples/sums.csv --prompt_field question --answer_field label"
     rewards = f"--reward {ROOT}/examples/rewards.py:score {ROOT}/examples/rewards.py:short=0.5"
-    command = f"--model tiny {own} {rewards} {sizes} --output_dir {tmp_path}/own"
-    on_ranks(2, train_on, command, folder=tmp_path)
+    (_, *metrics), run = train(2, f"train_grpo.py --model tiny {own} {rewards} {sizes}", tmp_path)
     assert "54 problems to train on, 6 held out" in (tmp_path / "rank_0.txt").read_text()
-    _, *metrics = read_rows(tmp_path / "own" / "metrics.jsonl")
     for row in metrics:
         parts = row["reward/correct"] + row["reward/form"] + 0.5 * row["reward/short"]
         assert row["reward/mean"] == pytest.approx(parts, abs=1e-12) and row["reward/timeouts"] == 0
         assert row["reward/correct_std"] > 0 and row["reward/form"] <= 0.2
         assert -0.15 < row["reward/short"] < -0.05, "a sum and its end are 13 characters or fewer"
-    samples = read_rows(tmp_path / "own" / "samples.jsonl")
+    samples = read_rows(run / "samples.jsonl")
     for sample in samples:
         truth = str(eval(sample["prompt"].rstrip("=")))
         right = sample["completion"].strip().endswith(f"#### {truth}")
