@@ -33,9 +33,9 @@ from runtime.checkpoint import restore_state
 from runtime.command_line import parse_config
 from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, rollout_metrics, total_rewards
 from runtime.launch import launch
+from runtime.models import build_critic, model_folder
 from runtime.optimize import Metrics, Update, make_optimizer, set_learning_rate, update_metrics
 from runtime.run import Run, is_due, micro_batches, rollout_requests
-from runtime.models import build_critic, model_folder
 from runtime.setup import setup
 from runtime.steps import begin_training, finish_step, finish_training
 from sync import VERIFY_EVERY

@@ -180,12 +180,14 @@ class RemoteEngine:
             del tensor
         if self.link.group:
             self.link.broadcast(None)
-        self.weights_changed = result(self.receive())
+        result(self.receive())
+        self.weights_changed = True
 
     def load_adapter(self, folder: str, name: str = lora.POLICY) -> None:
         """As `Engine.load_adapter`; the folder may be on the trainers' machine alone."""
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()} if self.link.group else {}
-        self.weights_changed = self.ask("load_adapter", files, name)
+        self.ask("load_adapter", files, name)
+        self.weights_changed = True
 
     def sleep(self) -> None:
         """Nothing: no trainer's memory is the sampler's."""
@@ -221,6 +223,7 @@ class RemoteEngine:
             self.link.broadcast((method, arguments))
 
     def receive(self) -> Any:
+        """The generators' answer, on all trainers; counts how long both sides waited."""
         start = time.perf_counter()
         answer, waited = fsdp_utils.on_first_rank(self.link.receive_answer)
         self.trainer_wait += time.perf_counter() - start
@@ -295,17 +298,17 @@ class Generator:
             result(answer)
         return answers
 
-    def load_weights(self) -> bool:
+    def load_weights(self) -> None:
+        """Of the trainers' stream, to its end."""
         stream = self.link.receive_tensors(self.device)
         try:
             self.engine.load_weights(stream)
         finally:
             deque(stream, maxlen=0)  # after an error, what the trainers still send
-        return True
 
-    def load_adapter(self, files: dict[str, bytes], name: str) -> bool:
+    def load_adapter(self, files: dict[str, bytes], name: str) -> None:
+        """From the contents of its files."""
         with shared_folder(sum(map(len, files.values()))) as folder:
             mine = files if first_on_host() else {}
             fsdp_utils.on_every_rank(lambda: [(folder / file).write_bytes(mine[file]) for file in mine])
             self.engine.load_adapter(str(folder), name)
-        return True

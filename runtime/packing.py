@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from runtime.sequence_parallel import Slices, attend_to_all, ranks_sharing, spread, spread_like
 
@@ -153,6 +153,12 @@ CONVOLUTIONS = ("linear_attn.conv1d",)  # in them
 # The kernels with which these begin anew at each sequence. Without one of them, transformers takes a function of its
 # own in its place, on any device, which ignores where sequences begin.
 KERNELS = {"causal_conv1d": "causal_conv1d_fn", "fla.ops.gated_delta_rule": "chunk_gated_delta_rule"}
+
+
+def recurrent_layers(config: PretrainedConfig) -> list[bool]:
+    """Of each layer of a language model, whether it has a state instead of keys and values."""
+    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers
+    return [kind == "linear_attention" for kind in kinds]
 
 
 def keep_sequences_apart(model: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from runtime.heap import keep_freed_memory
+from runtime.packing import recurrent_layers
 
 KV_CACHE = 1 << 30  # bytes
 BLOCK = 32  # tokens; only whole blocks of a prompt are shared by its samples, and vLLM's 128 are longer than many
@@ -35,17 +36,11 @@ def prepare_cpu(model: str, dtype: str, ranks: int, adapters: bool) -> dict[str,
         "enforce_eager": True,
         "enable_chunked_prefill": False,  # a partial prompt with a seed needs a CUDA generator
     }
-    if has_recurrent_layers(model):
+    if any(recurrent_layers(AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config())):
         if dtype != "bfloat16":
             raise ValueError(f"vLLM on a CPU runs recurrent layers in bfloat16 alone, not {dtype}; set dtype bfloat16")
         options["enable_prefix_caching"] = False  # it needs prompts in chunks there
     return options
-
-
-def has_recurrent_layers(model: str) -> bool:
-    """Whether some layers of the model in this folder have a state instead of keys and values."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
-    return "linear_attention" in (getattr(config, "layer_types", None) or [])
 
 
 def do_without_torchvision() -> None:

@@ -38,9 +38,9 @@ from runtime.command_line import OneLineParser, parse_over, read_config_file
 from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, sample_records
 from runtime.files import new_folder
 from runtime.launch import launch
+from runtime.models import meta_model, model_folder, read_model_config
 from runtime.prompts import check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Prompt, Scorer
-from runtime.models import meta_model, model_folder, read_model_config
 from runtime.setup import build_engine, check_world
 from runtime.shared_memory import fast_folder
 from runtime.signals import listen
@@ -48,9 +48,10 @@ from runtime.tracking import environment, hardware, json_lines
 from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
-# Whatever they were in training.
-DEFAULTS = {"eval_problems": ALL, "gpu_memory_utilization": 0.9}
-DEFAULTS |= {"rollout_ranks": 0, "max_staleness": 0, "fsdp_size": 0, "sequence_parallel_size": 1}  # of training alone
+DEFAULTS = {  # whatever they were in training, of which the second line is about alone
+    **{"eval_problems": ALL, "gpu_memory_utilization": 0.9},
+    **{"rollout_ranks": 0, "max_staleness": 0, "fsdp_size": 0, "sequence_parallel_size": 1},
+}
 
 # ---- What is evaluated ----------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from runtime import checkpoint, models, setup
 from runtime.command_line import parse_config
 from runtime.models import PromptHead
 from runtime.optimize import make_optimizer
-from runtime.packing import Packed, pack
+from runtime.packing import Packed, pack, recurrent_layers
 from runtime.sequence_parallel import neighbours
 from runtime.shared_memory import use_shm
 
@@ -242,12 +242,6 @@ def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int, prompt_head
             return measure(config, shape, prompt_head)
         less, more = (measure(config, with_layers(shape, count), prompt_head) for count in (few, few + period))
     return line(less, more, (layers - few - period) / period)
-
-
-def recurrent_layers(shape: PretrainedConfig) -> list[bool]:
-    """Of each layer, whether it has a state instead of keys and values."""
-    kinds = getattr(shape, "layer_types", None) or [""] * shape.num_hidden_layers
-    return [kind == "linear_attention" for kind in kinds]
 
 
 def blocks_per_period(shape: PretrainedConfig) -> int:
