@@ -358,6 +358,7 @@ class Probe:
     def find_strength(self, target: float) -> None:
         """Finds a strength whose effect is 1 to 2 times `target`, in nats per token, or the nearest of 8 trials."""
         strength, nearest = 0.1, math.inf
+        weak, strong = 0.0, math.inf  # tried strengths, on either side of the one to find
         for _ in range(8):
             self.set_adapters(strength)
             expected = self.trainer_logprobs()
@@ -366,7 +367,10 @@ class Probe:
                 nearest, self.strength, self.expected = abs(math.log(ratio)), strength, expected
             if nearest < math.log(1.4):
                 break
+            weak, strong = (strength, strong) if ratio < 1 else (weak, strength)
             strength /= min(max(ratio, 0.3), 3.0)
+            if not weak < strength < strong:  # the effect grows faster than the strength
+                strength = math.sqrt(weak * strong)
 
     def set_adapters(self, strength: float) -> None:
         """Overwrites the policy's adapters with a random update, `strength` times as large as each W."""
