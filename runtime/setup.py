@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import PreTrainedModel
 
 import fsdp_utils
@@ -65,23 +64,21 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     problems = [prompt.problem for prompt in train_prompts + test_prompts]
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, problems))
     with fast_folder(folder) as files:
-        start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
 
-        @cache
+        @cache  # with SHARE_BASE it starts while the policy is built, else afterwards
         def engine_for(model: PreTrainedModel) -> AnyEngine:
             with progress_bar("starting vLLM"):
                 known = environments(train_prompts + test_prompts)
                 make = partial(RemoteEngine, link, known, progress.started) if link else Engine
                 return build_engine(config, files, stops, lora.target_names(model), make)
 
-        def with_engine(model: PreTrainedModel) -> set[nn.Parameter]:
-            return share(model, engine_for(model), world)
-
-        policy = build_policy(start, files, world, prompt_head, with_engine if sharing else None)
+        start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
+        shared = partial(share, engine_for=engine_for, world=world) if sharing else None
+        policy = build_policy(start, files, world, prompt_head, shared)
         optimizer = make_optimizer(config, policy, config.learning_rate)
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
-        engine = engine_for(policy.model)  # there already, if it has given its weights to the policy
+        engine = engine_for(policy.model)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(
         config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved

@@ -8,6 +8,7 @@ when it loads (on CPUs all linears, experts everywhere) the trainer keeps as a c
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -40,12 +41,13 @@ def shares_base(config: Config, ranks: int) -> bool:
     return True
 
 
-def share(model: PreTrainedModel, engine: Engine, world: World) -> set[nn.Parameter]:
-    """Gives frozen parameters of a meta model the memory of vLLM's; returns them.
+def share(model: PreTrainedModel, engine_for: Callable[[PreTrainedModel], Engine], world: World) -> set[nn.Parameter]:
+    """Starts vLLM, and gives frozen parameters of a meta model with adapters the memory of vLLM's; returns them.
 
-    The others are named on the first rank's console. Raises ValueError if vLLM has packed its linears.
+    vLLM starts only now, since it changes classes of transformers, of which a model cannot be made afterwards. Raises
+    ValueError if it has packed its linears.
     """
-    held, shared, others = held_weights(engine), set(), []
+    held, shared, others = held_weights(engine_for(model)), set(), []
     for name, parameter in lora.base_weights(model):
         view = held.tensor(name, len(parameter))
         if view is None or (view.shape, view.dtype, view.device) != (parameter.shape, parameter.dtype, world.device):

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -79,10 +80,10 @@ def beside_a_copy(folder):
     world, folder = fsdp_utils.init_world(), str(folder)
     found, bases = [], []
 
-    def with_engine(model):
-        return share(model, setup.build_engine(CONFIG, folder, Stops(), lora.target_names(model)), world)
+    def engine_for(model):
+        return setup.build_engine(CONFIG, folder, Stops(), lora.target_names(model))
 
-    for how in (None, with_engine):
+    for how in (None, partial(share, engine_for=engine_for, world=world)):
         policy = models.build_policy(CONFIG, folder, world, share=how)
         randomise(policy.model)
         logprobs = policy(pack(PROMPTS, TEXTS, world.device)).logprobs
@@ -126,7 +127,9 @@ def test_the_plan_counts_the_base_once(model_folder, monkeypatch):
     once = plan.plan_trainer(CONFIG, shape, 2)
     assert twice.policy.base == twice.engine == once.engine and once.policy.base == 0
     assert once.policy.adapters == twice.policy.adapters == once.policy.trained
-    assert all(ledger["gathered weights"] <= once.policy.adapters for ledger in once.policy.update.values())
+    for moment, ledger in once.policy.update.items():
+        assert ledger["gathered weights"] <= once.policy.adapters
+        assert ledger["activations"] == pytest.approx(twice.policy.update[moment]["activations"], rel=0.01), moment
     for option, value in {"fsdp_size": 2, "sync": "merged", "sleep_level": 1, "offload": "all"}.items():
         with refused("SHARE_BASE=1 needs", option):
             shares_base(dataclasses.replace(CONFIG, **{option: value}), 2)

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _FSDPState
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
@@ -128,6 +129,9 @@ class Tracker(FSDPMemTracker):
         super().__init__(module, optimizer)
         self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.get_decoder().layers)
         self.moments: dict[str, Ledger] = {}
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # it is vLLM's, and counted there
+                self._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
 
     def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
         if tensor.shape[-1:] == (self.vocabulary,):
