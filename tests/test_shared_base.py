@@ -127,9 +127,8 @@ def test_the_plan_counts_the_base_once(model_folder, monkeypatch):
     once = plan.plan_trainer(CONFIG, shape, 2)
     assert twice.policy.base == twice.engine == once.engine and once.policy.base == 0
     assert once.policy.adapters == twice.policy.adapters == once.policy.trained
-    for moment, ledger in once.policy.update.items():
-        assert ledger["gathered weights"] <= once.policy.adapters
-        assert ledger["activations"] == pytest.approx(twice.policy.update[moment]["activations"], rel=0.01), moment
+    peaks = [max(sum(ledger.values()) for ledger in each.policy.update.values()) for each in (once, twice)]
+    assert peaks[0] < peaks[1], "nothing of the base is gathered, or counted a second time"
     for option, value in {"fsdp_size": 2, "sync": "merged", "sleep_level": 1, "offload": "all"}.items():
         with refused("SHARE_BASE=1 needs", option):
             shares_base(dataclasses.replace(CONFIG, **{option: value}), 2)
