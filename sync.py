@@ -204,10 +204,7 @@ class HeldWeights:
 
         None for tensors that do not belong to a linear (norms, embeddings): only linears are read.
         """
-        path, _, kind = name.rpartition(".")
-        for prefix, own in self.prefixes.items():
-            if own and path.startswith(prefix):
-                path = own + path.removeprefix(prefix)
+        path, _, kind = self.own_name(name).rpartition(".")
         linear = self.linears.get(path)
         if linear is None:
             return None
@@ -218,6 +215,29 @@ class HeldWeights:
         if kind == "bias":
             return linear.bias()
         return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
+
+    def own_name(self, name: str) -> str:
+        """vLLM's name for what the checkpoint calls `name`."""
+        for prefix, own in self.prefixes.items():
+            if own and name.startswith(prefix):
+                name = own + name.removeprefix(prefix)
+        return name
+
+    def tensor(self, name: str, rows: int) -> Tensor | None:
+        """The first rows of a whole parameter, as a view of vLLM's own tensor, which may be padded. None: it has none
+        of that name; a linear that vLLM has packed has no rows.
+        """
+        path, _, kind = self.own_name(name).rpartition(".")
+        if linear := self.linears.get(path):
+            fused = getattr(linear.linear, kind, None)
+            return None if fused is None else fused.data[linear.rows_of_layer][:rows]
+        parameter = self.parameters.get(f"{path}.{kind}")
+        return None if parameter is None else parameter.data[:rows]
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """vLLM's, without what wrappers for adapters add to the names."""
+        return {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters()}
 
     @cached_property
     def model(self) -> nn.Module:
