@@ -29,12 +29,10 @@ import fsdp_utils
 from configs.base import Config
 from configs.checks import resolve_config
 from runtime.batching import MicroBatch, batch_metrics, make_updates
-from runtime.checkpoint import restore_state
 from runtime.command_line import parse_config
 from runtime.evaluation import compute_rewards, evaluate, log_samples, part_metrics, rollout_metrics, total_rewards
 from runtime.launch import launch
-from runtime.models import build_critic, model_folder
-from runtime.optimize import Metrics, Update, make_optimizer, set_learning_rate, update_metrics
+from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
 from runtime.run import Run, is_due, micro_batches, rollout_requests
 from runtime.setup import setup
 from runtime.steps import begin_training, finish_step, finish_training
@@ -200,20 +198,11 @@ def configure(arguments: list[str], description: str = __doc__) -> tuple[Config,
 def setup_ppo() -> Run:
     """The run of this command line, with its critic."""
     config, _ = configure(sys.argv[1:])
-    run = setup(config)
-    add_critic(run)
+    run = setup(config, with_critic=True)
     critic, _ = run.learners["critic"]
     trained = sum(parameter.numel() for parameter in critic.parameters() if parameter.requires_grad)
     run.log.print(f"critic {trained / 1e6:,.2f}M parameters trained")
     return run
-
-
-def add_critic(run: Run) -> None:
-    """Builds the critic and its optimizer; a resumed run's have the checkpoint's values."""
-    critic = build_critic(run.config, model_folder(run.config), run.world)
-    run.learners["critic"] = critic, make_optimizer(run.config, critic, run.config.critic_learning_rate)
-    if run.saved:
-        restore_state(run.saved.folder, {"critic": run.learners["critic"]})
 
 
 if __name__ == "__main__":

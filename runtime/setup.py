@@ -27,7 +27,7 @@ from runtime.checkpoint import Progress, Saved
 from runtime.evaluation import make_scorer
 from runtime.files import check_parent, locked
 from runtime.generators import AnyEngine, Generator, Link, RemoteEngine, init_worlds
-from runtime.models import PromptHead, active_parameters, build_policy, model_folder, read_model_config
+from runtime.models import PromptHead, active_parameters, build_critic, build_policy, model_folder, read_model_config
 from runtime.optimize import make_optimizer, schedule
 from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
@@ -39,8 +39,9 @@ from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
 
 
-def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
-    """Builds all parts of a run. Raises ValueError or OSError, of one line, for errors that the user can fix.
+def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bool = False) -> Run:
+    """Builds all parts of a run, PPO's critic among them. Raises ValueError or OSError, of one line, for errors that
+    the user can fix.
 
     In a process that only generates (`rollout_ranks`) it does not return: the run is the trainers'.
     """
@@ -72,17 +73,23 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
                 make = partial(RemoteEngine, link, known, progress.started) if link else Engine
                 return build_engine(config, files, stops, lora.target_names(model), make)
 
+        learners = {}
+        if with_critic:  # before vLLM starts, which changes classes of transformers
+            critic = build_critic(config, files, world)
+            learners["critic"] = critic, make_optimizer(config, critic, config.critic_learning_rate)
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
         shared = partial(share, engine_for=engine_for, world=world) if sharing else None
         policy = build_policy(start, files, world, prompt_head, shared)
         optimizer = make_optimizer(config, policy, config.learning_rate)
+        learners["policy"] = policy, optimizer
         if saved:
-            checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
+            checkpoint.restore_state(saved.folder, learners)
         engine = engine_for(policy.model)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(
         config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
     )
+    run.learners |= learners
     engine.sleep()  # the probe's forwards in the trainer need the memory
     run.stop.listen()  # from here on a signal lets the run be saved; until here it ends the process
     run.weight_sync.update_weights(verify=True, everything=config.dtype == "nf4")  # vLLM has the 16-bit base

@@ -1,8 +1,10 @@
 """PPO's own parts: GAE, the value loss, the critic on several ranks, and a short run."""
 
+import shutil
+
 import pytest
 import torch
-from conftest import EPSILON, ROOT, on_ranks, train
+from conftest import EPSILON, ROOT, TINY, on_ranks, train
 from test_algorithms import F64, micro_batch
 
 import fsdp_utils
@@ -126,6 +128,16 @@ def test_a_short_run(tmp_path):
     assert steps[3]["critic/error"] < 0.7 * steps[3]["reward/mean"]  # that is the error of expecting nothing
     assert steps[3]["critic/value"] == pytest.approx(steps[3]["critic/return"], abs=0.15)
     assert steps[3]["policy/clip_frac"] > 0 and steps[3]["policy/kl_ref"] != 0
+
+
+def test_a_critic_of_a_family_whose_classes_vllm_changes(model_folder, tmp_path):
+    """vLLM, once started, has put parts of its own into transformers' OLMo 2."""
+    folder = shutil.copytree(model_folder("olmo2", vocab_size=300), tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / file, folder)
+    options = f"--config {ROOT}/configs/arithmetic_cpu_ppo.py --model {folder} --steps 2 --warmup_steps 1"
+    (_before, *steps), _ = train(1, f"train_ppo.py {options} --eval_problems 2 --prompts_per_step 4", tmp_path)
+    assert all("critic/grad_norm" in step for step in steps)
 
 
 @pytest.mark.parametrize(
