@@ -23,18 +23,10 @@ from safetensors.torch import load_file, save_file
 
 import fsdp_utils
 import lora
+from benchmarks.weight_sync import random_adapter
 from runtime import files
 
 NEAR, FAR = 1e-4, 0.02  # standard deviation of a random policy's A and B
-
-
-def random_adapter(model, seed, scale):
-    """The same values for the same seed, wherever the model's tensors live."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
-            for parameter in layer.adapters[lora.POLICY].parameters():
-                fsdp_utils.fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
 
 
 def verdicts_on(run, faults, scale):

@@ -217,7 +217,7 @@ def report_step(rows: Rows, side: Callable[..., dict], size: Size, work: Path, s
     folder.mkdir()
     found = side(Path(model_folder(work, scale)), steps, folder, scale)
     rest = found["steps"][1:]
-    for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
+    for phase in (*vs_trl.PHASES, "step"):
         rows.add(phase, statistics.median(record.get(phase, 0.0) for record in rest), "s", f"{len(rest)} steps")
     lengths = [sum(vs_trl.completion_lengths(number, scale)) for number in range(2, steps + 1)]
     speed = statistics.median(length / record["step"] for length, record in zip(lengths, rest))

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,9 +40,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.real_runs import read_rows, step_seconds  # noqa: E402
+
 GROUP, SEED, RANK, ALPHA, LEARNING_RATE = 8, 0, 16, 32.0, 1e-4
 TASK = "even words"
-GPU_SHARE = 0.4  # of its memory for vLLM
+PHASES = ("rollout", "reward", "logprobs", "update", "sync")
 
 
 @dataclass(frozen=True)
@@ -185,20 +187,14 @@ def force_lengths(scale: Scale) -> None:
 # ---- lorl -----------------------------------------------------------------------------------------------------
 
 
-def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
-    """Its steps as `report` wants them, and the peak of memory."""
-    force_lengths(scale)
-
-    import reward
+def make_config(model: Path, steps: int, folder: Path, scale: Scale):
+    """The settings of lorl; `trl_config` makes those of TRL from them."""
     from configs.base import Config
     from configs.checks import resolve_config
-    from runtime.setup import setup
-    from train_grpo import ALGORITHMS, train
+    from train_grpo import ALGORITHMS
 
-    problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
-    reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
     config = Config(
-        output_dir=str(folder / "lorl"),
+        output_dir=str(folder),
         task=TASK,
         model=str(model),
         steps=steps,
@@ -210,22 +206,38 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         group_size=GROUP,
         max_prompt_length=scale.longest_prompt,
         max_completion_length=scale.longest_completion,
-        gpu_memory_utilization=GPU_SHARE,
         lora_rank=RANK,
         lora_alpha=ALPHA,
         learning_rate=LEARNING_RATE,
         tokens_per_microbatch=scale.rows * scale.longest,
         gradient_checkpointing=scale.checkpointing,
     )
-    train(setup(resolve_config(config, ALGORITHMS[config.algorithm])))
-    rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]
-    records = [
-        {phase: row[f"time/{phase}"] for phase in ("rollout", "reward", "logprobs", "update", "sync")}
-        | {"step": row["time/step"] - row["time/eval"] - row.get("time/save", 0.0), "score": row["reward/mean"]}
-        | {"mismatch": row["mismatch/kl"]}
+    return resolve_config(config, ALGORITHMS[config.algorithm])
+
+
+def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
+    """Its steps as `report` wants them, and the peak of memory."""
+    force_lengths(scale)
+
+    import reward
+    from runtime.setup import setup
+    from train_grpo import train
+
+    problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
+    reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
+    train(setup(make_config(model, steps, folder / "lorl", scale)))
+    return read_steps(folder / "lorl")
+
+
+def read_steps(folder: Path) -> dict:
+    """The steps of a run's metrics.jsonl, and the peak of memory in GiB."""
+    rows = [row for row in read_rows(folder) if row["step"] > 0]
+    names = {"score": "reward/mean", "mismatch": "mismatch/kl"} | {phase: f"time/{phase}" for phase in PHASES}
+    steps = [
+        {name: row[metric] for name, metric in names.items() if metric in row} | {"step": step_seconds(row)}
         for row in rows
     ]
-    return {"steps": records, "peak": max(row["memory/peak_gib"] for row in rows)}
+    return {"steps": steps, "peak": max(row["memory/peak_gib"] for row in rows)}
 
 
 # ---- TRL ------------------------------------------------------------------------------------------------------
@@ -272,82 +284,110 @@ def instrument_trl() -> dict[str, float]:
     return seconds
 
 
-def trl_config(steps: int, folder: Path, scale: Scale):
-    """Its `GRPOConfig`, with the settings that `run_lorl` has."""
+def trl_config(config, rows: int, **options):
+    """TRL's `GRPOConfig` with the settings of a lorl configuration. rows: sequences in a micro-batch."""
     import torch
     from trl import GRPOConfig
 
     return GRPOConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=steps,
-        seed=SEED,
+        output_dir=str(config.run_folder),
+        max_steps=config.steps,
+        seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
         logging_steps=1,
         save_strategy="no",
-        model_init_kwargs={"dtype": "bfloat16"},
-        shuffle_dataset=False,
-        per_device_train_batch_size=scale.rows,
-        gradient_accumulation_steps=scale.prompts * GROUP // scale.rows,
-        num_generations=GROUP,
-        max_completion_length=scale.longest_completion,
-        gradient_checkpointing=scale.checkpointing,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
+        model_init_kwargs={"dtype": config.dtype},
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=config.prompts_per_step * config.group_size // rows,
+        num_generations=config.group_size,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        gradient_checkpointing=config.gradient_checkpointing,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule,
+        weight_decay=0.0,
         max_grad_norm=1.0,
         loss_type="grpo",
         use_vllm=True,
         vllm_mode="colocate",
-        vllm_max_model_length=scale.longest,
-        vllm_gpu_memory_utilization=GPU_SHARE,
+        vllm_max_model_length=config.max_model_len,
+        vllm_gpu_memory_utilization=config.gpu_memory_utilization,
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=2.0,
+        **options,
     )
 
 
-def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
-    """As `run_lorl`."""
-    force_lengths(scale)
+def train_with_trl(
+    config, dataset: list[dict], rewards: Callable, rows: int, evaluate: Callable = lambda trainer: {}, **options
+) -> None:
+    """Trains as a lorl configuration says, and writes a metrics.jsonl like lorl's.
+
+    rewards: a reward function of TRL's. evaluate: from the trainer to metrics. options: of `GRPOConfig`.
+    """
+    seconds = instrument_trl()
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from runtime.run import endless
+    from runtime.run import is_due
     from runtime.tracking import peak_memory, reset_peak_memory
 
-    seconds = instrument_trl()
-    records: list[dict] = []
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    metrics = open(config.run_folder / "metrics.jsonl", "w", buffering=1)
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
+    class Log(TrainerCallback):
+        """Writes a row per step. Its seconds and its peak of memory exclude the evaluation."""
+
+        def begin(self) -> None:
+            """Starts the clocks of a step."""
+            seconds.clear()
             reset_peak_memory()
             self.since = time.perf_counter()
 
-        def on_step_end(self, *_, **__):
-            now = time.perf_counter()
-            records.append({"step": now - self.since, **seconds})
-            seconds.clear()
-            self.since = now
+        def on_train_begin(self, *_, **__) -> None:
+            metrics.write(json.dumps({"step": 0} | evaluate(trainer)) + "\n")
+            self.begin()
 
-        def on_log(self, args, state, control, logs=None, **_):
+        def on_step_end(self, args, state, control, **_) -> None:
+            step = time.perf_counter() - self.since
+            phases = seconds | {"step": step, "update": step - sum(seconds.values())}
+            self.row = {"step": state.global_step} | {f"time/{name}": value for name, value in phases.items()}
+            self.row["memory/peak_gib"] = peak_memory() / 2**30
+            if state.global_step == config.steps or is_due(config.eval_every, state.global_step):
+                self.row |= evaluate(trainer)
+
+        def on_log(self, args, state, control, logs=None, **_) -> None:
             if "reward" in (logs or {}):
-                records[-1]["score"] = logs["reward"]
+                metrics.write(json.dumps(self.row | {"reward/mean": logs["reward"]}) + "\n")
+                self.begin()
 
-    prompts = list(islice(endless(prompt_texts(scale), SEED), steps * scale.prompts))
     trainer = GRPOTrainer(
-        model=str(model),
-        reward_funcs=lambda completions, **_: [score(completion) for completion in completions],
-        args=trl_config(steps, folder, scale),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
-        callbacks=[Clock()],
+        model=config.model,
+        reward_funcs=rewards,
+        args=trl_config(config, rows, **options),
+        train_dataset=Dataset.from_list(dataset),
+        peft_config=LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"),
+        callbacks=[Log()],
     )
     trainer.train()
-    for record in records:
-        record["update"] = record["step"] - sum(record.get(p, 0.0) for p in ("rollout", "reward", "logprobs", "sync"))
-    return {"steps": records, "peak": peak_memory() / 2**30}
+    metrics.close()
+
+
+def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
+    """As `run_lorl`."""
+    force_lengths(scale)
+    from runtime.run import endless
+
+    config = make_config(model, steps, folder / "trl", scale)
+    prompts = islice(endless(prompt_texts(scale), SEED), steps * scale.prompts)
+    dataset = [{"prompt": prompt} for prompt in prompts]
+    rewards = lambda completions, **_: [score(completion) for completion in completions]  # noqa: E731
+    train_with_trl(config, dataset, rewards, scale.rows, shuffle_dataset=False)
+    return read_steps(config.run_folder)
 
 
 # ---- Side by side ---------------------------------------------------------------------------------------------
@@ -381,7 +421,7 @@ def report(results: dict[str, list[dict]], clock: str, scale: Scale) -> None:
         print(f"| {name:<16} | {' | '.join(f'{value:>8,.{digits}f}' for value in values)} |")
 
     steps = {side: [step for run in runs for step in run["steps"][1:]] for side, runs in results.items()}
-    for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
+    for phase in (*PHASES, "step"):
         row(phase, (statistics.median(step.get(phase, 0.0) for step in rows) for rows in steps.values()))
     for runs in results.values():
         for run in runs:

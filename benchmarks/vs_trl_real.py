@@ -16,15 +16,11 @@ The folder of TRL's packages has to be called site-packages: dill takes what lie
 import argparse
 import dataclasses
 import importlib.util
-import json
 import math
-import resource
 import runpy
 import shlex
 import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,39 +63,6 @@ def asked(problem, instruction: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{problem.prompt}\n{instruction}" if instruction else problem.prompt}]
 
 
-def trl_config(config: Config, rows: int):
-    """lorl's settings by TRL's names."""
-    from trl import GRPOConfig
-
-    return GRPOConfig(
-        output_dir=str(config.run_folder),
-        max_steps=config.steps,
-        seed=config.seed,
-        use_cpu=True,
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=1,
-        save_strategy="no",
-        model_init_kwargs={"dtype": config.dtype},
-        per_device_train_batch_size=rows,
-        gradient_accumulation_steps=config.prompts_per_step * config.group_size // rows,
-        num_generations=config.group_size,
-        max_completion_length=config.max_completion_length,
-        temperature=config.temperature,
-        gradient_checkpointing=config.gradient_checkpointing,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_schedule,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        loss_type="grpo",
-        use_vllm=True,
-        vllm_mode="colocate",
-        vllm_max_model_length=config.max_model_len,
-        vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_max=2.0,
-    )
-
-
 class HeldOut:
     """Evaluates what TRL trains, as lorl does: the same problems, prompts and number of samples."""
 
@@ -134,70 +97,19 @@ def reward_of(config: Config, completion: str, answer: str) -> float:
 
 
 def run_trl(config: Config, arguments: argparse.Namespace) -> None:
-    """Trains until it is stopped, and writes a metrics.jsonl such as lorl's."""
+    """Trains until it is stopped."""
     vs_trl.leave_weights_unpacked()
-    seconds = vs_trl.instrument_trl()
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import GRPOTrainer
-
     import reward
 
     instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
     train, test = (reward.load_problems(config.task, split) for split in ("train", "test"))
-    rows = [{"prompt": asked(problem, instruction), "answer": problem.answer} for problem in train]
+    dataset = [{"prompt": asked(problem, instruction), "answer": problem.answer} for problem in train]
 
     def rewards(completions: list, answer: list[str], **_) -> list[float]:
         return [reward_of(config, turns[0]["content"], truth) for turns, truth in zip(completions, answer)]
 
-    trainer = GRPOTrainer(
-        model=config.model,
-        reward_funcs=rewards,
-        args=trl_config(config, arguments.rows),
-        train_dataset=Dataset.from_list(rows),
-        peft_config=LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"),
-    )
     held_out = HeldOut(config, test, instruction)
-    trainer.add_callback(log_class()(config, seconds, lambda: held_out.evaluate(trainer)))
-    trainer.train()
-
-
-def log_class() -> type:
-    """Of a callback; made late, since transformers takes seconds to import."""
-    from transformers import TrainerCallback
-
-    class Log(TrainerCallback):
-        """A row of metrics.jsonl per step. Its seconds and peak of memory are those without evaluation."""
-
-        def __init__(self, config: Config, seconds: dict[str, float], evaluate: Callable[[], dict[str, float]]):
-            self.config, self.seconds, self.evaluate = config, seconds, evaluate
-            config.run_folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(config.run_folder / "metrics.jsonl", "w", buffering=1)
-
-        def begin(self) -> None:
-            """Starts the clocks of a step."""
-            self.seconds.clear()
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew, see proc(5)
-            self.since = time.perf_counter()
-
-        def on_train_begin(self, *_, **__) -> None:
-            self.file.write(json.dumps({"step": 0} | self.evaluate()) + "\n")
-            self.begin()
-
-        def on_step_end(self, args, state, control, **_) -> None:
-            whole = time.perf_counter() - self.since
-            phases = self.seconds | {"step": whole, "update": whole - sum(self.seconds.values())}
-            self.row = {"step": state.global_step} | {f"time/{name}": value for name, value in phases.items()}
-            self.row["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            if state.global_step % self.config.eval_every == 0 or state.global_step == self.config.steps:
-                self.row |= self.evaluate()
-
-        def on_log(self, args, state, control, logs=None, **_) -> None:
-            if "reward" in (logs or {}):
-                self.file.write(json.dumps(self.row | {"reward/mean": logs["reward"]}) + "\n")
-                self.begin()
-
-    return Log
+    vs_trl.train_with_trl(config, dataset, rewards, arguments.rows, held_out.evaluate)
 
 
 # ---- Side by side ---------------------------------------------------------------------------------------------
