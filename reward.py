@@ -75,10 +75,10 @@ def find_task(task: str) -> Task:
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."  # as Qwen2.5 was trained
 
-# What a final answer stands after: "####", "\boxed", "the answer is", "**Answer**:".
+# The marks before a final answer: "####", "\boxed", "the answer is", "**Answer**:".
 MARK = re.compile(r"####|\\boxed\s*|\banswer\b[^\w\n]*?(?:\bis\b|[:=])", re.IGNORECASE)
 
-# From LaTeX and Markdown to plain text, one after the other.
+# Replacements, made in this order, from LaTeX and Markdown to plain text.
 PLAIN = [
     ("[\N{MINUS SIGN}\N{EN DASH}]", "-"),
     (r"\\(?:[,!]|(?:left|right|displaystyle)\b)|\^\s*\{?\\circ\}?", ""),
@@ -95,7 +95,7 @@ DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
 NUMBER = rf"(?:(?<![\w)])[-+])?{DIGITS}(?:\s*/\s*{DIGITS})?"
 # Between two numbers of one statement: an operator, perhaps after a unit; a comma, a space, a word; or a letter.
 JOIN = r"[\s)%]*(?:[A-Za-z]+\s*)?[-+*/:=×÷]\s*\(?|\s*[\^,]\s*|\s+(?:(?:x|and|or|to)\s+)?|[A-Za-z_.(]"
-# What makes a number a part of something: x2, x-5, \sqrt 2, x * 2, - 2, /2 and, to its right, 2\pi.
+# Text before a number that makes it a part of something else: x2, x-5, \sqrt 2, x * 2, - 2, /2; after it, 2\pi.
 LEFT = r"(?:\\[A-Za-z]+\s*|[A-Za-z_)][-+]?|\w\s*\*\s*|[-+]\s+|[/^×÷]\s*)"
 STATED = re.compile(rf"{LEFT}?{NUMBER}(?:(?:{JOIN}){NUMBER})*(?:\s*\\[A-Za-z])?")
 

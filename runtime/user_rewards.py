@@ -51,7 +51,7 @@ Parts = dict[str, float]
 
 
 class Reward(NamedTuple):
-    """What a completion is worth."""
+    """The reward of a completion."""
 
     total: float  # the weighted sum of the parts, from which the policy learns
     parts: Parts = {}  # by name, unweighted, for the log

@@ -2,6 +2,7 @@
 
 import math
 import random
+import shutil
 import sys
 from collections import Counter
 from itertools import chain, groupby
@@ -527,26 +528,27 @@ def test_what_is_wrong_with_a_reply_is_said_in_a_line(template, reply, words):
 
 
 def calculator_runs(out: Path) -> None:
-    """GRPO straight through, the same in two parts, and PPO; on two ranks of one engine."""
-    small = "--prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
-    ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
-    runs = [
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/whole/r --steps 2 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts/r --steps 1 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts/r --steps 2 {small} --resume"),
-        (train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo/r {ppo}"),
-    ]
+    """GRPO, a copy of it resumed after its first step, and PPO; on two ranks of one engine."""
     alive = []
-    for prepare, train, options in runs:
-        given = f"--config {ROOT}/examples/calculator_tool.py --tensor_parallel_size 2 {options}"
-        sys.argv[1:] = given.split()
+
+    def run(prepare, train, options: str) -> None:
+        sys.argv[1:] = f"--config {ROOT}/examples/calculator_tool.py --tensor_parallel_size 2 {options}".split()
         alive.append(prepare())  # an engine takes the process groups with it when it goes
         train(alive[-1])
+
+    grpo = train_grpo.setup_grpo, train_grpo.train
+    small = "--steps 2 --prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
+    run(*grpo, f"--output_dir {out}/whole/r {small}")
+    fsdp_utils.on_first_rank(lambda: shutil.copytree(out / "whole", out / "parts"))
+    run(*grpo, f"--output_dir {out}/parts/r {small} --resume {out}/parts/r/checkpoints/step_000001")
+    ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
+    run(train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo/r {ppo}")
 
 
 def test_the_example_of_a_tool(tmp_path):
     """Runs are resumed bit by bit; samples show the whole conversation, and score its last turn."""
     on_ranks(2, calculator_runs, tmp_path, folder=tmp_path, timeout=600)
+    assert "resumed after step 1" in (tmp_path / "rank_0.txt").read_text()
     for name in ("metrics", "samples"):
         assert rows(tmp_path / "whole", name) == rows(tmp_path / "parts", name)
     called = Counter()
