@@ -149,10 +149,10 @@ def update_run(size: Size, work: Path):
 
 
 def flops(size: Size, recompute: bool) -> float:
-    """Of an update: 2 per weight and token forward, 2 for the gradient of x, none for that of a frozen W.
+    """The operations of an update: 2 per weight and token forward, 2 for the gradient of x, none for a frozen W.
 
-    And attention over the half of all pairs that is seen, adapters (6 per weight and token), and the head's two
-    products. `recompute` counts the second forward of checkpointing, too.
+    Added are attention over the visible half of all pairs, adapters (6 per weight and token), and the head's two
+    products. `recompute` also counts the second forward of checkpointing.
     """
     scale, tokens, passes = vs_trl.SCALES[size.scale], size.tokens, 3 if recompute else 2
     matrices, sequence = linears(scale).items(), size.prompt + size.completion
@@ -228,7 +228,7 @@ def report_step(rows: Rows, side: Callable[..., dict], size: Size, work: Path, s
 
 
 def plan(rows: Rows, size: Size, work: Path) -> None:
-    """What tools/plan.py foresees of update and sync, beside what was measured there."""
+    """The plan of tools/plan.py for update and sync, beside the measurements."""
     from transformers import AutoConfig
 
     from tools import plan as planner

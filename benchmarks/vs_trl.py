@@ -3,22 +3,22 @@
     pip install --no-deps trl==1.16.0 datasets pyarrow pandas multiprocess dill xxhash
     python benchmarks/vs_trl.py [--scale cpu] [--steps 10] [--threads 2] [--sides lorl trl] [--rounds 1] [--clock wall]
 
-Each side runs in a process of its own, one after the other; with several rounds they take turns. Both get the same
-random Qwen2 model (41M parameters, 8 blocks, bfloat16), tokenizer, prompts in the same order, group size, rewards,
+Each side runs in its own process, one after the other; with several rounds they take turns. Both get the same random
+Qwen2 model (41M parameters, 8 blocks, bfloat16), tokenizer, prompts in the same order, group size, rewards,
 LoRA (rank 16 on every linear, float32), constant AdamW, GRPO loss, token-wise truncated importance sampling, and
 the same vLLM, eager on a CPU. A micro-batch holds at most 2,560 tokens: 8 of the longest sequences, which is TRL's
 default. `--scale` names another model and step, see `SCALES`.
 
-- A random model does not end its answers, so the lengths are forced, on both sides the same: the k-th completion of
-  step s is cut after `completion_lengths(s)[k]` tokens, log-normal, most short and a few long, as reasoning is.
-- TRL writes weights into vLLM's own tensors, which a CPU's kernels would have packed away: they are off, on both sides.
+- A random model does not end its answers, so both sides get the same forced lengths: the k-th completion of step s is
+  cut after `completion_lengths(s)[k]` tokens. They are log-normal, like those of reasoning: mostly short, a few long.
+- TRL writes weights into vLLM's own tensors. Kernels that pack weights away on a CPU are therefore off, on both sides.
 - The reward is the share of words with an even number. Their embeddings share a direction, so it can be learned.
 
-On a machine that others use too, `--clock cpu --threads 1` counts the seconds that a processor worked for the process;
-with several threads that would include what they wait for each other.
+On a machine with other users, `--clock cpu --threads 1` counts the seconds of processor time; with several threads that
+would include the time that they wait for each other.
 
-`peak` is the process's largest resident memory while it trains, vLLM and all libraries included; or on a GPU, what
-torch had allocated there, of which vLLM has the same share on both sides.
+`peak` is the largest resident memory of the process while it trains, with vLLM and all libraries. On a GPU it is the
+memory allocated by torch, of which vLLM has the same share on both sides.
 """
 
 import argparse
@@ -40,7 +40,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.real_runs import read_rows, step_seconds  # noqa: E402
+from benchmarks.training_runs import read_rows, step_seconds  # noqa: E402
 
 GROUP, SEED, RANK, ALPHA, LEARNING_RATE = 8, 0, 16, 32.0, 1e-4
 TASK = "even words"
@@ -86,7 +86,7 @@ SCALES = {
 
 
 def make_model(folder: Path, scale: Scale, spread: float = 0.0) -> None:
-    """Random weights and a tokenizer that has numbered words, `<17><4>`. `spread` is added to what weights have."""
+    """Random weights, with additional noise of size `spread`, and a tokenizer with numbered words, `<17><4>`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -121,7 +121,7 @@ def make_model(folder: Path, scale: Scale, spread: float = 0.0) -> None:
 
 
 def prompt_texts(scale: Scale) -> list[str]:
-    """A thousand prompts, of an eighth of the longest to the longest."""
+    """A thousand prompts, with lengths from an eighth of the longest to the longest."""
     rng = random.Random(SEED)
     word = lambda: f"<{rng.randrange(scale.words)}>"  # noqa: E731
     longest = scale.longest_prompt
@@ -135,23 +135,23 @@ def score(completion: str, answer: str = "") -> float:
 
 
 def completion_lengths(step: int, scale: Scale) -> list[int]:
-    """Of all completions of a step; of 256 as the longest, their median is about 52, their mean about 76."""
+    """The lengths of a step's completions; with 256 as the longest, the median is about 52, the mean about 76."""
     rng, longest = random.Random(f"{SEED}/{step}"), scale.longest_completion
     middle = 3.9 + math.log(longest / 256)
     return [max(4, min(longest, int(rng.lognormvariate(middle, 1.0)))) for _ in range(scale.prompts * GROUP)]
 
 
 def leave_weights_unpacked() -> None:
-    """Turns off vLLM's kernels for the CPU that pack weights: TRL could not write to them any more."""
+    """Turns off vLLM's kernels that pack weights on a CPU: TRL could not write to packed weights."""
     import vllm._custom_ops
     import vllm.model_executor.layers.utils
 
     vllm._custom_ops._supports_onednn = False
-    vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # of CPUs with AMX; it packs, too
+    vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # on CPUs with AMX; it packs, too
 
 
 def force_lengths(scale: Scale) -> None:
-    """Makes vLLM's `generate` cut the completions of a step where `completion_lengths` says, evaluations at once."""
+    """Makes vLLM's `generate` give a step's completions the `completion_lengths`, and evaluations one token."""
     import vllm
 
     leave_weights_unpacked()
@@ -216,7 +216,7 @@ def make_config(model: Path, steps: int, folder: Path, scale: Scale):
 
 
 def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
-    """Its steps as `report` wants them, and the peak of memory."""
+    """Trains with lorl; what `read_steps` returns."""
     force_lengths(scale)
 
     import reward
@@ -244,7 +244,7 @@ def read_steps(folder: Path) -> dict:
 
 
 def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> None:
-    """Adds what a method takes to `seconds[phase]`."""
+    """Adds the duration of each call of a method to `seconds[phase]`."""
     call = getattr(owner, method)
 
     def wrapper(*arguments, **options):
@@ -258,7 +258,7 @@ def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> No
 
 
 def instrument_trl() -> dict[str, float]:
-    """Makes TRL run in one process, its vLLM as lorl's; returns where it will add up the seconds of each phase."""
+    """Makes TRL run in one process, with vLLM as lorl has it. Returns the dict of each phase's seconds, still empty."""
     import torch
     from trl import GRPOTrainer
     from trl.generation import vllm_generation
@@ -378,7 +378,7 @@ def train_with_trl(
 
 
 def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
-    """As `run_lorl`."""
+    """Trains with TRL; what `read_steps` returns."""
     force_lengths(scale)
     from runtime.run import endless
 
@@ -394,7 +394,7 @@ def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a process that runs one side."""
+    """The environment of a process that runs one side."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -413,7 +413,7 @@ def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
 
 
 def report(results: dict[str, list[dict]], clock: str, scale: Scale) -> None:
-    """Medians over the steps but for each process's first, which warms up."""
+    """Prints medians over all steps but each process's first, which warms up."""
     print(f"| {clock + ' s per step':<16} | {' | '.join(f'{side:>8}' for side in results)} |")
     print(f"|{'-' * 18}|{'|'.join('-' * 9 + ':' for _ in results)}|")
 

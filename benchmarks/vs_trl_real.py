@@ -3,11 +3,11 @@
     pip install --no-deps --target DIR/site-packages trl==1.16.0 datasets pyarrow pandas multiprocess dill xxhash
     PYTHONPATH=DIR/site-packages python benchmarks/vs_trl_real.py --model MODEL --minutes 20 --out runs/vs_trl_real
 
-On CPUs, each side in a process of its own, one after the other, with the settings of one of lorl's configurations and
-the same vLLM, see vs_trl.py. Both are evaluated alike, on the same held-out prompts, sampled at the temperature of
-training, and both stop at their first evaluation after so many minutes of training. Nothing else should run meanwhile.
-A micro-batch of TRL's has `--rows` padded sequences; 32 of them are about the 2,048 tokens of lorl's on this task.
-`--sync merged` makes lorl send whole weights, as TRL does; by default it sends the adapter alone.
+On CPUs, each side runs in its own process, one after the other, with the settings of one of lorl's configurations and
+the same vLLM, see vs_trl.py. Both are evaluated on the same held-out prompts, sampled at the temperature of training,
+and both stop at their first evaluation after `--minutes` of training. Nothing else should run meanwhile. A micro-batch
+of TRL has `--rows` padded sequences; 32 of them are about lorl's 2,048 tokens on this task. `--sync merged` makes lorl
+send whole weights, as TRL does; by default it sends only the adapter.
 Writes OUT.md and OUT.png; the runs are in OUT_runs, with their output. A run that is complete is not repeated.
 
 The folder of TRL's packages has to be called site-packages: dill takes what lies elsewhere for code to be pickled.
@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import real_runs, real_table, vs_trl  # noqa: E402
+from benchmarks import comparison, training_runs, vs_trl  # noqa: E402
 from configs.base import Config  # noqa: E402
 
 ENDLESS = 1_000_000  # steps of a run that a clock stops
@@ -64,7 +64,7 @@ def asked(problem, instruction: str) -> list[dict[str, str]]:
 
 
 class HeldOut:
-    """Evaluates what TRL trains, as lorl does: the same problems, prompts and number of samples."""
+    """Evaluates TRL's policy as lorl does: the same problems, prompts and number of samples."""
 
     def __init__(self, config: Config, problems: list, instruction: str):
         self.config, self.problems = config, problems[: config.eval_problems]
@@ -90,7 +90,7 @@ class HeldOut:
 
 
 def reward_of(config: Config, completion: str, answer: str) -> float:
-    """lorl's."""
+    """lorl's reward."""
     import reward
 
     return reward.score(config.task, completion, answer)
@@ -130,22 +130,22 @@ def configure(side: str, seed: int, arguments: argparse.Namespace) -> Config:
     )
 
 
-def measure(side: str, seed: int, arguments: argparse.Namespace) -> real_runs.Rows:
+def measure(side: str, seed: int, arguments: argparse.Namespace) -> training_runs.Rows:
     """The metrics of one side's run in a fresh process."""
     folder, axis, limit = configure(side, seed, arguments).run_folder, arguments.axis, arguments.limit
-    complete = lambda: real_runs.is_complete(real_runs.read_rows(folder), axis, limit)  # noqa: E731
+    complete = lambda: training_runs.is_complete(training_runs.read_rows(folder), axis, limit)  # noqa: E731
     if not complete():
         print(f"{folder.name}: its output is in {folder}.log", flush=True)
         command = [sys.executable, __file__, "--side", side, "--seed", str(seed), *sys.argv[1:]]
         stop = complete if axis == "minutes" else lambda: False
-        real_runs.run_until(stop, command, Path(f"{folder}.log"), vs_trl.environment(arguments.threads))
+        training_runs.run_until(stop, command, Path(f"{folder}.log"), vs_trl.environment(arguments.threads))
     if not complete():
         sys.exit(f"error: {folder.name} did not reach its end, see {folder}.log")
-    return real_runs.read_rows(folder)
+    return training_runs.read_rows(folder)
 
 
 def main() -> None:
-    parser = real_runs.make_parser(__doc__)
+    parser = training_runs.make_parser(__doc__)
     parser.add_argument("--eval_every", type=int, default=5, help="steps between evaluations")
     parser.add_argument("--learning_rate", type=float, help="of both; mostly the configuration's")
     parser.add_argument("--sync", choices=["adapter", "merged"], help="how lorl sends the policy to vLLM")
@@ -154,18 +154,18 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--side", help=argparse.SUPPRESS)  # the rest is for the processes it starts itself
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
-    arguments = real_runs.parse(parser)
+    arguments = training_runs.parse(parser)
     if arguments.more:
         parser.error(f"unknown options: {' '.join(arguments.more)}")
     if arguments.side:
         config = configure(arguments.side, arguments.seed, arguments)
         return {"lorl": run_lorl, "trl": run_trl}[arguments.side](config, arguments)
-    real_runs.end_with_children()
-    compared: real_table.Compared = {SIDES[side]: [] for side in arguments.sides}
+    training_runs.end_with_children()
+    compared: comparison.Compared = {SIDES[side]: [] for side in arguments.sides}
     for seed in range(arguments.seeds):
         for side in arguments.sides:
             compared[SIDES[side]].append(measure(side, seed, arguments))
-    real_table.write(
+    comparison.write(
         arguments.out,
         compared,
         axis=arguments.axis,

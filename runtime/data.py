@@ -79,7 +79,7 @@ def cut(problems: list[Problem], split: str, name: str) -> list[Problem]:
 
 
 def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str], Any] | None) -> Problem:
-    """The problem of a row. Raises ValueError that begins with `where`."""
+    """The problem of a row. Raises a ValueError that begins with `where`."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with fields, found {str(row)[:80]!r}")
     name, prompt = find_field(row, where, "prompt_field", source.prompt_field, PROMPT_FIELDS)

@@ -13,7 +13,7 @@ from reward import Message
 from runtime.data import Problem, check_characters
 from runtime.user_rewards import raised
 
-TURN = "What the model said."  # a placeholder for the model's turn: the template's text after it is what is needed
+TURN = "What the model said."  # a placeholder for the model's turn, after which the template's text begins
 
 
 class Environment:

@@ -71,7 +71,7 @@ def compute_rewards(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
 ) -> list[Reward]:
-    """The rewards of all completions. One rank scores a prompt's completions, and all ranks agree. Collective."""
+    """One rank scores all completions of a prompt, so that all ranks agree even on random rewards. Collective."""
     mine = [i for i, completion in enumerate(completions) if completion.request % world.size == world.rank]
     texts = [(prompts[completions[i].request].problem, decode(completions[i], tokenizer)) for i in mine]
     own = on_every_rank(lambda: score(texts))
@@ -193,7 +193,7 @@ def evaluate_prompts(run: Run) -> Evaluation:
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluates the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics.
 
-    A signal ends the evaluation without metrics; the run itself stops when the step is finished.
+    A signal ends the evaluation without metrics. The weights have changed, so the run stops when the step is finished.
     """
     try:
         evaluation = evaluate_prompts(run)

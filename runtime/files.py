@@ -110,7 +110,7 @@ def open_safetensors(path: Path) -> Iterator["safe_open"]:
 
 
 def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a model's folder, one at a time. Raises ValueError if two files have the same name."""
+    """The tensors in a model's folder, one at a time. Raises ValueError if a name is in two files."""
     files, seen = weight_files(folder), set()
     if not files:
         raise ValueError(f"there are no safetensors files in {str(folder)!r}")

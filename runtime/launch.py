@@ -79,7 +79,7 @@ def common_store() -> dist.Store:
 
 @contextmanager
 def other_ranks_watched() -> Iterator[None]:
-    """Watches the other ranks by a thread during the block; a thread that outlives Python would abort it."""
+    """A thread watches the other ranks during the block. It must end before Python does, which would abort."""
     over = Event()
     watcher = Thread(target=watch_other_ranks, args=(over,), daemon=True)
     watcher.start()
@@ -94,7 +94,7 @@ def watch_other_ranks(over: Event) -> None:
     """Ends this process if another rank has failed and this one still waits for it. Returns when `over` is set.
 
     torchrun does so for the ranks of one machine. A rank of another machine may wait for hours for a new process group
-    that the failed rank never joins: no open connection breaks.
+    that the failed rank never joins: there, no open connection breaks.
     """
     while not dist.is_initialized():
         if over.wait(WATCH_EVERY):

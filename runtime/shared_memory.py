@@ -29,7 +29,8 @@ def shared_folder(needed: int, places: Sequence[Path] = PLACES) -> Iterator[Path
     """A new folder in each host's memory, with the same name on all hosts. Collective.
 
     needed: bytes. If some host has less room in memory, the folder is made among the temporary files, which may be on
-    a disk; without room there, either, raises ValueError. At the end of the block it is deleted.
+    a disk; without room there, either, raises ValueError. One rank per host makes the folder, and deletes it when all
+    ranks have left the block.
     """
     folder = place_with_room(needed, places) / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
     lock = on_every_rank(lambda: make_locked(folder) if first_on_host() else None)

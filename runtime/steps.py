@@ -26,7 +26,7 @@ def begin_training(run: Run) -> None:
         run.log.record({"step": 0, **metrics})
         run.log.print("before training: held-out " + format_held_out(metrics))
     run.complete_step(run.progress.step)
-    run.engine.metrics()  # discards waiting times of before the first step
+    run.engine.metrics()  # discards the waiting times before the first step
     if run.progress.step >= run.config.steps:
         run.log.print(f"all {run.config.steps} steps are done; to go on, add --steps to the command")
 

@@ -5,6 +5,7 @@ import random
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,8 +92,8 @@ def move(module: torch.nn.Module) -> None:
     set_values(module, 2, fsdp_utils.fill)
 
 
-def step_of(name: str, folder: Path, world, completions: list[Completion]) -> tuple[dict, dict, dict]:
-    """One update as in the loop, after another that has moved the policy: gradients, metrics, gradients of a critic."""
+def step_of(name: str, folder: Path, world, completions: list[Completion]) -> tuple[dict, dict]:
+    """One update as in the loop, after another that has moved the policy: gradients, a critic's too, and metrics."""
     config, algorithm = settings(name)
     policy = make(Policy, folder, world, prompt_head=head(algorithm))
     set_values(policy, 1, fsdp_utils.fill)
@@ -129,9 +130,8 @@ def settings(name: str) -> tuple[Config, train_grpo.Algorithm]:
     penalty = {"kl_coef": 0.1, "kl_penalty": "k1_reward" if name in ("ppo", "rloo") else "k2_loss"}
     bonus = {} if name == "dapo" else {"entropy_coef": 0.01} | (penalty if name != "flowrl" else {})
     group = 1 if name == "ppo" else 4
-    return resolve_config(
-        Config(algorithm=name, group_size=group, epochs_per_rollout=2, **sizes, **bonus), algorithm
-    ), algorithm
+    config = Config(algorithm=name, group_size=group, epochs_per_rollout=2, **sizes, **bonus)
+    return resolve_config(config, algorithm), algorithm
 
 
 def head(algorithm):
@@ -310,8 +310,7 @@ def make_completions(folder: Path) -> list[Completion]:
         with torch.no_grad():
             old = plain.logprobs(completion, turns)[0]
         noisy = iter((old + 0.3 * torch.randn(len(old), generator=generator)).tolist())
-        logprobs = [None if x is None else next(noisy) for x in blank]
-        completions.append(Completion(i // 4, completion.prompt_ids, completion.token_ids, logprobs, i == 3))
+        completions.append(replace(completion, logprobs=[x if x is None else next(noisy) for x in blank]))
     return completions
 
 
@@ -319,10 +318,8 @@ def compare(folder: Path) -> dict[str, tuple[dict, dict, dict]]:
     """Per algorithm: relative errors of gradients, the metrics, and what they should be."""
     world, completions, results = fsdp_utils.init_world(), make_completions(folder), {}
     for name in [*ALGORITHMS, "ppo"]:
-        (found, metrics), (expected, plain) = (
-            step_of(name, folder, world, completions),
-            plain_step(name, folder, completions),
-        )
+        found, metrics = step_of(name, folder, world, completions)
+        expected, plain = plain_step(name, folder, completions)
         errors = {}
         for learner in ("policy", "critic"):  # relative to the whole gradient; both are scaled to the norm of 1
             keys = [key for key in expected if key.startswith(learner)]
