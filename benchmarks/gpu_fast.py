@@ -1,6 +1,5 @@
 """Is it fast, and was it foreseen? The sections of gpu_check.py that time, and that count bytes."""
 
-import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -216,15 +215,14 @@ def report_step(rows: Rows, side: Callable[..., dict], size: Size, work: Path, s
     scale, folder = vs_trl.SCALES[size.scale], work / side.__name__
     folder.mkdir()
     found = side(Path(model_folder(work, scale)), steps, folder, scale)
-    rest = found["steps"][1:]
+    medians = vs_trl.medians([found], scale)
     for phase in (*vs_trl.PHASES, "step"):
-        rows.add(phase, statistics.median(record.get(phase, 0.0) for record in rest), "s", f"{len(rest)} steps")
-    lengths = [sum(vs_trl.completion_lengths(number, scale)) for number in range(2, steps + 1)]
-    speed = statistics.median(length / record["step"] for length, record in zip(lengths, rest))
-    rows.add("speed", speed, "completion tokens/s")
+        rows.add(phase, medians[phase], "s", f"{steps - 1} steps")
+    rows.add("speed", medians["tokens/s"], "completion tokens/s")
     rows.add("peak memory", found["peak"], "GiB")
-    if "mismatch" in rest[0]:
-        rows.right("trainer and sampler: KL", max(record["mismatch"] for record in rest), 0.01, "nats a token")
+    mismatches = [record["mismatch"] for record in found["steps"][1:] if "mismatch" in record]
+    if mismatches:
+        rows.right("trainer and sampler: KL", max(mismatches), 0.01, "nats a token")
 
 
 def plan(rows: Rows, size: Size, work: Path) -> None:

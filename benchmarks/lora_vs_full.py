@@ -8,7 +8,6 @@ Writes OUT.md and OUT.png; the runs are in OUT_runs. A run that is complete is n
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ RATES = {  # alpha stays 32, so that the best rate of LoRA hardly depends on the
 
 
 def train(rank: int, rate: float, seed: int, arguments: argparse.Namespace) -> training_runs.Rows:
-    """The metrics of one run of the default task, in its own processes; a complete run is not repeated."""
+    """The metrics of one run of the default task, in its own processes."""
     folder = Path(f"{arguments.out}_runs", f"rank{rank}_{rate:g}_{seed}").absolute()
     options = {
         "lora_rank": rank,
@@ -38,10 +37,11 @@ def train(rank: int, rate: float, seed: int, arguments: argparse.Namespace) -> t
         "save_every": 0,
         "max_useless": 0,  # a learning rate that is too high may show what becomes of it
     }
-    if not training_runs.is_complete(training_runs.read_rows(folder), "steps", arguments.steps):
-        command = training_runs.torchrun(arguments.ranks, "configs/arithmetic_cpu.py", options)
-        subprocess.run(command, cwd=training_runs.ROOT, check=True)
-    return training_runs.read_rows(folder)
+    command = training_runs.torchrun(arguments.ranks, "configs/arithmetic_cpu.py", options)
+    rows = training_runs.train_to_limit(command, folder, "steps", arguments.steps)
+    if not rows:
+        sys.exit(f"error: {folder.name} did not reach its end, see {folder}.log")
+    return rows
 
 
 def main() -> None:

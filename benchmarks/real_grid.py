@@ -54,27 +54,19 @@ def cells(arguments: Namespace) -> list[Cell]:
 
 
 def train(cell: Cell, seed: int, arguments: Namespace) -> training_runs.Rows:
-    """The metrics of one run, complete or not; one that is complete already is only read."""
+    """The metrics of one run; none if it did not reach its end."""
     name = f"{cell.name}, seed {seed}".replace(" + ", "_").replace(", ", "_").replace(" ", "")
-    output, axis, limit = Path(f"{arguments.out}_runs").absolute(), arguments.axis, arguments.limit
+    folder = Path(f"{arguments.out}_runs", name).absolute()
     options = cell.options | ({"model": arguments.model} if arguments.model else {})
     options |= {
         "learning_rate": cell.rate,
         "seed": seed,
-        "steps": ENDLESS if axis == "minutes" else int(limit),
-        "output_dir": f"{output}/{name}",
+        "steps": arguments.steps or ENDLESS,
+        "output_dir": folder,
         "max_useless": 0,  # what becomes of a bad setting is shown, and not stopped
     }
     command = training_runs.torchrun(arguments.ranks, arguments.config, options) + ["--resume", *arguments.more]
-
-    def complete() -> bool:
-        return training_runs.is_complete(training_runs.read_rows(output / name), axis, limit)
-
-    if not complete():
-        print(f"{name}: its output is in {output / name}.log", flush=True)
-        stop = complete if axis == "minutes" else lambda: False  # the last step ends the run by itself
-        training_runs.run_until(stop, command, output / f"{name}.log")
-    return training_runs.read_rows(output / name) if complete() else []
+    return training_runs.train_to_limit(command, folder, arguments.axis, arguments.limit)
 
 
 def write(grid: list[Cell], arguments: Namespace) -> None:

@@ -83,6 +83,25 @@ def torchrun(ranks: int, config: str, options: dict[str, object]) -> list[str]:
     return [*command, "train_grpo.py", "--config", config, *(f"--{name}={value}" for name, value in options.items())]
 
 
+def train_to_limit(
+    command: list[str], folder: Path, axis: str, limit: float, environment: dict[str, str] | None = None
+) -> Rows:
+    """The metrics of the run that a command writes to `folder`; none if it ended before the limit.
+
+    A run that is complete already is only read. The command's output is in FOLDER.log.
+    """
+
+    def complete() -> bool:
+        return is_complete(read_rows(folder), axis, limit)
+
+    if not complete():
+        log = Path(f"{folder}.log")
+        print(f"{folder.name}: its output is in {log}", flush=True)
+        stop = complete if axis == "minutes" else lambda: False  # the last step ends the run by itself
+        run_until(stop, command, log, environment)
+    return read_rows(folder) if complete() else []
+
+
 def run_until(done: Callable[[], bool], command: list[str], log: Path, environment: dict[str, str] | None = None):
     """Runs a command to its end, or stops it by SIGTERM as soon as `done`. Appends its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -412,22 +412,28 @@ def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
     return json.loads((work / f"{side}.json").read_text())
 
 
+def medians(runs: list[dict], scale: Scale) -> dict[str, float]:
+    """Median seconds of each phase, and tokens/s, over all steps but each run's first, which warms up."""
+    steps = [
+        step | {"tokens/s": sum(completion_lengths(number, scale)) / step["step"]}
+        for run in runs
+        for number, step in enumerate(run["steps"][1:], start=2)
+    ]
+    return {name: statistics.median(step.get(name, 0.0) for step in steps) for name in (*PHASES, "step", "tokens/s")}
+
+
 def report(results: dict[str, list[dict]], clock: str, scale: Scale) -> None:
-    """Prints medians over all steps but each process's first, which warms up."""
+    """Prints the medians of each side, its peak memory, and its rewards."""
     print(f"| {clock + ' s per step':<16} | {' | '.join(f'{side:>8}' for side in results)} |")
     print(f"|{'-' * 18}|{'|'.join('-' * 9 + ':' for _ in results)}|")
 
-    def row(name: str, values: Iterator[float], digits: int = 2) -> None:
+    def row(name: str, values: Iterable[float], digits: int = 2) -> None:
         print(f"| {name:<16} | {' | '.join(f'{value:>8,.{digits}f}' for value in values)} |")
 
-    steps = {side: [step for run in runs for step in run["steps"][1:]] for side, runs in results.items()}
+    found = [medians(runs, scale) for runs in results.values()]
     for phase in (*PHASES, "step"):
-        row(phase, (statistics.median(step.get(phase, 0.0) for step in rows) for rows in steps.values()))
-    for runs in results.values():
-        for run in runs:
-            for number, step in enumerate(run["steps"], start=1):
-                step["speed"] = sum(completion_lengths(number, scale)) / step["step"]
-    row("tokens/s", (statistics.median(step["speed"] for step in rows) for rows in steps.values()), 0)
+        row(phase, (side[phase] for side in found))
+    row("tokens/s", (side["tokens/s"] for side in found), 0)
     row("peak, GiB", (max(run["peak"] for run in runs) for runs in results.values()))
     for side, runs in results.items():
         print(f"rewards of {side}: " + " ".join(f"{step['score']:.3f}" for step in runs[0]["steps"]))

@@ -132,16 +132,13 @@ def configure(side: str, seed: int, arguments: argparse.Namespace) -> Config:
 
 def measure(side: str, seed: int, arguments: argparse.Namespace) -> training_runs.Rows:
     """The metrics of one side's run in a fresh process."""
-    folder, axis, limit = configure(side, seed, arguments).run_folder, arguments.axis, arguments.limit
-    complete = lambda: training_runs.is_complete(training_runs.read_rows(folder), axis, limit)  # noqa: E731
-    if not complete():
-        print(f"{folder.name}: its output is in {folder}.log", flush=True)
-        command = [sys.executable, __file__, "--side", side, "--seed", str(seed), *sys.argv[1:]]
-        stop = complete if axis == "minutes" else lambda: False
-        training_runs.run_until(stop, command, Path(f"{folder}.log"), vs_trl.environment(arguments.threads))
-    if not complete():
+    folder = configure(side, seed, arguments).run_folder
+    command = [sys.executable, __file__, "--side", side, "--seed", str(seed), *sys.argv[1:]]
+    environment = vs_trl.environment(arguments.threads)
+    rows = training_runs.train_to_limit(command, folder, arguments.axis, arguments.limit, environment)
+    if not rows:
         sys.exit(f"error: {folder.name} did not reach its end, see {folder}.log")
-    return training_runs.read_rows(folder)
+    return rows
 
 
 def main() -> None:
