@@ -3,21 +3,18 @@
 import dataclasses
 import json
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks, read_rows
+from conftest import ROOT, read_rows, torchrun
 
-import train_grpo
 from configs.base import Config
 from runtime import steps
 from runtime.checkpoint import Progress
 from runtime.conversation import Completion
 from runtime.evaluation import rollout_metrics
 from runtime.health import HealthMonitor, describe_rewards, explain_survival, likely_causes, rewards_differ
-from runtime.launch import launch
 from runtime.run import Run
 
 NOTHING = {"reward/mixed_groups_frac": 0.0, "reward/min": 0.0, "reward/max": 0.0, "completion/truncated_frac": 0.25}
@@ -129,31 +126,21 @@ def test_a_run_whose_updates_are_lost_says_so_once_and_stops_saved(monkeypatch):
         steps.finish_step(run, 1, dict(lost))
 
 
-def launched(options: str) -> int | str | None:
-    """The exit code of train_grpo.py with these options."""
-    sys.argv[1:] = options.split()
-    try:
-        return launch(train_grpo.setup_grpo, train_grpo.train)
-    except SystemExit as error:
-        return error.code
-
-
 def test_a_real_run_stops(tmp_path):
     """Two tokens hold no answer, so all rewards are 0."""
-    options = f"--config {ROOT}/configs/arithmetic_cpu.py --output_dir {tmp_path}/silent --steps 9 --max_useless 2"
-    options += " --max_completion_length 2 --prompts_per_step 4 --group_size 2 --eval_problems 4 --save_every 0"
-    assert on_ranks(1, launched, options, folder=tmp_path) == [1]
-    said = (tmp_path / "rank_0.txt").read_text()
-    step, why, _, again = [line for line in said.splitlines() if line.startswith(("step ", "  nothing"))]
-    assert "reward 0.000 | groups 0/4 | " in step and " nan" not in said
+    options = "--steps 9 --max_useless 2 --max_completion_length 2 --prompts_per_step 4 --group_size 2 --save_every 0"
+    options += f" --eval_problems 4 --eval_samples 1 --output_dir {tmp_path}/silent"
+    done = torchrun(1, "train_grpo.py", "--config", str(ROOT / "configs/arithmetic_cpu.py"), *options.split())
+    assert done.returncode == 1
+    (step, why, _, again) = done.stdout.splitlines()[-4:]
+    assert "reward 0.000 | groups 0/4 | " in step and "nan" not in done.stdout
     assert why.startswith(
         "  nothing to learn from in this step: all rewards are 0; 100% of the completions are cut off"
     )
     assert again == "  nothing to learn from, 2 steps in a row"
-    assert said.count("\nerror: ") == 1 and said.splitlines()[-1].startswith("error: ")
-    line = said.splitlines()[-1]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "in 2 steps in a row (max_useless)" in line and "100% of the completions are cut off at" in line
-    assert "\r" not in said, "a log file gets no progress bar"
+    assert "\r" not in done.stderr, "a log file gets no progress bar"
     rows = read_rows(tmp_path / "silent/metrics.jsonl")
     assert [row.get("reward/mixed_groups_frac") for row in rows] == [None, 0, 0]
     assert "loss" not in rows[2] and "policy/entropy" not in rows[2], "what was not measured is not there"
