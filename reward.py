@@ -1,10 +1,10 @@
 """Tasks: problems in, completion text in, score out. Strings only.
 
-A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. Rows of your
-own (runtime/data.py) take the place of its problems, functions of your own (runtime/user_rewards.py) that of its score.
+A task is one row of `TASKS`: a function that lists its problems, and a function that scores a completion. Your own
+data (runtime/data.py) replaces its problems; your own functions (runtime/user_rewards.py) replace its score.
 
     own          problems from files of yours, scored by functions of yours
-    arithmetic   two-digit sums, generated; what the tiny model of `tools/tiny_model.py` has learned, badly
+    arithmetic   two-digit sums, generated; the tiny model of `tools/tiny_model.py` has learned them badly
     times_tables products of two small numbers, which a small pretrained model half knows
     gsm8k        grade-school mathematics (Cobbe et al. 2021, arXiv 2110.14168), downloaded once
     gsm8k_flexible  the same; an answer without a mark is read as the completion's last number
@@ -30,14 +30,14 @@ Message = dict[str, str]  # of a chat: its "role" and its "content"
 
 @dataclass(frozen=True)
 class Task:
-    problems: Callable[[str], list[Problem]] | None  # of the split "train" or "test"; None: the data is yours
-    # (completion, answer) -> how right it is, 1 for right; or a dict of parts, summed, of which "correct" says that
+    problems: Callable[[str], list[Problem]] | None  # of the split "train" or "test"; None: needs your data
+    # (completion, answer) -> a number, 1 for right; or a dict of parts, which are added, of which "correct" is that
     score: Callable[[str, Any], float | dict[str, float]] | None
     extract: Callable[[str], str | None] = lambda completion: extract_answer(completion)  # its answer, to be shown
     instruction: str = ""  # follows each problem, unless the configuration has another
     truth: Callable[[Any, str], Any] | None = lambda answer, field: number_truth(answer, field)  # see `read_problems`
-    # The environment's reply to a conversation, such as a tool's result: text for a user message, or a whole message;
-    # None ends the conversation. The model's last turn is scored.
+    # The environment's reply in a conversation, such as a tool's result: the text of a user message, or a message. None
+    # ends the conversation. The model's last turn is scored.
     reply: Callable[[Problem, list[Message]], str | Message | None] | None = None
 
 
@@ -75,10 +75,10 @@ def find_task(task: str) -> Task:
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."  # as Qwen2.5 was trained
 
-# What a final answer stands after: "####", "\boxed", "the answer is", "**Answer**:".
+# The marks before a final answer: "####", "\boxed", "the answer is", "**Answer**:".
 MARK = re.compile(r"####|\\boxed\s*|\banswer\b[^\w\n]*?(?:\bis\b|[:=])", re.IGNORECASE)
 
-# From LaTeX and Markdown to plain text, one after the other.
+# Replacements, made in this order, from LaTeX and Markdown to plain text.
 PLAIN = [
     ("[\N{MINUS SIGN}\N{EN DASH}]", "-"),
     (r"\\(?:[,!]|(?:left|right|displaystyle)\b)|\^\s*\{?\\circ\}?", ""),
@@ -95,16 +95,16 @@ DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\w)\.\d+)"
 NUMBER = rf"(?:(?<![\w)])[-+])?{DIGITS}(?:\s*/\s*{DIGITS})?"
 # Between two numbers of one statement: an operator, perhaps after a unit; a comma, a space, a word; or a letter.
 JOIN = r"[\s)%]*(?:[A-Za-z]+\s*)?[-+*/:=×÷]\s*\(?|\s*[\^,]\s*|\s+(?:(?:x|and|or|to)\s+)?|[A-Za-z_.(]"
-# What makes a number a part of something: x2, x-5, \sqrt 2, x * 2, - 2, /2 and, to its right, 2\pi.
+# Text before a number that makes it a part of something else: x2, x-5, \sqrt 2, x * 2, - 2, /2; after it, 2\pi.
 LEFT = r"(?:\\[A-Za-z]+\s*|[A-Za-z_)][-+]?|\w\s*\*\s*|[-+]\s+|[/^×÷]\s*)"
 STATED = re.compile(rf"{LEFT}?{NUMBER}(?:(?:{JOIN}){NUMBER})*(?:\s*\\[A-Za-z])?")
 
 
 def extract_answer(text: str, flexible: bool = False) -> str | None:
-    r"""The number that a text ends in, in its normal form: what its last mark of a final answer is followed by.
+    r"""A text's final answer: the number after its last mark, in normal form.
 
-    Marks are `####`, `\boxed{}` and "answer is" or "answer:"; one without any digit after it does not count. None
-    without a mark, or where the last one has no single number. `flexible` then takes the text's last number, as do
+    Marks are `####`, `\boxed{}` and "answer is" or "answer:". A mark without a digit after it does not count. None
+    without a mark, or if the last one has no single number. `flexible` then takes the text's last number, like
     lm-evaluation-harness ("flexible-extract") and verl ("flexible").
 
     >>> extract_answer("so she pays #### $1,080."), extract_answer("It is \\boxed{\\frac{7}{2}\\text{ km}}.")
@@ -123,7 +123,7 @@ def extract_answer(text: str, flexible: bool = False) -> str | None:
 
 
 def marked(text: str) -> Iterator[str]:
-    """What follows each mark of a final answer, the last mark first."""
+    """The text after each mark of a final answer, the last mark first."""
     end = len(text)
     for mark in reversed(list(MARK.finditer(text))):
         tail, end = text[mark.end() : end], mark.start()
@@ -135,7 +135,7 @@ def marked(text: str) -> Iterator[str]:
 
 
 def braced(text: str) -> str:
-    """The inside of the braces that a text begins with, else its first word; "" if they are not closed."""
+    """The inside of the braces at the text's beginning, "" if they are not closed; without braces its first word."""
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
     depth = 0
@@ -147,7 +147,7 @@ def braced(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{}` of a text holds; None without one."""
+    """The content of a text's last `\\boxed{}`; None without one."""
     _, mark, tail = text.rpartition("\\boxed")
     return braced(tail.lstrip()) if mark else None
 
@@ -160,7 +160,7 @@ def plain(text: str) -> str:
 
 
 def read_number(text: str) -> str | None:
-    r"""The first number of a statement, or what its equation comes to; None where it is a part of something else.
+    r"""The first number of a statement, or its equation's result; None if the number is a part of something else.
 
     >>> read_number("$18 a day"), read_number("x = 3 \\times 6 = 18"), read_number("2 1/2"), read_number("2\\pi")
     ('18', '18', None, None)
@@ -171,13 +171,13 @@ def read_number(text: str) -> str | None:
 
 
 def normal_form(number: str) -> str | None:
-    """A number as a decimal without needless zeros, or else as a fraction in lowest terms; exact, None for x/0.
+    """A number exactly, as a decimal without needless zeros or as a fraction in lowest terms; None for x/0.
 
     >>> normal_form("1,080.50"), normal_form("6/8"), normal_form("2/6"), normal_form("-0")
     ('1080.5', '0.75', '1/3', '0')
     """
     top, _, bottom = re.sub(r"[,\s]", "", number).partition("/")
-    if bottom and len(number) > 1000:  # nobody's answer, and reducing it takes time
+    if bottom and len(number) > 1000:  # not an answer, and slow to reduce
         return None
     exact = Context(prec=5 * len(number), Emin=MIN_EMIN, Emax=MAX_EMAX, traps=[])
     value = exact.divide(Decimal(top), Decimal(bottom or 1))
@@ -204,7 +204,7 @@ def arithmetic_pairs(split: str) -> list[tuple[int, int]]:
 
 
 def arithmetic_problems(split: str) -> list[Problem]:
-    """`47+85=`, to be answered by `12 13 #### 132`; only the number after #### is scored.
+    """`47+85=`, with the answer `12 13 #### 132`, of which only the number after #### is scored.
 
     >>> arithmetic_problems("test")[0]
     Problem(prompt='25+60=', answer='85')
@@ -216,7 +216,7 @@ def arithmetic_problems(split: str) -> list[Problem]:
 
 
 def times_tables_problems(split: str) -> list[Problem]:
-    """Products of 2 to 20 with 2 to 12, a third of them held out; 7 times 8 is on the side of 8 times 7.
+    """Products of 2 to 20 with 2 to 12, a third of them held out; 7 times 8 and 8 times 7 are in the same split.
 
     >>> times_tables_problems("test")[0]
     Problem(prompt='What is 2 times 3?', answer='6')
@@ -244,7 +244,7 @@ def gsm8k_problems(split: str) -> list[Problem]:
 
 
 def number_truth(answer: Any, field: str) -> str:
-    r"""A row's answer, which is one number, or a text that ends in `#### N`, as in GSM8K; ValueError for all else.
+    r"""A row's answer: one number, or a text that ends in `#### N`, as in GSM8K; ValueError for anything else.
 
     >>> number_truth("3 + 4 = 7\n#### 7", "answer"), number_truth("1,080", "answer"), number_truth(2.5, "answer")
     ('7', '1080', '2.5')
@@ -257,7 +257,7 @@ def number_truth(answer: Any, field: str) -> str:
 
 
 def math_truth(answer: Any, field: str) -> str:
-    """A row's answer, any expression, or what the last `\\boxed{...}` of its solution holds; ValueError without one."""
+    """A row's answer: any expression, or the last `\\boxed{...}` of its solution; ValueError without one."""
     optional_package("math_verify", "math-verify", "task 'math' compares answers with math-verify")
     truth = last_boxed(str(answer)) or (str(answer).strip() if field != "solution" else "")
     if not truth:

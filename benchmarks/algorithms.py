@@ -3,14 +3,11 @@
     torchrun --nproc-per-node=2 benchmarks/algorithms.py --steps 40 --seeds 3 --out runs/algorithms
 
 One engine serves all runs in turn; each begins with a fresh policy, optimizer and random numbers. Only the algorithm
-and the seed differ, so an algorithm's own best learning rate may lie elsewhere. Writes OUT.json (the curves), OUT.md
-(the table) and OUT.png.
+and the seed differ, so an algorithm's own best learning rate may lie elsewhere. Writes OUT.md and OUT.png.
 """
 
 import argparse
 import dataclasses
-import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_grpo
 import train_ppo
-from benchmarks import curves
+from benchmarks import comparison, training_runs
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
 from configs.checks import resolve_config
@@ -40,14 +37,14 @@ def configure(algorithm: str, seed: int, arguments: argparse.Namespace) -> Confi
         updates_per_rollout=2,
         learning_rate=arguments.learning_rate,
         critic_learning_rate=1e-3,
-        eval_every=curves.EVERY,
+        eval_every=5,
         save_every=0,
     )
     return resolve_config(config, train_grpo.ALGORITHMS.get(algorithm, train_ppo.PPO))
 
 
-def train_once(run: Run, config: Config) -> list[float]:
-    """Trains from the start; held-out accuracy of sampled completions, after steps 0, 5, 10, ..."""
+def train_once(run: Run, config: Config) -> training_runs.Rows:
+    """Trains from the start; the run's metrics."""
     folder, log = model_folder(config), RunLog(config, write=run.world.rank == 0)
     algorithm = train_grpo.ALGORITHMS.get(config.algorithm, train_ppo.PPO)
     policy = build_policy(config, folder, run.world, algorithm.prompt_head)
@@ -59,17 +56,7 @@ def train_once(run: Run, config: Config) -> list[float]:
         train_ppo.train(run)
     else:
         train_grpo.train(run)
-    return curves.accuracies(log.folder) if run.world.rank == 0 else []
-
-
-def write(found: curves.Curves, arguments: argparse.Namespace) -> None:
-    """All of what there is, the best first."""
-    command = f"torchrun --nproc-per-node=2 benchmarks/algorithms.py {' '.join(sys.argv[1:])}"
-    record = {"hardware": curves.hardware(), "command": command, "every": curves.EVERY, "held-out accuracy": found}
-    Path(f"{arguments.out}.json").write_text(json.dumps(record, indent=1) + "\n")
-    best_first = dict(sorted(found.items(), key=lambda item: -statistics.mean(run[-1] for run in item[1])))
-    title = "Two-digit sums, the same budget for all"
-    curves.write(arguments.out, best_first, steps=arguments.steps, kind="algorithm", title=title, command=command)
+    return training_runs.read_rows(log.folder) if run.world.rank == 0 else []
 
 
 def main() -> None:
@@ -81,13 +68,17 @@ def main() -> None:
     parser.add_argument("--out", default="runs/algorithms")
     arguments = parser.parse_args()
     run = setup(configure("grpo", 0, arguments))
-    found: curves.Curves = {}
+    found: comparison.Compared = {}
+    limit = {"axis": "steps", "limit": arguments.steps}
+    command = f"torchrun --nproc-per-node=2 benchmarks/algorithms.py {' '.join(sys.argv[1:])}"
     for seed in range(arguments.seeds):  # seed by seed, so that what there is when it is stopped is comparable
         for algorithm in arguments.algorithms:
-            curve = train_once(run, configure(algorithm, seed, arguments))
+            rows = train_once(run, configure(algorithm, seed, arguments))
             if run.world.rank == 0:
-                found.setdefault(algorithm, []).append(curve)
-                write(found, arguments)
+                found.setdefault(algorithm, []).append(rows)
+                best_first = dict(sorted(found.items(), key=lambda item: -comparison.mean_accuracy(item[1], **limit)))
+                title = "Two-digit sums, the same budget for all"
+                comparison.write(arguments.out, best_first, title=title, command=command, **limit)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Is the check of arrival right both ways? Right weights must never stop a run, and every planted fault must.
+"""Is the check of arrival right? Right weights must never stop a run, and every planted fault must stop it.
 
     torchrun --nproc-per-node=2 benchmarks/arrival.py --model FOLDER --sync adapter --checks 100
 
-Each check syncs another random policy with `verify`, in turn as near to the base as after one small step and far from
-it. Then each fault of the table is planted once, and it is printed what the next check says.
+Each check syncs another random policy with `verify`: in turn one that is as near to the base as after one small step,
+and one that is far from it. Then each fault is planted once, and the result of the next check is printed.
 """
 
 import argparse
@@ -23,22 +23,14 @@ from safetensors.torch import load_file, save_file
 
 import fsdp_utils
 import lora
+from benchmarks.weight_sync import random_adapter
 from runtime import files
 
 NEAR, FAR = 1e-4, 0.02  # standard deviation of a random policy's A and B
 
 
-def random_adapter(model, seed, scale):
-    """The same values for the same seed, wherever the model's tensors live."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, layer in lora.lora_layers(model):
-            for parameter in layer.adapters[lora.POLICY].parameters():
-                fsdp_utils.fill(parameter, torch.randn(parameter.shape, generator=generator) * scale)
-
-
 def verdicts_on(run, faults, scale):
-    """What a verified sync says to each fault while it is there, and in the end to none."""
+    """The result of a verified sync with each fault, and finally without any."""
     verdicts = {}
     for number, (name, (owner, attribute, broken)) in enumerate(faults.items()):
         random_adapter(run.policy.model, number, scale)

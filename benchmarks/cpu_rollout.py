@@ -32,7 +32,7 @@ SETTINGS = {"vLLM's": (128, 32 << 20), "ours": (32, heap.KEPT)}  # tokens of a b
 
 
 def engines(config: Config) -> Iterator[tuple[tuple[str, str], rollout.Engine]]:
-    """By setting and way of syncing."""
+    """The four engines, with their setting and their way of syncing."""
     folder = models.model_folder(config)
     tokenizer = load_tokenizer(folder)
     stops = find_stops(config, tokenizer, models.read_model_config(folder))
@@ -53,7 +53,7 @@ def engines(config: Config) -> Iterator[tuple[tuple[str, str], rollout.Engine]]:
 
 
 def requests(config: Config, step: int) -> list[Request]:
-    """Of one rollout."""
+    """The requests of one rollout."""
     prompts, _ = load_prompts(config, load_tokenizer(models.model_folder(config)))
     size = config.prompts_per_step
     numbers = [step * size + i for i in range(size)]

@@ -1,4 +1,4 @@
-"""What trainers and generators wait for each other, at three ratios of update to rollout, alternating and a step apart.
+"""How long trainers and generators wait for each other: three ratios of update to rollout, with max_staleness 0 and 1.
 
     python benchmarks/generators.py --out runs/generators
 

@@ -6,12 +6,12 @@ Builds Qwen2.5 architectures with random weights on the local disk and measures,
 
 kernels, sampler, adapter            is it right? against float64 and transformers' own model, gpu_right.py
 layers, head, update, sync, step     is it fast? against peers, and roofs that the same process measures, gpu_fast.py
-plan                                 was it foreseen? tools/plan.py beside what update and sync measured
+plan                                 was it foreseen? tools/plan.py beside the measurements of update and sync
 trl                                  the same step by TRL with peft and colocated vLLM
 
-The size is `3b` where there is a GPU and `toy` elsewhere: there, times mean nothing, but everything runs. Wrong results
-and sections that break are told as FAIL, and the exit code is 1; a missed target of speed is only told. What no longer
-fits in the budget is skipped, and so is what this machine cannot do: their rows have no number, and say why.
+The size is `3b` with a GPU and `toy` without: then times mean nothing, but everything runs. A wrong result or a broken
+section is a FAIL, and the exit code is 1; a missed target of speed is only reported. Sections that no longer fit into
+the budget, or that this machine cannot run, get a row without a number that says why.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class Work:
 
 
 def run_here(sections: list[str], size: Size, work: Work) -> None:
-    """In this process. An exception ends it, for after one a GPU cannot be trusted; `run_process` says which it was."""
+    """Runs sections in this process. An exception ends it: a GPU cannot be trusted afterwards. See `run_process`."""
     for name in sections:
         SECTIONS[name].run(work.rows(name), size, work.folder)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -98,7 +98,7 @@ def run_here(sections: list[str], size: Size, work: Work) -> None:
 
 
 def run_process(sections: list[str], size: str, work: Work, seconds: float) -> None:
-    """In a process of their own, which ends after so many seconds. The first section that broke gets a row for it."""
+    """Runs sections in their own process, for at most `seconds`. The first section that breaks gets a row."""
     command = [sys.executable, __file__, "--size", size, "--work", str(work.folder), "--sections", *sections]
     log = work.folder / "log.txt"
     with open(log, "w") as output:
@@ -121,14 +121,14 @@ def run_process(sections: list[str], size: str, work: Work, seconds: float) -> N
 
 
 def last_error(log: Path) -> str:
-    """What the last exception of a log says, in one line; else the log's last line."""
+    """The message of the last exception in a log, in one line; without one, the log's last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.partition(": ")[0].endswith(("Error", "Exception", "Interrupt"))]
     return (errors or lines or [""])[-1].removeprefix("[rank0]: ")[:200]
 
 
 def run_all(sections: list[str], size: str, work: Work, budget: float) -> None:
-    """All that is asked for and fits into the budget, in seconds."""
+    """Runs all sections that fit into the budget, in seconds."""
     deadline = time.monotonic() + budget
     for shared in PROCESSES:
         while names := work.still_to_come([name for name in shared if name in sections]):
@@ -143,7 +143,7 @@ def run_all(sections: list[str], size: str, work: Work, budget: float) -> None:
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """In Markdown."""
+    """The lines of a table in Markdown."""
     header = ("section", "what", "measured", "target", "verdict", "note")
     cells = [
         (

@@ -1,6 +1,5 @@
 """Is it fast, and was it foreseen? The sections of gpu_check.py that time, and that count bytes."""
 
-import statistics
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -149,10 +148,10 @@ def update_run(size: Size, work: Path):
 
 
 def flops(size: Size, recompute: bool) -> float:
-    """Of an update: 2 per weight and token forward, 2 for the gradient of x, none for that of a frozen W.
+    """The operations of an update: 2 per weight and token forward, 2 for the gradient of x, none for a frozen W.
 
-    And attention over the half of all pairs that is seen, adapters (6 per weight and token), and the head's two
-    products. `recompute` counts the second forward of checkpointing, too.
+    Added are attention over the visible half of all pairs, adapters (6 per weight and token), and the head's two
+    products. `recompute` also counts the second forward of checkpointing.
     """
     scale, tokens, passes = vs_trl.SCALES[size.scale], size.tokens, 3 if recompute else 2
     matrices, sequence = linears(scale).items(), size.prompt + size.completion
@@ -216,19 +215,18 @@ def report_step(rows: Rows, side: Callable[..., dict], size: Size, work: Path, s
     scale, folder = vs_trl.SCALES[size.scale], work / side.__name__
     folder.mkdir()
     found = side(Path(model_folder(work, scale)), steps, folder, scale)
-    rest = found["steps"][1:]
-    for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
-        rows.add(phase, statistics.median(record.get(phase, 0.0) for record in rest), "s", f"{len(rest)} steps")
-    lengths = [sum(vs_trl.completion_lengths(number, scale)) for number in range(2, steps + 1)]
-    speed = statistics.median(length / record["step"] for length, record in zip(lengths, rest))
-    rows.add("speed", speed, "completion tokens/s")
+    medians = vs_trl.medians([found], scale)
+    for phase in (*vs_trl.PHASES, "step"):
+        rows.add(phase, medians[phase], "s", f"{steps - 1} steps")
+    rows.add("speed", medians["tokens/s"], "completion tokens/s")
     rows.add("peak memory", found["peak"], "GiB")
-    if "mismatch" in rest[0]:
-        rows.right("trainer and sampler: KL", max(record["mismatch"] for record in rest), 0.01, "nats a token")
+    mismatches = [record["mismatch"] for record in found["steps"][1:] if "mismatch" in record]
+    if mismatches:
+        rows.right("trainer and sampler: KL", max(mismatches), 0.01, "nats a token")
 
 
 def plan(rows: Rows, size: Size, work: Path) -> None:
-    """What tools/plan.py foresees of update and sync, beside what was measured there."""
+    """The plan of tools/plan.py for update and sync, beside the measurements."""
     from transformers import AutoConfig
 
     from tools import plan as planner

@@ -107,7 +107,7 @@ def check_four_bits(rows: Rows) -> None:
 
 
 def attention_errors(lengths: list[int], heads: int = 8, kv_heads: int = 2, width: int = 64) -> dict[str, float]:
-    """Of `packed_attention` with grouped heads, against a masked softmax over all pairs of tokens in float64."""
+    """Errors of `packed_attention` with grouped heads, against a masked softmax over all pairs in float64."""
     from runtime.packing import pack, packed_attention
 
     tokens = sum(lengths)
@@ -140,7 +140,7 @@ def checked_run(size: Size, work: Path, **settings):
 
 @torch.no_grad()
 def plain_logprobs(folder: str, policy, texts: list[list[int]], adapted: bool = True) -> list[Tensor]:
-    """Of each text's tokens after the first: transformers' own float32 model, W + s·B A added up in its weights."""
+    """Logprobs of each text's tokens after the first, by transformers' own float32 model with the adapter merged."""
     from transformers import AutoModelForCausalLM
 
     import fsdp_utils
@@ -196,7 +196,7 @@ def mean_difference(found: list[Tensor] | tuple[Tensor, ...], expected: list[Ten
 
 
 def sampler(rows: Rows, size: Size, work: Path) -> None:
-    """After each sync vLLM has the trainer's weights, whatever it did in between: sleep at level 0, 1, 2, and back."""
+    """After each sync vLLM has the trainer's weights, also after sleep at level 0, 1 or 2."""
     from benchmarks.weight_sync import random_adapter
 
     run, folder, prompts = checked_run(size, work, sync="merged", sleep_level=2 if ON_GPU else 0)

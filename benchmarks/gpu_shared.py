@@ -1,4 +1,4 @@
-"""What the sections of gpu_check.py share: how large everything is, what they find, models and runs to measure."""
+"""Shared by the sections of gpu_check.py: sizes, the rows of the table, models and runs to measure."""
 
 import json
 import math
@@ -20,7 +20,7 @@ RANK = 32  # of all adapters; alpha is the same
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """The sizes of everything that is measured."""
 
     scale: str  # of vs_trl.SCALES: the model of update, sync and step
     layers: tuple[str, ...]  # of vs_trl.SCALES: the models whose linears are timed
@@ -54,7 +54,7 @@ class Row:
 
 
 class Rows:
-    """The rows of one section. They go to a file at once, so that they outlive the process."""
+    """The rows of one section, written to a file at once, so that they outlive the process."""
 
     def __init__(self, file: Path, section: str):
         self.file, self.section = file, section
@@ -88,13 +88,13 @@ class Rows:
         self.add("the whole section", None, note=cause, verdict="FAIL")
 
     def found(self, section: str, what: str) -> float | None:
-        """What another section measured; None if it has not."""
+        """The value of another section's row; None if it was not measured."""
         rows = [row for row in read_rows(self.file) if (row.section, row.what) == (section, what)]
         return rows[-1].value if rows else None
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Those of all sections so far."""
+    """The rows of all sections so far."""
     return [Row(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -127,7 +127,7 @@ def model_folder(work: Path, scale: vs_trl.Scale, spread: float = 0.0) -> str:
 
 
 def check_config(size: Size, **settings):
-    """Of a policy that is checked or timed without a task."""
+    """The configuration of a policy that is checked or timed without a task."""
     from configs.base import Config
 
     lengths = {"max_prompt_length": size.prompt, "max_completion_length": size.completion}
@@ -154,7 +154,7 @@ def bare_run(config, folder: str, prompts: list[list[int]], sample: bool = True)
 
 @contextmanager
 def merged_forward(model: nn.Module) -> Iterator[None]:
-    """Within it, LoRA layers run the weight that vLLM has, W + s·B A rounded to W's dtype."""
+    """During the block, LoRA layers run the weight that vLLM has, W + s·B A rounded to W's dtype."""
     import lora
 
     adapters = [layer.adapters[lora.POLICY] for _, layer in lora.lora_layers(model)]

@@ -81,7 +81,7 @@ def forward_backward(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tup
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor, **inputs: Any) -> int:
-    """What autograd holds between forward and backward, each storage once, parameters not counted."""
+    """The bytes that autograd keeps between forward and backward: each storage once, without parameters."""
     storages = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: a clock that waits for the GPU, and the most bytes that were allocated at a time."""
+"""Measuring time and memory: a clock that waits for the GPU, and the peak of allocated bytes."""
 
 import statistics
 import time
@@ -10,14 +10,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def clock() -> float:
-    """Seconds, after the GPU has done its work."""
+    """Seconds; waits until the GPU has finished."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def median_seconds(work: Callable[[], object], rounds: int) -> float:
-    """Of so many calls, after one that warms up."""
+    """The median time of `rounds` calls, after one that warms up."""
     work()
     seconds = []
     for _ in range(rounds):
@@ -28,9 +28,9 @@ def median_seconds(work: Callable[[], object], rounds: int) -> float:
 
 
 class PeakBytes:
-    """`peak`: the most bytes of tensors within the block, beyond those from before; of the GPU's if there is one.
+    """`peak`: the most bytes of tensors during the block, beyond those before it; on the GPU if there is one.
 
-    By CUDA's allocator, which is exact and costs nothing; on a CPU by torch's profiler, which makes the work slower.
+    CUDA's allocator counts exactly and at no cost. On a CPU, torch's profiler counts, which slows the work down.
     """
 
     def __enter__(self):

@@ -12,7 +12,6 @@ command goes on where it was. Writes OUT.md and OUT.png after every run; the run
 """
 
 import shlex
-import statistics
 import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import real_runs, real_table  # noqa: E402
+from benchmarks import comparison, training_runs  # noqa: E402
 
 SENT = {mode: {"sync": mode} for mode in ("adapter", "merged", "straight_through")}  # how vLLM gets the policy
 TRAINED = {f"LoRA, rank {rank}": {"lora_rank": rank} for rank in (1, 8, 32)}  # alpha stays the same
@@ -37,7 +36,7 @@ class Cell:
     setting: str
     rate: float
     options: dict[str, object]
-    runs: list[real_runs.Rows] = field(default_factory=list)
+    runs: list[training_runs.Rows] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -54,47 +53,36 @@ def cells(arguments: Namespace) -> list[Cell]:
     return [Cell(setting, rate, settings[setting]) for setting in chosen for rate in rates[setting]]
 
 
-def train(cell: Cell, seed: int, arguments: Namespace) -> real_runs.Rows:
-    """The metrics of one run, complete or not; one that is complete already is only read."""
+def train(cell: Cell, seed: int, arguments: Namespace) -> training_runs.Rows:
+    """The metrics of one run; none if it did not reach its end."""
     name = f"{cell.name}, seed {seed}".replace(" + ", "_").replace(", ", "_").replace(" ", "")
-    output, axis, limit = Path(f"{arguments.out}_runs").absolute(), arguments.axis, arguments.limit
+    folder = Path(f"{arguments.out}_runs", name).absolute()
     options = cell.options | ({"model": arguments.model} if arguments.model else {})
     options |= {
         "learning_rate": cell.rate,
         "seed": seed,
-        "steps": ENDLESS if axis == "minutes" else int(limit),
-        "output_dir": f"{output}/{name}",
+        "steps": arguments.steps or ENDLESS,
+        "output_dir": folder,
         "max_useless": 0,  # what becomes of a bad setting is shown, and not stopped
     }
-    command = real_runs.torchrun(arguments.ranks, arguments.config, options) + ["--resume", *arguments.more]
-
-    def complete() -> bool:
-        return real_runs.is_complete(real_runs.read_rows(output / name), axis, limit)
-
-    if not complete():
-        print(f"{name}: its output is in {output / name}.log", flush=True)
-        stop = complete if axis == "minutes" else lambda: False  # the last step ends the run by itself
-        real_runs.run_until(stop, command, output / f"{name}.log")
-    return real_runs.read_rows(output / name) if complete() else []
+    command = training_runs.torchrun(arguments.ranks, arguments.config, options) + ["--resume", *arguments.more]
+    return training_runs.train_to_limit(command, folder, arguments.axis, arguments.limit)
 
 
 def write(grid: list[Cell], arguments: Namespace) -> None:
     """OUT.md and OUT.png of what there is; of lora_vs_full only each setting's best learning rate is drawn."""
-
-    def score(cell: Cell) -> float:
-        return statistics.mean(real_table.final(cell.runs, "eval/accuracy", arguments.axis, arguments.limit))
-
+    limit = {"axis": arguments.axis, "limit": arguments.limit}
     done = [cell for cell in grid if cell.runs]
-    best = {cell.setting: cell for cell in sorted(done, key=score)}  # the last one of its setting
+    worst_first = sorted(done, key=lambda cell: comparison.mean_accuracy(cell.runs, **limit))
+    best = {cell.setting: cell for cell in worst_first}
     notes = [f"- Best learning rate of {setting}: {cell.rate:g}" for setting, cell in best.items()]
     if FULL in best and len(best) > 1:
         ratios = (f"{setting} {cell.rate / best[FULL].rate:.3g}" for setting, cell in best.items() if setting != FULL)
         notes.append(f"- Best learning rates as multiples of that of {FULL}: {', '.join(ratios)}")
-    real_table.write(
+    comparison.write(
         arguments.out,
         {cell.name: cell.runs for cell in done},
-        axis=arguments.axis,
-        limit=arguments.limit,
+        **limit,
         title=f"{Path(arguments.config).stem}: {arguments.grid}",
         command=f"python benchmarks/real_grid.py {shlex.join(sys.argv[1:])}",
         notes=notes,
@@ -103,16 +91,16 @@ def write(grid: list[Cell], arguments: Namespace) -> None:
 
 
 def main() -> None:
-    parser = real_runs.make_parser(__doc__)
+    parser = training_runs.make_parser(__doc__)
     parser.add_argument("grid", choices=RATES)
     parser.add_argument("--settings", nargs="+", help="some rows of the grid, e.g. 'adapter'; mostly all")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates of LoRA")
     parser.add_argument("--full_rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4], help="those of all weights")
     parser.add_argument("--ranks", type=int, default=2, help="processes per run")
-    arguments = real_runs.parse(parser)
+    arguments = training_runs.parse(parser)
     arguments.rates = arguments.rates or RATES[arguments.grid]
     grid, missing = cells(arguments), []
-    real_runs.end_with_children()
+    training_runs.end_with_children()
     for seed in range(arguments.seeds):  # seed by seed, so that what there is when it is stopped is comparable
         for cell in grid:
             rows = train(cell, seed, arguments)

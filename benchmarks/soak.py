@@ -92,7 +92,7 @@ def judge(notes: np.ndarray) -> bool:
 
 
 def left_behind() -> set[str]:
-    """What is in shared memory."""
+    """The names of everything in shared memory."""
     return {path.name for path in SHARED_MEMORY.iterdir()}
 
 

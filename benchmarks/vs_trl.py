@@ -3,22 +3,22 @@
     pip install --no-deps trl==1.16.0 datasets pyarrow pandas multiprocess dill xxhash
     python benchmarks/vs_trl.py [--scale cpu] [--steps 10] [--threads 2] [--sides lorl trl] [--rounds 1] [--clock wall]
 
-Each side runs in a process of its own, one after the other; with several rounds they take turns. Both get the same
-random Qwen2 model (41M parameters, 8 blocks, bfloat16), tokenizer, prompts in the same order, group size, rewards,
+Each side runs in its own process, one after the other; with several rounds they take turns. Both get the same random
+Qwen2 model (41M parameters, 8 blocks, bfloat16), tokenizer, prompts in the same order, group size, rewards,
 LoRA (rank 16 on every linear, float32), constant AdamW, GRPO loss, token-wise truncated importance sampling, and
 the same vLLM, eager on a CPU. A micro-batch holds at most 2,560 tokens: 8 of the longest sequences, which is TRL's
 default. `--scale` names another model and step, see `SCALES`.
 
-- A random model does not end its answers, so the lengths are forced, on both sides the same: the k-th completion of
-  step s is cut after `completion_lengths(s)[k]` tokens, log-normal, most short and a few long, as reasoning is.
-- TRL writes weights into vLLM's own tensors, which a CPU's kernels would have packed away: they are off, on both sides.
+- A random model does not end its answers, so both sides get the same forced lengths: the k-th completion of step s is
+  cut after `completion_lengths(s)[k]` tokens. They are log-normal, like those of reasoning: mostly short, a few long.
+- TRL writes weights into vLLM's own tensors. Kernels that pack weights away on a CPU are therefore off, on both sides.
 - The reward is the share of words with an even number. Their embeddings share a direction, so it can be learned.
 
-On a machine that others use too, `--clock cpu --threads 1` counts the seconds that a processor worked for the process;
-with several threads that would include what they wait for each other.
+On a machine with other users, `--clock cpu --threads 1` counts the seconds of processor time; with several threads that
+would include the time that they wait for each other.
 
-`peak` is the process's largest resident memory while it trains, vLLM and all libraries included; or on a GPU, what
-torch had allocated there, of which vLLM has the same share on both sides.
+`peak` is the largest resident memory of the process while it trains, with vLLM and all libraries. On a GPU it is the
+memory allocated by torch, of which vLLM has the same share on both sides.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,9 +40,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.training_runs import read_rows, step_seconds  # noqa: E402
+
 GROUP, SEED, RANK, ALPHA, LEARNING_RATE = 8, 0, 16, 32.0, 1e-4
 TASK = "even words"
-GPU_SHARE = 0.4  # of its memory for vLLM
+PHASES = ("rollout", "reward", "logprobs", "update", "sync")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ SCALES = {
 
 
 def make_model(folder: Path, scale: Scale, spread: float = 0.0) -> None:
-    """Random weights and a tokenizer that has numbered words, `<17><4>`. `spread` is added to what weights have."""
+    """Random weights, with additional noise of size `spread`, and a tokenizer with numbered words, `<17><4>`."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -119,7 +121,7 @@ def make_model(folder: Path, scale: Scale, spread: float = 0.0) -> None:
 
 
 def prompt_texts(scale: Scale) -> list[str]:
-    """A thousand prompts, of an eighth of the longest to the longest."""
+    """A thousand prompts, with lengths from an eighth of the longest to the longest."""
     rng = random.Random(SEED)
     word = lambda: f"<{rng.randrange(scale.words)}>"  # noqa: E731
     longest = scale.longest_prompt
@@ -133,23 +135,23 @@ def score(completion: str, answer: str = "") -> float:
 
 
 def completion_lengths(step: int, scale: Scale) -> list[int]:
-    """Of all completions of a step; of 256 as the longest, their median is about 52, their mean about 76."""
+    """The lengths of a step's completions; with 256 as the longest, the median is about 52, the mean about 76."""
     rng, longest = random.Random(f"{SEED}/{step}"), scale.longest_completion
     middle = 3.9 + math.log(longest / 256)
     return [max(4, min(longest, int(rng.lognormvariate(middle, 1.0)))) for _ in range(scale.prompts * GROUP)]
 
 
 def leave_weights_unpacked() -> None:
-    """Turns off vLLM's kernels for the CPU that pack weights: TRL could not write to them any more."""
+    """Turns off vLLM's kernels that pack weights on a CPU: TRL could not write to packed weights."""
     import vllm._custom_ops
     import vllm.model_executor.layers.utils
 
     vllm._custom_ops._supports_onednn = False
-    vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # of CPUs with AMX; it packs, too
+    vllm.model_executor.layers.utils.check_cpu_sgl_kernel = lambda *_: False  # on CPUs with AMX; it packs, too
 
 
 def force_lengths(scale: Scale) -> None:
-    """Makes vLLM's `generate` cut the completions of a step where `completion_lengths` says, evaluations at once."""
+    """Makes vLLM's `generate` give a step's completions the `completion_lengths`, and evaluations one token."""
     import vllm
 
     leave_weights_unpacked()
@@ -185,20 +187,14 @@ def force_lengths(scale: Scale) -> None:
 # ---- lorl -----------------------------------------------------------------------------------------------------
 
 
-def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
-    """Its steps as `report` wants them, and the peak of memory."""
-    force_lengths(scale)
-
-    import reward
+def make_config(model: Path, steps: int, folder: Path, scale: Scale):
+    """The settings of lorl; `trl_config` makes those of TRL from them."""
     from configs.base import Config
     from configs.checks import resolve_config
-    from runtime.setup import setup
-    from train_grpo import ALGORITHMS, train
+    from train_grpo import ALGORITHMS
 
-    problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
-    reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
     config = Config(
-        output_dir=str(folder / "lorl"),
+        output_dir=str(folder),
         task=TASK,
         model=str(model),
         steps=steps,
@@ -210,29 +206,45 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         group_size=GROUP,
         max_prompt_length=scale.longest_prompt,
         max_completion_length=scale.longest_completion,
-        gpu_memory_utilization=GPU_SHARE,
         lora_rank=RANK,
         lora_alpha=ALPHA,
         learning_rate=LEARNING_RATE,
         tokens_per_microbatch=scale.rows * scale.longest,
         gradient_checkpointing=scale.checkpointing,
     )
-    train(setup(resolve_config(config, ALGORITHMS[config.algorithm])))
-    rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]
-    records = [
-        {phase: row[f"time/{phase}"] for phase in ("rollout", "reward", "logprobs", "update", "sync")}
-        | {"step": row["time/step"] - row["time/eval"] - row.get("time/save", 0.0), "score": row["reward/mean"]}
-        | {"mismatch": row["mismatch/kl"]}
+    return resolve_config(config, ALGORITHMS[config.algorithm])
+
+
+def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
+    """Trains with lorl; what `read_steps` returns."""
+    force_lengths(scale)
+
+    import reward
+    from runtime.setup import setup
+    from train_grpo import train
+
+    problems = [reward.Problem(text, "") for text in prompt_texts(scale)]
+    reward.TASKS[TASK] = reward.Task(lambda *_: problems, score)
+    train(setup(make_config(model, steps, folder / "lorl", scale)))
+    return read_steps(folder / "lorl")
+
+
+def read_steps(folder: Path) -> dict:
+    """The steps of a run's metrics.jsonl, and the peak of memory in GiB."""
+    rows = [row for row in read_rows(folder) if row["step"] > 0]
+    names = {"score": "reward/mean", "mismatch": "mismatch/kl"} | {phase: f"time/{phase}" for phase in PHASES}
+    steps = [
+        {name: row[metric] for name, metric in names.items() if metric in row} | {"step": step_seconds(row)}
         for row in rows
     ]
-    return {"steps": records, "peak": max(row["memory/peak_gib"] for row in rows)}
+    return {"steps": steps, "peak": max(row["memory/peak_gib"] for row in rows)}
 
 
 # ---- TRL ------------------------------------------------------------------------------------------------------
 
 
 def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> None:
-    """Adds what a method takes to `seconds[phase]`."""
+    """Adds the duration of each call of a method to `seconds[phase]`."""
     call = getattr(owner, method)
 
     def wrapper(*arguments, **options):
@@ -246,7 +258,7 @@ def timed(owner: type, method: str, phase: str, seconds: dict[str, float]) -> No
 
 
 def instrument_trl() -> dict[str, float]:
-    """Makes TRL run in one process, its vLLM as lorl's; returns where it will add up the seconds of each phase."""
+    """Makes TRL run in one process, with vLLM as lorl has it. Returns the dict of each phase's seconds, still empty."""
     import torch
     from trl import GRPOTrainer
     from trl.generation import vllm_generation
@@ -272,89 +284,117 @@ def instrument_trl() -> dict[str, float]:
     return seconds
 
 
-def trl_config(steps: int, folder: Path, scale: Scale):
-    """Its `GRPOConfig`, with the settings that `run_lorl` has."""
+def trl_config(config, rows: int, **options):
+    """TRL's `GRPOConfig` with the settings of a lorl configuration. rows: sequences in a micro-batch."""
     import torch
     from trl import GRPOConfig
 
     return GRPOConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=steps,
-        seed=SEED,
+        output_dir=str(config.run_folder),
+        max_steps=config.steps,
+        seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
         logging_steps=1,
         save_strategy="no",
-        model_init_kwargs={"dtype": "bfloat16"},
-        shuffle_dataset=False,
-        per_device_train_batch_size=scale.rows,
-        gradient_accumulation_steps=scale.prompts * GROUP // scale.rows,
-        num_generations=GROUP,
-        max_completion_length=scale.longest_completion,
-        gradient_checkpointing=scale.checkpointing,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
+        model_init_kwargs={"dtype": config.dtype},
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=config.prompts_per_step * config.group_size // rows,
+        num_generations=config.group_size,
+        max_completion_length=config.max_completion_length,
+        temperature=config.temperature,
+        gradient_checkpointing=config.gradient_checkpointing,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_schedule,
+        weight_decay=0.0,
         max_grad_norm=1.0,
         loss_type="grpo",
         use_vllm=True,
         vllm_mode="colocate",
-        vllm_max_model_length=scale.longest,
-        vllm_gpu_memory_utilization=GPU_SHARE,
+        vllm_max_model_length=config.max_model_len,
+        vllm_gpu_memory_utilization=config.gpu_memory_utilization,
         vllm_importance_sampling_mode="token_truncate",
         vllm_importance_sampling_clip_max=2.0,
+        **options,
     )
 
 
-def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
-    """As `run_lorl`."""
-    force_lengths(scale)
+def train_with_trl(
+    config, dataset: list[dict], rewards: Callable, rows: int, evaluate: Callable = lambda trainer: {}, **options
+) -> None:
+    """Trains as a lorl configuration says, and writes a metrics.jsonl like lorl's.
+
+    rewards: a reward function of TRL's. evaluate: from the trainer to metrics. options: of `GRPOConfig`.
+    """
+    seconds = instrument_trl()
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
     from trl import GRPOTrainer
 
-    from runtime.run import endless
+    from runtime.run import is_due
     from runtime.tracking import peak_memory, reset_peak_memory
 
-    seconds = instrument_trl()
-    records: list[dict] = []
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    metrics = open(config.run_folder / "metrics.jsonl", "w", buffering=1)
 
-    class Clock(TrainerCallback):
-        def on_train_begin(self, *_, **__):
+    class Log(TrainerCallback):
+        """Writes a row per step. Its seconds and its peak of memory exclude the evaluation."""
+
+        def begin(self) -> None:
+            """Starts the clocks of a step."""
+            seconds.clear()
             reset_peak_memory()
             self.since = time.perf_counter()
 
-        def on_step_end(self, *_, **__):
-            now = time.perf_counter()
-            records.append({"step": now - self.since, **seconds})
-            seconds.clear()
-            self.since = now
+        def on_train_begin(self, *_, **__) -> None:
+            metrics.write(json.dumps({"step": 0} | evaluate(trainer)) + "\n")
+            self.begin()
 
-        def on_log(self, args, state, control, logs=None, **_):
+        def on_step_end(self, args, state, control, **_) -> None:
+            step = time.perf_counter() - self.since
+            phases = seconds | {"step": step, "update": step - sum(seconds.values())}
+            self.row = {"step": state.global_step} | {f"time/{name}": value for name, value in phases.items()}
+            self.row["memory/peak_gib"] = peak_memory() / 2**30
+            if state.global_step == config.steps or is_due(config.eval_every, state.global_step):
+                self.row |= evaluate(trainer)
+
+        def on_log(self, args, state, control, logs=None, **_) -> None:
             if "reward" in (logs or {}):
-                records[-1]["score"] = logs["reward"]
+                metrics.write(json.dumps(self.row | {"reward/mean": logs["reward"]}) + "\n")
+                self.begin()
 
-    prompts = list(islice(endless(prompt_texts(scale), SEED), steps * scale.prompts))
     trainer = GRPOTrainer(
-        model=str(model),
-        reward_funcs=lambda completions, **_: [score(completion) for completion in completions],
-        args=trl_config(steps, folder, scale),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        peft_config=LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear"),
-        callbacks=[Clock()],
+        model=config.model,
+        reward_funcs=rewards,
+        args=trl_config(config, rows, **options),
+        train_dataset=Dataset.from_list(dataset),
+        peft_config=LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear"),
+        callbacks=[Log()],
     )
     trainer.train()
-    for record in records:
-        record["update"] = record["step"] - sum(record.get(p, 0.0) for p in ("rollout", "reward", "logprobs", "sync"))
-    return {"steps": records, "peak": peak_memory() / 2**30}
+    metrics.close()
+
+
+def run_trl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
+    """Trains with TRL; what `read_steps` returns."""
+    force_lengths(scale)
+    from runtime.run import endless
+
+    config = make_config(model, steps, folder / "trl", scale)
+    prompts = islice(endless(prompt_texts(scale), SEED), steps * scale.prompts)
+    dataset = [{"prompt": prompt} for prompt in prompts]
+    rewards = lambda completions, **_: [score(completion) for completion in completions]  # noqa: E731
+    train_with_trl(config, dataset, rewards, scale.rows, shuffle_dataset=False)
+    return read_steps(config.run_folder)
 
 
 # ---- Side by side ---------------------------------------------------------------------------------------------
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a process that runs one side."""
+    """The environment of a process that runs one side."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -372,22 +412,28 @@ def measure(side: str, arguments: argparse.Namespace, work: Path) -> dict:
     return json.loads((work / f"{side}.json").read_text())
 
 
+def medians(runs: list[dict], scale: Scale) -> dict[str, float]:
+    """Median seconds of each phase, and tokens/s, over all steps but each run's first, which warms up."""
+    steps = [
+        step | {"tokens/s": sum(completion_lengths(number, scale)) / step["step"]}
+        for run in runs
+        for number, step in enumerate(run["steps"][1:], start=2)
+    ]
+    return {name: statistics.median(step.get(name, 0.0) for step in steps) for name in (*PHASES, "step", "tokens/s")}
+
+
 def report(results: dict[str, list[dict]], clock: str, scale: Scale) -> None:
-    """Medians over the steps but for each process's first, which warms up."""
+    """Prints the medians of each side, its peak memory, and its rewards."""
     print(f"| {clock + ' s per step':<16} | {' | '.join(f'{side:>8}' for side in results)} |")
     print(f"|{'-' * 18}|{'|'.join('-' * 9 + ':' for _ in results)}|")
 
-    def row(name: str, values: Iterator[float], digits: int = 2) -> None:
+    def row(name: str, values: Iterable[float], digits: int = 2) -> None:
         print(f"| {name:<16} | {' | '.join(f'{value:>8,.{digits}f}' for value in values)} |")
 
-    steps = {side: [step for run in runs for step in run["steps"][1:]] for side, runs in results.items()}
-    for phase in ("rollout", "reward", "logprobs", "update", "sync", "step"):
-        row(phase, (statistics.median(step.get(phase, 0.0) for step in rows) for rows in steps.values()))
-    for runs in results.values():
-        for run in runs:
-            for number, step in enumerate(run["steps"], start=1):
-                step["speed"] = sum(completion_lengths(number, scale)) / step["step"]
-    row("tokens/s", (statistics.median(step["speed"] for step in rows) for rows in steps.values()), 0)
+    found = [medians(runs, scale) for runs in results.values()]
+    for phase in (*PHASES, "step"):
+        row(phase, (side[phase] for side in found))
+    row("tokens/s", (side["tokens/s"] for side in found), 0)
     row("peak, GiB", (max(run["peak"] for run in runs) for runs in results.values()))
     for side, runs in results.items():
         print(f"rewards of {side}: " + " ".join(f"{step['score']:.3f}" for step in runs[0]["steps"]))

@@ -1,4 +1,4 @@
-"""What bounds each phase of a step? The operators, or a GPU's kernels, that took its time, out of a profiler's trace.
+"""What bounds each phase of a step? From a profiler's trace: the operators, or GPU kernels, that took its time.
 
     PROFILE_STEP=3 torchrun --nproc-per-node=2 train_grpo.py --config configs/arithmetic_cpu.py --steps 3
     python benchmarks/what_bounds.py runs/arithmetic/trace_3.json.gz

@@ -13,7 +13,7 @@ QUESTION = "Question: {}\n\nAnswer: {}\n\nHow good is this answer? Reply with a 
 
 
 async def judge(prompt, completion):
-    """From 0 to 1; `async`, so that many completions are judged at the same time."""
+    """A number from 0 to 1. `async`: many completions are judged at the same time."""
     message = {"role": "user", "content": QUESTION.format(prompt, completion)}
     request = {"model": os.environ["JUDGE_MODEL"], "messages": [message], "temperature": 0}
     async with aiohttp.ClientSession(raise_for_status=True) as session:

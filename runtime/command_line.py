@@ -1,7 +1,6 @@
 """From the command line to a `Config`.
 
-A config file is Python that says `config = Config(...)`, and lists only what differs from configs/base.py. It can be
-left out:
+A config file is Python: `config = Config(...)`, with what differs from configs/base.py. It is optional:
 
     train_grpo.py --config configs/arithmetic_cpu.py --learning_rate 3e-4
     train_grpo.py --model Qwen/Qwen2.5-0.5B-Instruct --data problems.csv --reward my_reward.py:score
@@ -40,9 +39,9 @@ class OneLineParser(HfArgumentParser):
 
 
 def parse_config(arguments: list[str], description: str) -> Config:
-    """The `Config` of a command line: the file after `--config`, then `--field value` on top of it.
+    """The `Config` of a command line: that of the file after `--config`, changed by each `--field value`.
 
-    Raises ValueError or OSError of one line for whatever is wrong; `--help` prints all fields and exits.
+    Raises ValueError or OSError (one line); `--help` prints all fields and exits.
     """
     parser = OneLineParser(Config, description=description, allow_abbrev=False)
     parser.add_argument("--config", default="", help="A file of configs/.", group="The config file")
@@ -52,9 +51,9 @@ def parse_config(arguments: list[str], description: str) -> Config:
 
 
 def parse_over(settings: dict[str, Any], parser: OneLineParser, arguments: list[str]) -> Config:
-    """The `Config` of some settings with the command line's options on top of them."""
+    """The `Config` of these settings, changed by the command line's options."""
     parser.set_defaults(**settings)
-    for name in ("target_modules", "reward", "stop"):  # argparse would take the last one alone
+    for name in ("target_modules", "reward", "stop"):  # argparse would keep only the last one
         if sum(argument.split("=")[0] == f"--{name}" for argument in arguments) > 1:
             raise ValueError(f"--{name} is given twice; give it once, with several values after it")
     config, _, unknown = parser.parse_args_into_dataclasses(
@@ -68,7 +67,7 @@ def parse_over(settings: dict[str, Any], parser: OneLineParser, arguments: list[
 
 
 def read_config_file(path: str) -> Config:
-    """Runs a config file and returns its `config`."""
+    """Runs a config file and returns its `config`. Raises ValueError or FileNotFoundError."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path!r}; see configs/ for those there are")
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can import configs.base from anywhere

@@ -1,6 +1,6 @@
-"""What the sampler is asked, what it answers, and how a conversation of several turns grows in between.
+"""Requests to the sampler, their completions, and conversations of several turns.
 
-Nothing here knows of vLLM or of tasks: runtime/environment.py makes a task's replies into tokens.
+Nothing here knows vLLM or tasks: runtime/environment.py turns a task's replies into tokens.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ import numpy as np
 
 import lora
 
-# What the environment says to a turn of the model: from the turn's tokens to those that follow it; None: nothing more.
+# The environment's reply to a turn of the model: from the turn's tokens to those that follow; None ends it.
 Reply = Callable[[list[int]], list[int] | None]
 
 
 def single_turn() -> Reply:
-    """An environment that says nothing: the model's first turn is its last."""
+    """An environment that never replies: the model's first turn is its last."""
     return lambda turn: None
 
 
@@ -27,27 +27,27 @@ class Request:
     temperature: float  # 0: greedy
     seed: int  # sample i uses seed + i, so the same request always gives the same tokens
     adapter: str = lora.POLICY  # a name given to `load_adapter`; the policy may be merged into the weights instead
-    environment: Callable[[], Reply] = single_turn  # called for each sample, which then has a conversation of its own
+    environment: Callable[[], Reply] = single_turn  # called once per sample: each has its own conversation
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model said; in a conversation of several turns, also what the environment replied."""
+    """One sample of a request: all turns of the model and, between them, the environment's replies."""
 
     request: int  # index of the request it answers
     prompt_ids: list[int]  # of that request
-    token_ids: list[int]  # with the end tokens or stop texts that were reached, and the environment's replies
-    logprobs: list[float | None]  # of those tokens, by the sampler, at the sampling temperature; None: not sampled
+    token_ids: list[int]  # with end tokens and stop texts, and with the environment's replies
+    logprobs: list[float | None]  # the sampler's, at the sampling temperature; None: a reply's token, not sampled
     truncated: bool  # cut off at max_completion_length
 
     @property
     def trained(self) -> list[bool]:
-        """Which of `token_ids` the model sampled. It learns from these alone; the others are only read."""
+        """Which of `token_ids` the model sampled: only these are trained on."""
         return [logprob is not None for logprob in self.logprobs]
 
     @property
     def length(self) -> int:
-        """The number of trained tokens: what every mean over tokens divides by."""
+        """The number of trained tokens, by which every mean over tokens divides."""
         return sum(self.trained)
 
     @property
@@ -81,12 +81,12 @@ class Conversation:
 
     @property
     def context(self) -> list[int]:
-        """What the model reads before its next turn: exactly the tokens that it has sampled, never tokenised again."""
+        """The tokens before the model's next turn; what it sampled is not tokenised again."""
         return self.request.prompt_ids + self.token_ids
 
     @property
     def seed(self) -> int:
-        """Of the next turn: a function of the request, the sample and the turn alone."""
+        """The next turn's seed, which depends only on the request, the sample and the turn."""
         seed = self.request.seed + self.sample
         return mix_seeds(seed, self.turns) if self.turns else seed
 
@@ -95,7 +95,7 @@ class Conversation:
         return self.max_length - len(self.token_ids)
 
     def add_turn(self, output: Any) -> None:
-        """output: what the model has said, a `vllm.CompletionOutput`."""
+        """Appends a turn of the model. output: a `vllm.CompletionOutput`."""
         self.turns += 1
         self.turn = list(output.token_ids)
         self.token_ids += self.turn
@@ -107,7 +107,7 @@ class Conversation:
         return None if self.truncated else self.environment(self.turn)
 
     def add_reply(self, reply: list[int] | None) -> None:
-        """Ends the conversation if there is no reply, or no room for it and one more token."""
+        """Appends a reply. Ends the conversation without one, or without room for it and one more token."""
         if reply is not None and len(reply) < self.tokens_left:
             self.token_ids += reply
             self.logprobs += [None] * len(reply)
@@ -120,5 +120,5 @@ class Conversation:
 
 
 def mix_seeds(*numbers: int) -> int:
-    """Several numbers hashed into one seed, of 32 bits, since a generator on a CPU ignores the others."""
+    """Hashes several numbers into one seed of 32 bits (generators on a CPU ignore further bits)."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,12 +1,12 @@
 """Data: rows in, problems out. Rows come from files, from a folder of files, or from a dataset of the hub.
 
-    problems.csv, problems.jsonl, problems.parquet   one file: a tenth of its prompts is held out
+    problems.csv, problems.jsonl, problems.parquet   one file; a tenth of its prompts is held out
     folder/train.csv, folder/test.csv                a folder with splits, or their shards train-00001-of-00002.parquet
-    folder/a.csv, folder/b.csv                       a folder without: its files are one set, a tenth is held out
-    openai/gsm8k:main                                a dataset of the hub, with the name of its configuration
+    folder/a.csv, folder/b.csv                       a folder without splits; a tenth of all prompts is held out
+    openai/gsm8k:main                                a dataset of the hub, and the name of its configuration
 
-A row maps columns to values. One column is the prompt, text or a list of chat messages; another one is the answer. All
-columns travel with the problem, so that rewards can read them.
+A row maps columns to values. One column is the prompt: text or a list of chat messages. Another one is the answer. A
+problem keeps all columns of its row for reward functions.
 """
 
 import csv
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-PROMPT_FIELDS = ("prompt", "question", "problem")  # taken in this order, unless `prompt_field` names another
-ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "solution")  # the second is verl's
-HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")  # of splits; the first that exists is taken
+PROMPT_FIELDS = ("prompt", "question", "problem")  # the first that a row has, unless `prompt_field` names another
+ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "solution")  # likewise; the second is verl's
+HELD_OUT_NAMES = ("test", "validation", "valid", "val", "dev", "eval")  # of splits; the first that exists counts
 MISSING = object()  # a field that a row does not have
 MOST_HELD_OUT = 1000  # prompts that are held out where the data has no split for it
 
@@ -37,7 +37,7 @@ class Problem:
 
 
 class Source(NamedTuple):
-    """Where rows are, and the columns of prompt and answer; "" takes the first of the usual names that a row has."""
+    """Where rows are, and the columns of prompt and answer; "": the first of the usual names that a row has."""
 
     data: str = ""
     prompt_field: str = ""
@@ -50,8 +50,8 @@ NO_SOURCE = Source()
 def read_problems(source: Source, split: str, truth: Callable[[Any, str], Any] | None = None) -> list[Problem]:
     """The problems of the split "train" or "test"; without a test split, a tenth of the prompts is held out.
 
-    truth: from a row's answer and the name of its column to the answer that rewards get; raises ValueError. None: each
-    answer as it is, and there may be none. Raises ValueError or OSError (one line) that names file and row.
+    truth: a function from a row's answer and its column's name to the answer that rewards get, or a ValueError. With
+    None, answers stay as they are and may be missing. Raises ValueError or OSError (one line) that names file and row.
     """
     train, held_out = find_splits(source.data)
     parts = held_out if split == "test" and held_out else train
@@ -62,8 +62,7 @@ def read_problems(source: Source, split: str, truth: Callable[[Any, str], Any] |
 def cut(problems: list[Problem], split: str, name: str) -> list[Problem]:
     """The training problems in their order, or the held-out ones in random order.
 
-    A hash of the prompt decides, so two problems with one prompt are on the same side, and rows that are added later
-    hardly move the others.
+    A hash of the prompt decides: problems with the same prompt are in the same split, and adding rows moves few others.
     """
     digests = [hashlib.sha256(json.dumps(problem.prompt, default=str).encode()).hexdigest() for problem in problems]
     prompts = sorted(set(digests))
@@ -80,7 +79,7 @@ def cut(problems: list[Problem], split: str, name: str) -> list[Problem]:
 
 
 def make_problem(row: Any, where: str, source: Source, truth: Callable[[Any, str], Any] | None) -> Problem:
-    """The problem of a row. Raises ValueError that says `where` what is wrong."""
+    """The problem of a row. Raises a ValueError that begins with `where`."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: must be an object with fields, found {str(row)[:80]!r}")
     name, prompt = find_field(row, where, "prompt_field", source.prompt_field, PROMPT_FIELDS)
@@ -173,14 +172,14 @@ def find_splits(source: str) -> tuple[list[Rows], list[Rows]]:
 
 
 def read_file(path: Path) -> Rows:
-    """The rows of a file, whose ending says how they are written."""
+    """The rows of a file; its suffix is its format."""
     if path.suffix not in READERS:
         raise ValueError(f"data must be a {', '.join(READERS)} file, a folder, or a name on the hub, not {str(path)!r}")
     return READERS[path.suffix](path)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    """What each line that is not empty holds."""
+    """The value of each line that is not empty."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             where = f"{path}, line {number}"
@@ -194,7 +193,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[dict[str, str], str]]:
-    """The rows below the first, which names the columns and is row 1, as in a spreadsheet."""
+    """The rows from row 2 on; row 1 names the columns."""
     csv.field_size_limit(2**31 - 1)
     number = 0
     with open(path, "rb") as file:
@@ -221,7 +220,7 @@ def read_parquet(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         rows = (row for batch in parquet.ParquetFile(path).iter_batches() for row in batch.to_pylist())
         yield from numbered(rows, str(path))
-    except Exception as error:  # of many kinds; none comes from who takes the rows
+    except Exception as error:  # of many kinds, all from pyarrow
         raise ValueError(f"{path}: not Parquet ({' '.join(str(error).split())[:200]})") from None
 
 
@@ -247,7 +246,7 @@ def numbered(rows: Iterable[dict[str, Any]], where: str) -> Iterator[tuple[dict[
 
 
 def download(url: str, path: Path) -> None:
-    """Fetches a file whole or not at all."""
+    """Downloads a file, completely or not at all."""
     from torch.hub import download_url_to_file  # here, because nothing else in tasks and data needs torch
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +257,7 @@ def download(url: str, path: Path) -> None:
 
 
 def optional_package(module: str, package: str, purpose: str) -> ModuleType:
-    """A module that only some data needs; ValueError that says how to install it."""
+    """Imports a module that only some data needs; ValueError with the command that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:
@@ -266,7 +265,7 @@ def optional_package(module: str, package: str, purpose: str) -> ModuleType:
 
 
 def decode(line: bytes, where: str) -> str:
-    """A line as text; a byte order mark is taken off."""
+    """A line as text, without a byte order mark."""
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:

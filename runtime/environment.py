@@ -1,7 +1,7 @@
-"""The environment's side of a conversation: what a task replies, as the tokens that follow a turn of the model.
+"""The environment's side of a conversation: a task's replies, as the tokens that follow a turn of the model.
 
-The chat template writes what stands between two turns: the end of the first, the reply, the beginning of the next. Only
-that text is tokenised. What the model sampled stays as it is, or it would be trained on tokens that it did not choose.
+The chat template renders the text between two turns: the end of the first, the reply, the beginning of the next. Only
+that text is tokenised. Sampled tokens are never tokenised again: the model must train on the tokens that it chose.
 """
 
 import json
@@ -13,7 +13,7 @@ from reward import Message
 from runtime.data import Problem, check_characters
 from runtime.user_rewards import raised
 
-TURN = "What the model said."  # stands for its turn, to find what the chat template writes after one
+TURN = "What the model said."  # a placeholder for the model's turn, after which the template's text begins
 
 
 class Environment:
@@ -24,9 +24,9 @@ class Environment:
         self.reply, self.problem, self.messages, self.tokenizer = reply, problem, list(prompt), tokenizer
 
     def __call__(self, turn: list[int]) -> list[int] | None:
-        """The tokens that follow the model's turn, up to where its next one begins; None: the conversation has ended.
+        """The tokens between the model's turn and its next one; None ends the conversation.
 
-        Raises ValueError, in one line, for whatever is wrong with the reply.
+        Raises ValueError (one line) if the reply fails or is wrong.
         """
         text = self.tokenizer.decode(turn, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": text})
@@ -46,21 +46,20 @@ def ask(reply: Callable, problem: Problem, messages: list[Message]) -> Message |
         said = reply(problem, [dict(message) for message in messages])
     except (Exception, SystemExit) as error:
         raise ValueError(raised(error)) from error
+    if said is None:
+        return None
     message = {"role": "user", "content": said} if isinstance(said, str) else said
-    if message is not None and not (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-    ):
+    if not (isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))):
         raise ValueError(f"is {said!r}, and must be a text, a message with role and content, or None")
-    if message is not None:
-        check_characters(message["content"], "is wrong", "content")
+    check_characters(message["content"], "is wrong", "content")
     return message
 
 
 def tokens_of_reply(messages: list[Message], tokenizer: PreTrainedTokenizerBase, end: int) -> list[int]:
     """The tokens of the last message and of what the chat template puts around it.
 
-    end: the token with which the model ended its turn, which the template writes, too. Raises ValueError if the
-    template does not show the reply.
+    end: the last token of the model's turn, which the template renders again. Raises ValueError if the template
+    leaves the reply out.
     """
     *before, turn, reply = messages
     text = reply["content"]

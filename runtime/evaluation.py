@@ -27,9 +27,9 @@ SAMPLES_LOGGED = 8  # completions in samples.jsonl per step and per evaluation
 
 
 def make_scorer(config: Config, problems: list[Problem]) -> Scorer:
-    """How this run scores completions: by the functions of `reward`, else as its task does.
+    """The scorer of this run: the functions of `reward`, or its task's score.
 
-    problems: all of the data, which must have what the functions need. Raises ValueError or OSError of one line.
+    problems: all of them, to check that they have the columns that the functions need. Raises ValueError or OSError.
     """
     if not config.reward:
         if not tasks.find_task(config.task).score:
@@ -44,15 +44,14 @@ def make_scorer(config: Config, problems: list[Problem]) -> Scorer:
 
 
 def reward_row(problem: Problem, text: str) -> dict[str, Any]:
-    """The row from which reward functions take their arguments: the data's columns, answer, prompt, completion."""
+    """A reward function's possible arguments: the data's columns, answer, prompt, completion."""
     answer = {} if problem.answer is None else {"answer": problem.answer}
     return problem.columns | answer | {"prompt": problem.prompt, "completion": text}
 
 
 def task_reward(task: str, problem: Problem, text: str) -> Reward:
-    """A task's reward: a number, which says how right the answer is, or a dict of parts, of which "correct" says that.
-
-    Raises ValueError naming the problem and the completion.
+    """The reward by a task's score: a number, which also tells how right the answer is, or a dict of parts, of which
+    "correct" tells that. Raises ValueError that names the problem and the completion.
     """
     try:
         value = tasks.score(task, text, problem.answer)
@@ -72,7 +71,7 @@ def compute_rewards(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
 ) -> list[Reward]:
-    """One rank scores all completions of a prompt, so all ranks agree even if a reward is random. Collective."""
+    """One rank scores all completions of a prompt, so that all ranks agree even on random rewards. Collective."""
     mine = [i for i, completion in enumerate(completions) if completion.request % world.size == world.rank]
     texts = [(prompts[completions[i].request].problem, decode(completions[i], tokenizer)) for i in mine]
     own = on_every_rank(lambda: score(texts))
@@ -98,7 +97,7 @@ def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
 
 
 def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
-    """Metrics of all completions sampled in the step; group_size None: the algorithm compares no groups."""
+    """Metrics of a step's completions. group_size: None if the algorithm does not compare groups."""
     metrics = {}
     if group_size:
         differ = groups_that_differ(scores, group_size)
@@ -117,7 +116,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
 
 
 def part_metrics(rewards: list[Reward]) -> dict[str, float]:
-    """Mean and standard deviation of each part, where a reward without it counts 0; and the number of timeouts."""
+    """Mean and standard deviation of each part (0 where a reward lacks it), and the number of timeouts."""
     names = dict.fromkeys(name for reward in rewards for name in reward.parts)
     late = sum(len(reward.timeouts) for reward in rewards)
     metrics: dict[str, float] = {"reward/timeouts": late} if names or late else {}
@@ -130,12 +129,12 @@ def part_metrics(rewards: list[Reward]) -> dict[str, float]:
 
 
 def decode(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a completion's last turn, which is what is scored, without its end-of-sequence token."""
+    """The text that is scored: a completion's last turn, without special tokens."""
     return tokenizer.decode(completion.last_turn, skip_special_tokens=True)
 
 
 def transcript(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The whole conversation: all turns and replies, with the special tokens that divide them."""
+    """The whole conversation: all turns and replies, and the special tokens between them."""
     earlier = completion.token_ids[: len(completion.token_ids) - len(completion.last_turn)]
     return tokenizer.decode(earlier) + decode(completion, tokenizer)
 
@@ -146,7 +145,7 @@ def transcript(completion: Completion, tokenizer: PreTrainedTokenizerBase) -> st
 class Evaluation(NamedTuple):
     """Completions of held-out problems, and their rewards."""
 
-    completions: list[Completion]  # `eval_samples` sampled ones per problem, then one greedy completion per problem
+    completions: list[Completion]  # first `eval_samples` sampled ones per problem, then one greedy one per problem
     rewards: list[Reward]  # of each
     problems: int
     seconds: float  # of generation
@@ -158,13 +157,13 @@ class Evaluation(NamedTuple):
 
     @property
     def right(self) -> tuple[Tensor, Tensor] | None:
-        """1.0 for right answers and 0.0 for others, sampled and greedy; None if no reward says which are right."""
+        """1.0 for right answers and 0.0 for others, sampled and greedy; None if rewards do not tell."""
         if all(reward.correct is None for reward in self.rewards):
             return None
         return self.split([float((reward.correct or 0.0) >= 1) for reward in self.rewards])
 
     def metrics(self) -> dict[str, float]:
-        """Mean rewards and, if rewards say which answers are right, accuracies, with standard errors."""
+        """Mean rewards and, if rewards tell which answers are right, accuracies with standard errors."""
         sampled, greedy = self.split([reward.total for reward in self.rewards])
         metrics = {"reward": sampled.mean().item(), "reward_greedy": greedy.mean().item()}
         if self.right:
@@ -174,7 +173,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_prompts(run: Run) -> Evaluation:
-    """Sampled and greedy completions of the held-out prompts, by one call of the engine, and their rewards. Collective.
+    """Sampled and greedy completions of the held-out prompts, and their rewards. Collective.
 
     The seeds do not depend on the step: two evaluations differ only by the policy.
     """
@@ -194,7 +193,7 @@ def evaluate_prompts(run: Run) -> Evaluation:
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluates the policy on the held-out problems, and logs a few samples; returns `eval/*` metrics.
 
-    A signal ends it without metrics: the weights have changed, so the run can stop only when the step is finished.
+    A signal ends the evaluation without metrics. The weights have changed, so the run stops when the step is finished.
     """
     try:
         evaluation = evaluate_prompts(run)
@@ -233,7 +232,7 @@ def log_samples(
 def sample_records(
     run: Run, prompts: list[Prompt], completions: list[Completion], rewards: list[Reward]
 ) -> list[dict[str, Any]]:
-    """Completions as text, with answers and rewards, and a reward's parts if it has some."""
+    """Completions as text, with answers, rewards and the parts of rewards."""
     extract = tasks.find_task(run.config.task).extract
     return [
         {

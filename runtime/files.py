@@ -1,4 +1,4 @@
-"""Files: model folders, downloads, atomic folders, locks. Nothing here knows of ranks."""
+"""Files: model folders, downloads, atomic folders, locks. Nothing here knows ranks."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ FILE_BYTES = 4 << 30
 LIBRARY_TALK = re.compile(r"^ValidationError: .{,60} Value error, | Supported architectures: .*| \[type=value_error.*")
 INDEX = "model.safetensors.index.json"
 MODEL_FILES = ("*.json", "*.txt", "*.jinja", "*.model", "LICENSE*")  # of a model's folder, beside the weights
-NOT_THE_MODELS = ("*.index.json", "adapter_config.json")  # of these: of other weights
+NOT_THE_MODELS = ("*.index.json", "adapter_config.json")  # files of these patterns that belong to other weights
 
 
 # ---- Models --------------------------------------------------------------------------------------------------------
@@ -32,7 +32,7 @@ NOT_THE_MODELS = ("*.index.json", "adapter_config.json")  # of these: of other w
 
 @contextmanager
 def one_line_errors(what: str) -> Iterator[None]:
-    """Turns any exception of a library about a user's file into a ValueError of one line that names the file."""
+    """Turns a library's exception about a user's file into a ValueError of one line that names the file."""
     try:
         yield
     except Exception as error:
@@ -46,9 +46,9 @@ def one_line_errors(what: str) -> Iterator[None]:
 
 
 def find_model(model: str) -> str:
-    """The local folder of a model: `model` if it is a folder, else the hub's model of that name, downloaded once.
+    """The local folder of a model: `model` itself, or the hub's model of that name, downloaded once.
 
-    Prints which weights in the folder are not the model's.
+    Prints which weights in the folder do not belong to the model.
     """
     folder = model
     if not Path(model, "config.json").is_file():
@@ -66,7 +66,7 @@ def find_model(model: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files named by a model's index; without an index model.safetensors or, without that, all."""
+    """A model's safetensors files: those that its index names, else model.safetensors, else all."""
     index, alone = folder / INDEX, folder / "model.safetensors"
     if not index.exists():
         return [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
@@ -79,12 +79,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def other_weights(folder: Path) -> list[Path]:
-    """The safetensors files in a model's folder that are not the model's: an adapter, or its weights once more."""
+    """The other safetensors files in a model's folder: an adapter, or a copy in another format."""
     return sorted(set(folder.glob("*.safetensors")) - set(weight_files(folder)))
 
 
 def check_tied_head(folder: Path) -> None:
-    """Raises ValueError if a model whose head is tied to its embedding has files with another head."""
+    """Raises ValueError if the files of a model with a tied head hold a head that differs from the embedding."""
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with open_safetensors(path) as file:
@@ -99,7 +99,7 @@ def check_tied_head(folder: Path) -> None:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator["safe_open"]:
-    """Opens a safetensors file. Errors in it, here or in the block, become a ValueError that names the file."""
+    """Opens a safetensors file. Its errors, also those in the block, become a ValueError that names the file."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -110,7 +110,7 @@ def open_safetensors(path: Path) -> Iterator["safe_open"]:
 
 
 def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a model's folder, one at a time. Raises ValueError if a name is in two files."""
+    """The tensors in a model's folder, one at a time. Raises ValueError if a name is in two files."""
     files, seen = weight_files(folder), set()
     if not files:
         raise ValueError(f"there are no safetensors files in {str(folder)!r}")
@@ -124,7 +124,7 @@ def read_model(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    """Writes a safetensors file that others may read as the umask says; safetensors' own mode is 0600."""
+    """Writes a safetensors file with the permissions of the umask; safetensors itself would use 0600."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"} | metadata)
@@ -132,7 +132,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, **metadata: str) -> No
 
 
 def write_model(tensors: Iterable[tuple[str, Tensor]], folder: Path, like: Path) -> None:
-    """Writes a Hugging Face model folder atomically; configuration and tokenizer are copied from the folder `like`."""
+    """Writes a Hugging Face model folder atomically, with the configuration and tokenizer of the folder `like`."""
     expected = sum(path.stat().st_size for path in weight_files(like))
     with atomic_folder(folder) as partial, progress_bar("writing the model", expected, "bytes", unit_scale=True) as bar:
         weight_map, total = {}, 0
@@ -174,7 +174,7 @@ def check_parent(folder: Path) -> None:
 
 
 def new_folder(out: str) -> Path:
-    """The absolute path of a folder to write. Raises ValueError unless it can be made, or is there and empty."""
+    """The absolute path of a folder to write. Raises ValueError if it cannot be made, or is not empty."""
     folder = Path(out).resolve()
     check_parent(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -184,14 +184,14 @@ def new_folder(out: str) -> Path:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields a new folder, which is renamed to `target` when the block ends, and deleted if it fails."""
+    """Yields a new folder, which is renamed to `target` when the block ends, or deleted if the block fails."""
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(target)
-    except SafetensorError as error:  # safetensors' name for an OSError
+    except SafetensorError as error:  # safetensors raises it for an OSError
         raise OSError(f"cannot write {str(target)!r}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""Whether a step taught anything and the sampler got it; what a run says if not, with likely causes, and when it stops.
+"""The health of a run: did a step teach anything, and did the sampler get it? If not: likely causes, and when to stop.
 
-Without rewards that differ there is nothing to learn from, however long the run goes on. Everything here reads a step's
-metrics (docs/metrics.md) and its logged samples. A loop that does not measure rewards is not judged by them.
+If all rewards of a group are equal, there is nothing to learn from. Everything here reads a step's metrics
+(docs/metrics.md) and its logged samples. A loop that does not measure rewards is not judged by them.
 """
 
 import math
@@ -14,7 +14,7 @@ from runtime.tracking import LOW_SURVIVAL, RunLog, judged, shorten
 
 Metrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
-EXPLAIN_EVERY = 10  # steps: the full explanation of steps that teach nothing is printed once in so many
+EXPLAIN_EVERY = 10  # steps between two full explanations of steps that teach nothing
 MAX_SKIPPED = 5  # updates skipped for a NaN or infinite loss or gradient, some in every step
 MAX_MISMATCH = 0.1  # nats per token, KL of the sampler from the trainer
 MIN_SURVIVAL = 0.5  # cosine between the update and what merging keeps of it
@@ -22,7 +22,7 @@ SYNCS_LOST = 10  # a run stops after so many syncs in a row that lost most of th
 
 
 class HealthMonitor:
-    """Reads the metrics of every step. Counts that must survive a resume are in `Progress`."""
+    """Checks the metrics of every step. Counts that must survive a resume are in `Progress`."""
 
     def __init__(self, config: Config, log: RunLog):
         self.config, self.log = config, log
@@ -30,7 +30,7 @@ class HealthMonitor:
         self.survival_explained = False
 
     def check(self, metrics: Metrics, progress: Progress) -> None:
-        """Raises RuntimeError for numbers that further training would only make worse."""
+        """Raises RuntimeError for metrics that show a broken run: updates of NaN, or a sampler with other weights."""
         skipped = metrics.get("skipped_updates", 0) + metrics.get("critic/skipped_updates", 0)
         progress.updates_skipped = progress.updates_skipped + skipped if skipped else 0
         if self.config.max_useless and progress.updates_skipped > MAX_SKIPPED:
@@ -45,14 +45,14 @@ class HealthMonitor:
             raise RuntimeError(f"sampler and trainer differ by {mismatch:.3g} nats per token, above {MAX_MISMATCH}")
 
     def reason_to_stop(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> str | None:
-        """Counts steps that teach nothing and syncs that lose the update; why the run must stop, if it must."""
+        """Counts steps that teach nothing and syncs that lose the update. Returns why the run must stop, or None."""
         useless = self.reason_of_useless_steps(step, metrics, samples, progress)
         return useless or self.reason_of_lost_updates(metrics.get("sync/update_survival", 1.0), progress)
 
     def reason_of_useless_steps(
         self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress
     ) -> str | None:
-        """Counts steps in a row whose rewards do not differ; explains them, but not every time."""
+        """Counts steps in a row whose rewards do not differ, and explains some of them."""
         progress.steps_useless = count = 0 if rewards_differ(metrics) else progress.steps_useless + 1
         if not count:
             return None
@@ -70,7 +70,7 @@ class HealthMonitor:
         )
 
     def reason_of_lost_updates(self, survival: float, progress: Progress) -> str | None:
-        """Counts syncs in a row whose merged weights kept too little of the update; explains the first loss."""
+        """Counts syncs in a row that kept too little of the update, and explains the first one."""
         if self.config.straight_through:  # the trainer runs the rounded weights, too
             return None
         if survival < LOW_SURVIVAL and not self.survival_explained:
@@ -113,7 +113,7 @@ def describe_rewards(metrics: Metrics) -> str:
 
 
 def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
-    """One line about a step that taught nothing, with one of its completions."""
+    """A line about a step that taught nothing, with one of its completions."""
     line = f"nothing to learn from in this step: {describe_rewards(metrics)}"
     cut_off = metrics.get("completion/truncated_frac")
     line += f"; {cut_off:.0%} of the completions are cut off" if cut_off else ""
@@ -124,7 +124,7 @@ def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
 
 
 def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -> list[str]:
-    """Why rewards may not differ; the likeliest cause first."""
+    """Why rewards may not differ, the likeliest cause first."""
     low, high = metrics.get("reward/min", 0.0), metrics.get("reward/max", 0.0)
     if low < high:
         return [

@@ -1,4 +1,4 @@
-"""The start and the end of a process: an error becomes one line and an exit code, a signal a saved run."""
+"""The start and the end of a process: an error becomes one line and an exit code, a signal becomes a saved run."""
 
 import faulthandler
 import json
@@ -26,7 +26,7 @@ WATCH_EVERY = 2.0  # seconds between two looks at whether another rank has faile
 
 def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
     """Runs `train(prepare())`. A user's error in `prepare` is one line and exit code 2; later ones exit with 1."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # there is nothing to save yet, and by default it ends a process
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # nothing to save yet; by default it would end the process
     with other_ranks_watched():
         run = None
         try:
@@ -40,9 +40,9 @@ def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
 
 
 def fail(error: Exception, code: int) -> NoReturn:
-    """Ends this process, and with it the run. The first rank to fail prints the error as its last line.
+    """Ends this process, and so the run. The first rank to fail prints the error as its last line.
 
-    Other ranks mostly fail because the first one is gone, with messages of their libraries: they print nothing.
+    Other ranks print nothing: they mostly fail because the first one is gone.
     """
     faulthandler.dump_traceback_later(EXIT_TIMEOUT, exit=True, file=open(os.devnull, "w"))  # if the exit hangs
     listen(signal.SIG_DFL)
@@ -70,7 +70,7 @@ def first_to_fail() -> bool:
 
 
 def common_store() -> dist.Store:
-    """The store of all processes, of whichever world (runtime/generators.py)."""
+    """The store of all processes: worlds (runtime/generators.py) have prefixes in it."""
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
@@ -79,7 +79,7 @@ def common_store() -> dist.Store:
 
 @contextmanager
 def other_ranks_watched() -> Iterator[None]:
-    """A context in which a thread watches the other ranks. It must end before Python does, which aborts otherwise."""
+    """A thread watches the other ranks during the block. It must end before Python does, which would abort."""
     over = Event()
     watcher = Thread(target=watch_other_ranks, args=(over,), daemon=True)
     watcher.start()
@@ -91,10 +91,10 @@ def other_ranks_watched() -> Iterator[None]:
 
 
 def watch_other_ranks(over: Event) -> None:
-    """Until it is over: ends this process when another rank has failed and this one waits for it all the same.
+    """Ends this process if another rank has failed and this one still waits for it. Returns when `over` is set.
 
-    torchrun does that for the ranks of one machine. A rank of another one may wait for hours where no connection is
-    open that could break: for a new process group that the failed rank never joins.
+    torchrun does so for the ranks of one machine. A rank of another machine may wait for hours for a new process group
+    that the failed rank never joins: there, no open connection breaks.
     """
     while not dist.is_initialized():
         if over.wait(WATCH_EVERY):
@@ -104,7 +104,7 @@ def watch_other_ranks(over: Event) -> None:
         while not store.check(["first_to_fail"]):
             if over.wait(WATCH_EVERY):
                 return
-    if over.wait(EXIT_TIMEOUT):  # a rank that notices by itself says more
+    if over.wait(EXIT_TIMEOUT):  # a rank that notices the failure by itself has a better message
         return
     print("error: another rank has failed, or its machine is gone", file=sys.stderr, flush=True)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What the model reads, and where it stops: problems as tokens, through the chat template, and the end of a turn."""
+"""Prompts and stops: problems become tokens through the chat template, and completions end where a turn ends."""
 
 import json
 import math
@@ -23,14 +23,14 @@ Chat = list[dict[str, Any]]
 
 
 def load_tokenizer(folder: str, now: str = "", template_kwargs: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, whose chat template has `template_kwargs` (the option chat_template_kwargs) as variables.
+    """A model's tokenizer. template_kwargs: variables for its chat template (the option chat_template_kwargs).
 
     now: the ISO time for templates that show a date ("": the clock's).
     """
     with one_line_errors(f"the tokenizer of model {folder!r}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     values = dict(template_value(text, tokenizer) for text in template_kwargs)
-    if now:  # a run's prompts stay the same, also when it is resumed on another day
+    if now:  # a run that is resumed on another day keeps its prompts
         values["strftime_now"] = datetime.fromisoformat(now).strftime
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **values)
     return tokenizer
@@ -59,7 +59,7 @@ def say(line: str) -> None:
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
-    """Training and held-out prompts of at most `max_prompt_length` tokens; rank 0 reads or downloads the problems."""
+    """Training and held-out prompts of at most `max_prompt_length` tokens; rank 0 loads the problems. Collective."""
     instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
     source = Source(config.data, config.prompt_field, config.answer_field)
 
@@ -84,7 +84,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[lis
 
 
 def instructed(problem: Problem, instruction: str) -> Problem:
-    """The problem with the instruction after its text, or after that of its last message."""
+    """The problem with the instruction after its text or its last message."""
     ending = f"\n{instruction}" if instruction else ""
     if isinstance(problem.prompt, str):
         return replace(problem, prompt=problem.prompt + ending)
@@ -93,7 +93,7 @@ def instructed(problem: Problem, instruction: str) -> Problem:
 
 
 def check_chats(problems: list[Problem], system_prompt: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for chat messages without a chat template, and for a `system_prompt` that it does not show."""
+    """Raises ValueError for messages without a chat template, and for a `system_prompt` that would not be shown."""
     name, fix = tokenizer.name_or_path, "leave system_prompt out, or put its text into instruction"
     chats = [problem.prompt for problem in problems if not isinstance(problem.prompt, str)]
     if chats and not tokenizer.chat_template:
@@ -122,7 +122,7 @@ def chat(prompt: str | Chat, system_prompt: str | None) -> Chat:
 
 
 def tokenize(problems: list[Problem], tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> list[Prompt]:
-    """Applies the tokenizer's chat template, if it has one, to each problem. Collective."""
+    """The problems as tokens, through the tokenizer's chat template if it has one. Collective."""
     prompts = [problem.prompt for problem in problems]
     if tokenizer.chat_template:
         chats = [chat(prompt, system_prompt) for prompt in prompts]
@@ -133,7 +133,7 @@ def tokenize(problems: list[Problem], tokenizer: PreTrainedTokenizerBase, system
 
 
 def in_environment(prompt: Prompt, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt with what the task replies to the model; a task without replies has one turn."""
+    """The prompt with the task's environment, if the task replies to the model."""
     task = reward.find_task(config.task)
     if not task.reply:
         return prompt
@@ -142,7 +142,7 @@ def in_environment(prompt: Prompt, config: Config, tokenizer: PreTrainedTokenize
 
 
 def without_end_tokens(texts: list[str], ids: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens without an end token that the tokenizer has appended: a model has nothing to say after it."""
+    """Removes an end token that the tokenizer has appended, after which the model would not continue."""
     end = tokenizer.eos_token_id
     appended = [tokens[-1:] == [end] and not text.endswith(tokenizer.eos_token) for text, tokens in zip(texts, ids)]
     if any(appended):
@@ -175,16 +175,16 @@ def check_prompts(config: Config, model: PretrainedConfig, prompts: list[Prompt]
 
 
 class Stops(NamedTuple):
-    """What ends a completion, beside the model's end tokens, which vLLM knows."""
+    """Where completions end, in addition to the model's end tokens, which vLLM knows."""
 
     texts: list[str] = []
     token_ids: list[int] = []
 
 
 def find_stops(config: Config, tokenizer: PreTrainedTokenizerBase, model: PretrainedConfig) -> Stops:
-    """The option `stop`, and the chat template's end of a turn if it is no end token of the model. Collective.
+    """The option `stop`, and the chat template's end of a turn if the model has another end token. Collective.
 
-    Without it, a completion would go on through invented turns until it is truncated.
+    Without that, a completion would go on with invented turns until it is truncated.
     """
     special = tokenizer.get_added_vocab()
     token_ids = [special[text] for text in config.stop if text in special]

@@ -1,4 +1,4 @@
-"""Folders in a host's memory (/dev/shm): copies of a model that every rank reads, and adapters on their way to vLLM."""
+"""Folders in a host's memory (/dev/shm): a copy of the model for all ranks to read, and adapters for vLLM."""
 
 import fcntl
 import os
@@ -20,16 +20,17 @@ PLACES = (Path("/dev/shm"), Path(tempfile.gettempdir()))  # for shared folders: 
 
 
 def first_on_host() -> bool:
-    """True on one rank of each host: its first, or the world's, which may begin in the middle of a host."""
+    """True on one rank of each host: its first, or the world's first (a world may begin in the middle of a host)."""
     return "0" in (os.environ["LOCAL_RANK"], os.environ["RANK"])
 
 
 @contextmanager
 def shared_folder(needed: int, places: Sequence[Path] = PLACES) -> Iterator[Path]:
-    """A new folder in each host's memory, of the same name on all hosts; one rank per host makes it. Collective.
+    """A new folder in each host's memory, with the same name on all hosts. Collective.
 
-    needed: bytes; with less room in memory on some host, it is among the temporary files, which may be on a disk.
-    Raises ValueError if there is no room either. All are done with the folder when the block ends, and it goes.
+    needed: bytes. If some host has less room in memory, the folder is made among the temporary files, which may be on
+    a disk; without room there, either, raises ValueError. One rank per host makes the folder, and deletes it when all
+    ranks have left the block.
     """
     folder = place_with_room(needed, places) / on_first_rank(lambda: f"lorl-{secrets.token_hex(6)}")
     lock = on_every_rank(lambda: make_locked(folder) if first_on_host() else None)
@@ -43,7 +44,7 @@ def shared_folder(needed: int, places: Sequence[Path] = PLACES) -> Iterator[Path
 
 
 def place_with_room(needed: int, places: Sequence[Path]) -> Path:
-    """The first place for shared folders that has so many bytes free on every host. Collective."""
+    """The first place that has `needed` free bytes on every host. Collective."""
     free = torch.tensor([free_bytes(place) for place in places])
     dist.all_reduce(free, op=dist.ReduceOp.MIN)
     for place, room in zip(places, free.tolist()):
@@ -55,16 +56,16 @@ def place_with_room(needed: int, places: Sequence[Path]) -> Path:
 
 
 def free_bytes(place: Path) -> int:
-    """How much this process may write there; -1: nothing at all."""
+    """The bytes that this process may write there; -1 without write access."""
     return shutil.disk_usage(place).free if os.access(place, os.W_OK) else -1
 
 
 def make_locked(folder: Path) -> int:
-    """Makes the folder and locks it for as long as this process lives; returns the lock.
+    """Makes the folder and locks it until the process ends; returns the lock.
 
-    Folders without a lock have been left by processes that were killed. They are removed.
+    Folders without a lock were left behind by killed processes, and are removed.
     """
-    with locked(folder.parent):  # otherwise another process could find it before it is locked
+    with locked(folder.parent):  # otherwise another process could remove it before it is locked
         for path in folder.parent.glob("lorl-" + 12 * "[0-9a-f]"):
             with suppress(OSError), locked(path, wait=False):  # in use, or another user's
                 shutil.rmtree(path)
@@ -81,9 +82,9 @@ def use_shm() -> bool:
 
 @contextmanager
 def fast_folder(folder: str) -> Iterator[str]:
-    """A model's folder itself or, with USE_SHM, a copy in the host's memory, deleted when the block ends. Collective.
+    """The model's folder or, with USE_SHM, a copy in the host's memory until the block ends. Collective.
 
-    Every rank and vLLM then read the files from memory instead of asking a slow disk many times.
+    All ranks and vLLM then read the files from memory: a slow disk is read once.
     """
     if not use_shm():
         yield folder

@@ -1,7 +1,7 @@
-"""Signals: noted when they come, obeyed where a run can be saved.
+"""Signals are remembered when they arrive, and obeyed where the run can be saved.
 
-SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) stop a run, SIGUSR1 has it save a checkpoint and go on.
-docs/reliability.md says what torchrun makes of them.
+SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) stop a run. SIGUSR1 makes it save a checkpoint and go on.
+docs/reliability.md describes what torchrun does with them.
 """
 
 import math
@@ -20,18 +20,18 @@ SAME_SIGNAL = 3.0  # seconds
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and every rank has agreed to."""
+    """A signal asked the run to stop; raised on all ranks."""
 
 
 @dataclass
 class StopRequest:
-    """Remembers signals until the run asks for them."""
+    """Remembers signals until the run checks for them."""
 
     time: float = math.inf  # time.monotonic() of the first signal to stop
     save: bool = False  # a signal asked for a checkpoint
 
     def listen(self) -> None:
-        """From here on, signals let the run be saved."""
+        """Installs the handlers."""
         listen(self.handle)
         signal.signal(signal.SIGUSR1, self.handle_save)
 

@@ -1,4 +1,4 @@
-"""What happens around the steps of any algorithm: the first evaluation, the end of a step, checkpoints, the end."""
+"""The frame of any algorithm's steps: the first evaluation, the end of a step, checkpoints, the end of a run."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,15 +26,13 @@ def begin_training(run: Run) -> None:
         run.log.record({"step": 0, **metrics})
         run.log.print("before training: held-out " + format_held_out(metrics))
     run.complete_step(run.progress.step)
-    run.engine.metrics()  # what each side waited until here is no step's
+    run.engine.metrics()  # discards the waiting times before the first step
     if run.progress.step >= run.config.steps:
         run.log.print(f"all {run.config.steps} steps are done; to go on, add --steps to the command")
 
 
 def finish_step(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """Logs the step and saves a checkpoint if one is due. Ends an unhealthy run by RuntimeError, a stopped one by
-    Stopped.
-    """
+    """Logs the step; saves a checkpoint if one is due. Raises RuntimeError if the run is unhealthy, or Stopped."""
     config, last = run.config, step == run.config.steps
     metrics |= run.engine.metrics()
     run.log.step(step, metrics)
@@ -66,7 +64,7 @@ def finish_training(run: Run) -> None:
 
 
 def finish_stopped(run: Run) -> None:
-    """Saves a run that a signal has stopped, if its last step is not saved yet. Before step 1, there is nothing yet."""
+    """Saves a run that a signal has stopped, if its last step is not saved yet. Before step 1, nothing is saved."""
     begun = run.log_position is not None
     if begun and run.saved_step != run.progress.step:
         save_checkpoint(run)
@@ -81,10 +79,9 @@ def finish_stopped(run: Run) -> None:
 
 
 def save_checkpoint(run: Run, accuracy: float | None = None) -> None:
-    """Saves all finished steps. `accuracy`: of an evaluation of this step, which may make it the best one; or, where
-    nothing says which answers are right, the mean reward. Collective.
+    """Saves all finished steps. Collective. If the disk is full, a line says so, and the run goes on.
 
-    A full disk is reported, and the run goes on.
+    accuracy: of this step's evaluation, to find the best step; the mean reward in a run without accuracies.
     """
     progress = run.progress
     if accuracy is not None and (progress.best_step < 0 or accuracy > progress.best_accuracy):
@@ -95,7 +92,7 @@ def save_checkpoint(run: Run, accuracy: float | None = None) -> None:
 
 
 def write_checkpoint(run: Run, progress: Progress, tensors: dict[str, Tensor]) -> bool:
-    """Whether the disk had room for the checkpoint."""
+    """Writes the checkpoint; False if the disk had no room for it."""
     folder = run.log.folder
     state = {"progress": asdict(progress), "log": run.log_position, "config": asdict(run.config)}
     try:

@@ -1,10 +1,10 @@
-"""The log of a run: its folder, the console, wandb. All ranks call it, and one rank writes.
+"""The log of a run: its folder, the console, wandb. All ranks call it; one rank writes.
 
 OUTPUT_DIR/config.json      what ran: configuration, versions, commit
 OUTPUT_DIR/metrics.jsonl    one object per step
 OUTPUT_DIR/samples.jsonl    completions with their rewards
-OUTPUT_DIR/evals/           those of each evaluation as a table, for people
-OUTPUT_DIR/trace_N.json.gz  with PROFILE_STEP=N: what the first rank did in step N, for https://ui.perfetto.dev
+OUTPUT_DIR/evals/           a readable table of each evaluation's samples
+OUTPUT_DIR/trace_N.json.gz  with PROFILE_STEP=N: a trace of the first rank's step N, for https://ui.perfetto.dev
 OUTPUT_DIR/checkpoints/     see runtime/checkpoint.py
 """
 
@@ -32,7 +32,7 @@ from runtime.files import locked
 from runtime.wandb_run import WandbRun
 
 COLUMNS = ("prompt", "completion", "extracted", "answer", "reward")  # of an evaluation's table
-LINE = (  # of a step on the console; parts whose metrics were not measured are left out
+LINE = (  # a step on the console; parts whose metrics were not measured are left out
     "reward {reward/mean:.3f}",
     "groups {mixed}/{rollout/groups:.0f}",
     "length {completion/length_mean:.1f}",
@@ -90,7 +90,7 @@ class RunLog:
         return sizes | {"wandb": self.wandb.id}
 
     def append(self, name: str, records: list[dict[str, Any]]) -> None:
-        """Appends one object per line. Lines that do not fit on a full disk wait in memory for the next call."""
+        """Appends one object per line. If the disk is full, lines wait in memory for the next call."""
         self.unwritten[name] += json_lines(records)
         try:
             while self.unwritten[name]:
@@ -111,11 +111,11 @@ class RunLog:
         if self.write:
             try:
                 print(text, flush=True)
-            except OSError:  # the terminal or the pipe is gone, which also fails the flush at exit
+            except OSError:  # the terminal or the pipe is gone; the flush at exit would fail, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def traced(self, steps: Iterable[int]) -> Iterator[int]:
-        """The same steps; the one in PROFILE_STEP is profiled and its trace written."""
+        """Yields the steps. Profiles the step PROFILE_STEP, and writes its trace."""
         for step in steps:
             if step != self.profile or not self.write:
                 yield step
@@ -144,15 +144,15 @@ class RunLog:
         with torch.profiler.record_function(name):
             yield
             if torch.cuda.is_available():
-                torch.cuda.synchronize()  # otherwise the GPU's work would count in a later phase, which waits for it
+                torch.cuda.synchronize()  # otherwise the GPU's work would count in a later phase
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.peaks[name] = max(self.peaks.get(name, 0), peak_memory())
 
     def record(self, metrics: dict[str, float]) -> None:
-        """Writes a line of metrics.jsonl, and logs the same to wandb."""
+        """Writes a line of metrics.jsonl, and logs it to wandb."""
         if self.write:
             finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-            # JSON has no NaN: null is a value that is not finite.
+            # JSON has no NaN: a value that is not finite becomes null.
             self.append("metrics", [dict.fromkeys(metrics) | finite])
             self.wandb.log(finite, step=metrics["step"])
 
@@ -209,11 +209,11 @@ def json_lines(records: list[dict[str, Any]]) -> bytes:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process is writing to the run's folder. It holds a lock, which is released however the process ends."""
+    """Whether a process is writing to the run's folder: it holds a lock, which ends with the process."""
     try:
         with locked(folder / "metrics.jsonl", wait=False):
             return False
-    except OSError as error:  # others than that of a lock: there is no such file, or it cannot be read
+    except OSError as error:  # BlockingIOError: locked; any other: the file does not exist or cannot be read
         return isinstance(error, BlockingIOError)
 
 
@@ -241,32 +241,32 @@ def step_line(metrics: dict[str, float], seconds: dict[str, float]) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text on one line; the middle of a long text is left out."""
+    """The text on one line; a long text loses its middle."""
     text = " ".join(text.split())
     return text if len(text) <= 100 else f"{text[:60]} ... {text[-35:]}"
 
 
 def training_time(seconds: dict[str, float]) -> float:
-    """Seconds of a step without evaluation and saving, which not every step has."""
+    """Seconds of a step without evaluation and saving, which only some steps have."""
     return sum(value for name, value in seconds.items() if name not in ("eval", "save"))
 
 
 def format_held_out(metrics: dict[str, float]) -> str:
-    """An evaluation's accuracies, or its rewards if nothing says which answers are right, for the console."""
+    """An evaluation's accuracies for the console, or its rewards if it has no accuracy."""
     name, form = ("accuracy", ".1%") if "eval/accuracy" in metrics else ("reward", ".3f")
     kinds = {"sampled": f"eval/{name}", "greedy": f"eval/{name}_greedy"}
     return f"{name} " + ", ".join(f"{metrics[key]:{form}} {kind}" for kind, key in kinds.items() if key in metrics)
 
 
 def peak_memory() -> int:
-    """Peak bytes since `reset_peak_memory`: torch's on this GPU, or the process's resident memory without a GPU."""
+    """Peak bytes since `reset_peak_memory`: of torch on this GPU or, without one, of the process's resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak_memory() -> None:
-    """Resets `peak_memory`; if the kernel refuses, it stays the peak of the whole process."""
+    """Resets `peak_memory`. If the kernel refuses, it remains the peak of the whole process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return
@@ -295,6 +295,6 @@ def hardware() -> str:
 
 
 def judged(sample: dict[str, Any]) -> str:
-    """What was read in a sample's completion, the truth and the reward; the first two if there are any."""
+    """A sample's extracted answer, true answer and reward, without those that are None."""
     read = {"answer": sample["extracted"], "truth": sample["answer"], "reward": f"{sample['reward']:g}"}
     return ", ".join(f"{name} {value}" for name, value in read.items() if value is not None)

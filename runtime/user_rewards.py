@@ -1,17 +1,18 @@
 """Rewards from your own files: `--reward my_reward.py:score`, several of them with weights (`my_reward.py:short=0.5`).
 
-The names of a function's parameters say how it is called:
+A function's parameter names decide how it is called:
 
     def score(completion, answer, **columns)        one completion at a time -> a number, or a dict of named numbers
     def score(prompts, completions, **columns)      many at once, as in TRL -> a list of such values
 
-`columns` are those of the data's row, in the second form as lists; a function gets the ones that it names, or all by
-`**`. `prompt` is there, too. `solution_str` and `ground_truth`, verl's names, mean completion and answer. Completions
-are texts; in the second form they are lists of one chat message if the prompt is a list of messages. `async def` runs
-up to 64 completions at a time. One batch call may get only a part of a step's completions, but always whole groups.
+`columns` are the columns of the data's row (lists in the second form). A function gets those that it names, and all of
+them with `**`. It may also name `prompt`, and verl's `solution_str` (completion) and `ground_truth` (answer).
+Completions are texts. In the second form, a completion is a list of one chat message if its prompt is a list of
+messages. An `async def` function scores up to 64 completions at a time. A batch call may get only a part of a step's
+completions, but always whole groups.
 
-Functions run in worker processes, so one that hangs can be killed: after `reward_timeout` seconds, or when it raises
-TimeoutError, its completion counts 0. Workers import nothing but your file. Whatever else goes wrong ends the run.
+Functions run in worker processes, so that one that hangs can be killed. After `reward_timeout` seconds, or if the
+function raises TimeoutError, its completion counts 0. Workers import only your file. Any other failure ends the run.
 """
 
 import asyncio
@@ -38,39 +39,39 @@ from typing import Any, NamedTuple
 ROOT = str(Path(__file__).resolve().parent.parent)
 SPEC = re.compile(r"(.+\.py):([A-Za-z_]\w*)(?:=(.+))?")
 CORRECT = "correct"  # the part that says whether an answer is right: 1 or more
-METRICS = ("mean", "std", "min", "max", "mixed_groups_frac", "kl_ref", "timeouts")  # reward/..., no names for parts
-CONCURRENT = 64  # completions that an async function works on at a time
+METRICS = ("mean", "std", "min", "max", "mixed_groups_frac", "kl_ref", "timeouts")  # reward/...; a part has other names
+CONCURRENT = 64  # completions that an async function scores at a time
 MOST_WORKERS = 16  # per rank
-START_SECONDS = 600.0  # in which a file must be imported
-GRACE_SECONDS = 2.0  # that an async function has for its own timeouts before its worker is killed
+START_SECONDS = 600.0  # the time limit for importing a file
+GRACE_SECONDS = 2.0  # after an async function's own timeouts, before its worker is killed
 PR_SET_PDEATHSIG = 1  # see prctl(2)
 
-Row = dict[str, Any]  # of one completion: prompt, completion, answer, and the columns of its problem
+Row = dict[str, Any]  # one completion: prompt, completion, answer, and the columns of its problem
 Parts = dict[str, float]
 
 
 class Reward(NamedTuple):
-    """What a completion is worth."""
+    """The reward of a completion."""
 
-    total: float  # what is learned from: the weighted sum of the parts
-    parts: Parts = {}  # by name, unweighted, to be logged
-    correct: float | None = None  # 1 or more: a right answer; less: a wrong one; None: nothing says so
+    total: float  # the weighted sum of the parts, from which the policy learns
+    parts: Parts = {}  # by name, unweighted, for the log
+    correct: float | None = None  # 1 or more: a right answer; less: a wrong one; None: unknown
     timeouts: tuple[str, ...] = ()  # the functions that took too long
 
 
 class WrongValue(ValueError):
-    """A reward is no number, or not called as it could be."""
+    """A function returned something that is not a reward."""
 
 
 def finite(value: Any) -> float:
-    """A number as a float. Raises WrongValue for what is no finite number."""
+    """A number as a float. Raises WrongValue for anything but a finite number."""
     if not isinstance(value, Real) or not math.isfinite(value):
         raise WrongValue(f"returned {repr(value)[:80]}, which is no finite number")
     return float(value)
 
 
 def named_parts(value: dict[Any, Any]) -> Parts:
-    """A dict of parts with finite numbers. Raises WrongValue for others, and for names that metrics have."""
+    """The dict's parts as floats. Raises WrongValue for other values, and for names that other metrics have."""
     parts = {str(name): finite(part) for name, part in value.items()}
     for name in parts:
         if name in METRICS or name.endswith("_std") or not re.fullmatch(r"[\w.-]+", name):
@@ -79,7 +80,7 @@ def named_parts(value: dict[Any, Any]) -> Parts:
 
 
 class Spec(NamedTuple):
-    """One value of the option `reward`."""
+    """One value of the option `reward`: a function and its weight."""
 
     text: str  # FILE.py:FUNCTION
     weight: float
@@ -140,7 +141,7 @@ class Function:
         self.form = Form(bool(batch), self.is_async and not batch, required)
 
     def run(self, rows: list[Row], timeout: float, runner: asyncio.Runner) -> list[Parts | None]:
-        """The parts of each row's reward; None: a timeout. Raises ValueError of one line for all else."""
+        """The parts of each row's reward; None: a timeout. Raises ValueError (one line) for any other failure."""
         if self.form.batch:
             return self.run_batch(rows, runner)
         if self.form.concurrent:
@@ -167,7 +168,7 @@ class Function:
         return await asyncio.gather(*map(run_one, rows))
 
     def run_batch(self, rows: list[Row], runner: asyncio.Runner) -> list[Parts | None]:
-        """One call for all completions, as in TRL."""
+        """One call for all rows, as in TRL."""
         with self.explained(rows[0], f" and {len(rows) - 1} more" if len(rows) > 1 else ""):
             try:
                 values = self.call(**self.batch_arguments(rows))
@@ -185,7 +186,7 @@ class Function:
         return parts
 
     def parts(self, value: Any) -> Parts:
-        """The parts of a returned value: a number is the one part of the function's name."""
+        """The parts of a returned value; a number is a single part with the function's name."""
         return named_parts(value if isinstance(value, dict) else {self.spec.name: value})
 
     def single_arguments(self, row: Row) -> dict[str, Any]:
@@ -193,7 +194,7 @@ class Function:
         return {name: value for name, value in values.items() if name in self.names or (self.takes_all and name in row)}
 
     def batch_arguments(self, rows: list[Row]) -> dict[str, Any]:
-        """What a function in TRL's form asks for; columns are lists, with None where a row lacks one."""
+        """The arguments that a function in TRL's form names; columns are lists, with None where a row lacks one."""
         names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "completion"))
         columns = {name: [row.get(name) for row in rows] for name in names}
         columns["prompts"] = [row["prompt"] for row in rows]
@@ -207,7 +208,7 @@ class Function:
 
     @contextmanager
     def explained(self, row: Row, more: str = "") -> Iterator[None]:
-        """Turns whatever is raised into a ValueError that names the function and the completion."""
+        """Turns any exception into a ValueError that names the function and the completion."""
         try:
             yield
         except (Exception, SystemExit) as error:
@@ -217,7 +218,7 @@ class Function:
 
 
 def raised(error: BaseException) -> str:
-    """An exception and its place, for a message that begins with what has raised it."""
+    """An exception and its place, as the end of a message that begins with the name of the function."""
     if isinstance(error, WrongValue):
         return str(error)
     places = traceback.extract_tb(error.__traceback__)
@@ -226,7 +227,7 @@ def raised(error: BaseException) -> str:
 
 
 def load(spec: Spec) -> Callable:
-    """The function, from its file, whose folder can be imported from. Raises ValueError."""
+    """Imports the function from its file, which may import modules beside it. Raises ValueError."""
     sys.path.insert(0, str(spec.path.resolve().parent))
     name = f"user_{spec.path.stem}"
     if name not in sys.modules or sys.modules[name].__file__ != str(spec.path.resolve()):
@@ -245,14 +246,14 @@ def load(spec: Spec) -> Callable:
 
 class Job(NamedTuple):
     function: int  # index
-    places: Sequence[int]  # of the rows among all
+    places: Sequence[int]  # the rows' indices among all rows
     rows: list[Row]
-    seed: int  # of random numbers, so that a resumed run draws the same
+    seed: int  # for random numbers in the function: a resumed run draws the same
 
 
 def serve(descriptor: int) -> None:
-    """The life of a worker: it answers jobs until its rank is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # in a reward that hangs, too
+    """The main loop of a worker, which answers jobs until its rank is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # ends this process even while a reward hangs
     connection = Connection(descriptor)
     with asyncio.Runner() as runner, suppress(EOFError, OSError):
         specs, timeout = connection.recv()
@@ -286,7 +287,7 @@ class Worker:
         self.connection, theirs = multiprocessing.Pipe()
         code = f"import sys; sys.path.insert(0, {ROOT!r}); from runtime.user_rewards import serve"
         command = [sys.executable, "-c", f"{code}; serve({theirs.fileno()})"]
-        # A session of its own: Ctrl-C lets the run be saved first, and whatever a reward starts is killed with it.
+        # In its own session, Ctrl-C does not reach it before the run is saved, and a kill includes its children.
         self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         self.forms: list[Form] | None = self.ask((specs, timeout), START_SECONDS)
@@ -294,12 +295,12 @@ class Worker:
             raise ValueError(f"{', '.join(spec.text for spec in specs)}: not imported within {START_SECONDS:.0f} s")
 
     def ask(self, message: Any, seconds: float) -> Any:
-        """The answer; None if it takes longer, and the process is killed.
+        """The worker's answer. If that takes longer, the worker is killed, and the answer is None.
 
-        Raises ValueError if the answer is a complaint, or if the process has died.
+        Raises ValueError if the answer is an error message, or if the process has died.
         """
         try:
-            with suppress(BrokenPipeError):  # it has died, perhaps with a last word
+            with suppress(BrokenPipeError):  # the process has died, but an answer may still be in the pipe
                 self.connection.send(message)
             answer = self.connection.recv() if self.connection.poll(seconds) else self.kill()
         except (EOFError, OSError):
@@ -315,10 +316,10 @@ class Worker:
 
 
 class UserRewards:
-    """The functions of the option `reward`, in worker processes that are started when they have something to do."""
+    """The functions of the option `reward`, in worker processes, which are started as they are needed."""
 
     def __init__(self, texts: list[str], timeout: float):
-        """Imports the files. Raises ValueError or OSError of one line."""
+        """Imports the files. Raises ValueError or OSError (one line)."""
         self.specs, self.timeout = [parse(text) for text in texts], timeout
         for spec in self.specs:
             if not spec.path.is_file():
@@ -344,7 +345,7 @@ class UserRewards:
                 )
 
     def score(self, rows: list[Row]) -> list[Reward]:
-        """The rewards of completions. Raises ValueError for whatever goes wrong, but for timeouts, which count 0."""
+        """The rewards of completions. A timeout counts 0; any other failure raises ValueError."""
         everywhere = range(len(rows))
         jobs = [
             Job(index, places, [rows[i] for i in places], random.getrandbits(32))
@@ -354,7 +355,7 @@ class UserRewards:
         ]
         parts: list[Parts] = [{} for _ in rows]
         totals, timeouts = [0.0] * len(rows), [()] * len(rows)
-        # Unordered, because an error must not wait for earlier jobs; summed up in order, for the same bits every time.
+        # Unordered, so that an error need not wait for earlier jobs; added up in order, so that sums are reproducible.
         answers = dict(self.pool.imap_unordered(lambda number: (number, self.answer(jobs[number])), range(len(jobs))))
         for number, job in enumerate(jobs):
             spec = self.specs[job.function]
@@ -369,7 +370,7 @@ class UserRewards:
         return [Reward(t, p, p.get(CORRECT), late) for t, p, late in zip(totals, parts, timeouts)]
 
     def answer(self, job: Job) -> list[Parts | None]:
-        """A worker's answer to a job: all None if it is late."""
+        """A worker's answer to a job; all None if it takes too long."""
         seconds = self.timeout
         if self.forms[job.function].concurrent:
             seconds = seconds * math.ceil(len(job.rows) / CONCURRENT) + GRACE_SECONDS

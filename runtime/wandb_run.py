@@ -1,6 +1,6 @@
-"""The run's copy at wandb: it may fail or hang at any time; a line says so once, and the training goes on without it.
+"""The run at wandb. wandb may fail or hang at any time: one line reports it, and training goes on without it.
 
-All calls to wandb are made here. Those about a run are made by a thread of its own, so none can stop or slow a step.
+All calls to wandb are made here. A thread makes those that concern a run, so that they cannot stop or slow a step.
 """
 
 import logging
@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 import wandb
 
 MODES = get_args(wandb.Settings.model_fields["mode"].annotation)
-REJECTED = re.compile(r"API key|invalid credentials|error 40[13]")  # in wandb's messages; others are about the network
-TIMEOUT = 15  # seconds, for the connection at the start and for what is not uploaded at the end
+REJECTED = re.compile(r"API key|invalid credentials|error 40[13]")  # in wandb's messages; others concern the network
+TIMEOUT = 15  # seconds, for the connection at the start and for uploads at the end
 WAITING = 10_000  # calls that may wait for the thread; later ones are dropped
-logging.raiseExceptions = False  # otherwise a full disk under wandb's own log prints a traceback for each of its lines
+logging.raiseExceptions = False  # otherwise wandb's own log prints a traceback per line when the disk is full
 
 
 def choose_mode() -> None:
@@ -59,22 +59,22 @@ def logged_in() -> bool:
 
 
 def login_problem() -> str | None:
-    """Why wandb's server does not accept the credentials, in one line; it has ten seconds to answer."""
+    """Why wandb's server refuses the credentials, in one line; None if it accepts them. wandb waits ten seconds."""
     try:
         wandb.login(verify=True)
     except Exception as error:
         return " ".join(str(error).split())[:300] or type(error).__name__  # a proxy may answer with a page
     finally:
         with suppress(Exception):
-            wandb.teardown()  # its process; the run's has other settings
+            wandb.teardown()  # ends its process; the run starts one with other settings
     return None
 
 
 class WandbRun:
-    """A wandb run whose failures are printed by `say`, the first one alone."""
+    """A wandb run. Its first failure is reported by `say`; later ones are not."""
 
     def __init__(self, folder: Path, run_id: str | None, say: Callable[[str], None], **options: Any):
-        """run_id: of the run to go on with; None: a new one. options: of `wandb.init`."""
+        """run_id: the run to continue; None: a new one. options: of `wandb.init`."""
         self.id = run_id or secrets.token_hex(4)
         self.say, self.failed = say, False
         self.calls: Queue[Callable[[wandb.Run], None] | None] = Queue(WAITING)
@@ -85,7 +85,7 @@ class WandbRun:
         self.thread.start()
 
     def work(self, options: dict[str, Any]) -> None:
-        """Makes the run and all calls to it, in their order."""
+        """The thread: starts the run, and makes all calls in order."""
         settings = {"silent": True, "console": "off", "init_timeout": TIMEOUT, "finish_timeout": TIMEOUT}
         run = self.attempt(lambda: wandb.init(**options, settings=wandb.Settings(**settings)))
         while call := self.calls.get():
@@ -93,10 +93,10 @@ class WandbRun:
                 self.attempt(lambda: call(run))
         if run:
             self.attempt(run.finish)
-        self.attempt(wandb.teardown)  # otherwise wandb does it at exit, where nothing catches its errors
+        self.attempt(wandb.teardown)  # wandb would do it at exit, where nothing catches its errors
 
     def attempt(self, call: Callable[[], Any]) -> Any:
-        """The result of a call; None if it fails."""
+        """The result of the call; None if it fails."""
         try:
             return call()
         except Exception as error:
@@ -108,7 +108,7 @@ class WandbRun:
         self.failed = True
 
     def send(self, call: Callable[[wandb.Run], None]) -> None:
-        """Has the thread call it."""
+        """Passes the call to the thread."""
         try:
             self.calls.put_nowait(call)
         except Full:
@@ -121,7 +121,7 @@ class WandbRun:
         self.send(lambda run: run.log({name: wandb.Table(columns=columns, data=rows)}, step=step))
 
     def finish(self) -> None:
-        """Ends the run; what is not uploaded in time stays on the disk."""
+        """Ends the run. Data that is not uploaded in time stays on the disk."""
         with suppress(Full):
             self.calls.put_nowait(None)
         self.thread.join(2 * TIMEOUT)

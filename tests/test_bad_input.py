@@ -102,44 +102,44 @@ def test_options(options, words):
         parse_config([*ARITHMETIC, *options.split(" ")], "")
 
 
-CONFIG = "from configs.base import Config\n"
+CONFIG_FILES = [
+    (b"", ["must define config = Config(...)", "NoneType"]),
+    (b"config = None", ["must define config", "NoneType"]),
+    (b"config = {'steps': 3}", ["must define config", "dict"]),
+    (b"config = (", ["SyntaxError"]),
+    (b"\xff\xfe\x00", ["Error"]),
+    (b"a\x00b", ["null bytes"]),
+    (b"import nothing_of_that_name", ["ModuleNotFoundError", "nothing_of_that_name"]),
+    (b"import sys; sys.exit(3)", ["SystemExit", "3"]),
+    (b"raise KeyError('x')", ["KeyError", "x"]),
+    (b"def f(): f()\nf()", ["RecursionError"]),
+    (b"open('/nowhere/at/all')", ["FileNotFoundError", "/nowhere/at/all"]),
+    (b"from configs.base import Config as config", ["must define config", "type"]),
+]
+BAD_CONFIGS = {  # the arguments of Config, and words of what is said of them
+    "stepz=3": ["TypeError", "stepz"],
+    "3, 4": ["output_dir must be str, not 3"],
+    "steps=None": ["steps must be int, not None"],
+    "steps=True": ["steps must be int, not True"],
+    "steps=3.0": ["steps must be int, not 3.0"],
+    "learning_rate='1'": ["learning_rate must be float, not '1'"],
+    "learning_rate=10**400": ["learning_rate must be a number of at most"],
+    "gradient_checkpointing=1": ["gradient_checkpointing must be bool, not 1"],
+    "target_modules='q_proj'": ["target_modules must be", "'q_proj'"],
+    "target_modules=[]": ["target_modules must be a list", "[]"],
+    "target_modules=[1]": ["target_modules must be a list", "[1]"],
+    "dtype=None": ["dtype must be one of", "None"],
+    "clip_low='a'": ["clip_low must be float, not 'a'"],
+    "tis_mode=3": ["tis_mode", "3"],
+    "output_dir='a\\nb'": ["output_dir must be printable"],
+}
+CONFIG_FILES += [
+    (f"from configs.base import Config\nconfig = Config({arguments})".encode(), words)
+    for arguments, words in BAD_CONFIGS.items()
+]
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        (b"", ["must define config = Config(...)", "NoneType"]),
-        (b"config = None", ["must define config", "NoneType"]),
-        (b"config = {'steps': 3}", ["must define config", "dict"]),
-        (b"config = (", ["SyntaxError"]),
-        (b"\xff\xfe\x00", ["Error"]),
-        (b"a\x00b", ["null bytes"]),
-        (b"import nothing_of_that_name", ["ModuleNotFoundError", "nothing_of_that_name"]),
-        (b"import sys; sys.exit(3)", ["SystemExit", "3"]),
-        (b"raise KeyError('x')", ["KeyError", "x"]),
-        (CONFIG.encode() + b"config = Config(stepz=3)", ["TypeError", "stepz"]),
-        (b"def f(): f()\nf()", ["RecursionError"]),
-        (b"open('/nowhere/at/all')", ["FileNotFoundError", "/nowhere/at/all"]),
-        (CONFIG.encode() + b"config = Config", ["must define config", "type"]),
-        (CONFIG.encode() + b"config = Config(3, 4)", ["output_dir must be str, not 3"]),
-        (CONFIG.encode() + b"config = Config(steps=None)", ["steps must be int, not None"]),
-        (CONFIG.encode() + b"config = Config(steps=True)", ["steps must be int, not True"]),
-        (CONFIG.encode() + b"config = Config(steps=3.0)", ["steps must be int, not 3.0"]),
-        (CONFIG.encode() + b"config = Config(learning_rate='1')", ["learning_rate must be float, not '1'"]),
-        (CONFIG.encode() + b"config = Config(learning_rate=10**400)", ["learning_rate must be a number of at most"]),
-        (
-            CONFIG.encode() + b"config = Config(gradient_checkpointing=1)",
-            ["gradient_checkpointing must be bool, not 1"],
-        ),
-        (CONFIG.encode() + b"config = Config(target_modules='q_proj')", ["target_modules must be", "'q_proj'"]),
-        (CONFIG.encode() + b"config = Config(target_modules=[])", ["target_modules must be a list", "[]"]),
-        (CONFIG.encode() + b"config = Config(target_modules=[1])", ["target_modules must be a list", "[1]"]),
-        (CONFIG.encode() + b"config = Config(dtype=None)", ["dtype must be one of", "None"]),
-        (CONFIG.encode() + b"config = Config(clip_low='a')", ["clip_low must be float, not 'a'"]),
-        (CONFIG.encode() + b"config = Config(tis_mode=3)", ["tis_mode", "3"]),
-        (CONFIG.encode() + b"config = Config(output_dir='a\\nb')", ["output_dir must be printable"]),
-    ],
-)
+@pytest.mark.parametrize("text, words", CONFIG_FILES)
 def test_config_files(tmp_path, text, words):
     path = tmp_path / "mine.py"
     path.write_bytes(text)

@@ -3,13 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import peft
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from safetensors.torch import load_file, save_file
 from test_lora import IDS, load, saved_adapter
 from torch.nn import functional
@@ -128,10 +127,11 @@ def test_a_head_that_is_tied_is_not_exported_apart(model_folder, tmp_path):
         files.check_tied_head(base)
 
 
-def test_inspect_prints_what_each_module_gets_and_keeps(model_folder, tmp_path):
+def test_inspect_prints_what_each_module_gets_and_keeps(model_folder, tmp_path, monkeypatch, capsys):
     model = saved_adapter(model_folder("qwen2"), tmp_path, rank=4, alpha=8, std=0.002)
-    command = [sys.executable, "tools/adapter.py", "inspect", str(tmp_path)]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(sys, "argv", ["adapter.py", "inspect", str(tmp_path)])
+    export.main()
+    printed = capsys.readouterr().out
     assert "rank     4, alpha 8: the update is scaled by alpha / rank = 2" in printed
     assert "targets  down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: 14 modules" in printed
     rows = {line.split()[0]: [float(n) for n in line.split()[1:]] for line in printed.splitlines() if "layers." in line}

@@ -22,10 +22,15 @@ REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system ro
 DROPS = TEMPLATE.replace("%}[", "if m.role != 'system' %}[", 1)
 
 
-@pytest.fixture
-def asked(tmp_path, monkeypatch):
-    """A function from options and a chat template to the texts of the prompts, of "2+2?" and a longer problem."""
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """Collective functions need no process group here."""
     monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """A function from options and a chat template to the texts of the prompts, of "2+2?" and a longer problem."""
     for split in ("train", "test"):
         rows = '{"question": "2+2?", "answer": "#### 4"}\n{"question": "' + "long " * 50 + '", "answer": "#### 4"}\n'
         Path(tmp_path, f"{split}.jsonl").write_text(rows)
@@ -68,31 +73,31 @@ def test_prompts_that_are_too_long_are_counted(asked, capsys):
         asked(max_prompt_length=8)
 
 
+def prompt_by(folder: Path, template: str, *arguments: object) -> str:
+    """The prompt of "2+2?" by a model with that chat template. arguments: the others of `load_tokenizer`."""
+    shutil.copytree(TINY, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = prompts.load_tokenizer(str(folder), *arguments)
+    (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
+    return tokenizer.decode(prompt.token_ids)
+
+
 def test_a_date_in_the_chat_template_is_that_of_the_runs_start(tmp_path):
-    shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}|" + TEMPLATE)
-    for now, date in (
-        (Progress(started="2024-02-29T23:59:59").started, "29 Feb 2024"),
-        ("", f"{datetime.now():%d %b %Y}"),
-    ):
-        tokenizer = prompts.load_tokenizer(str(tmp_path / "model"), now)
-        (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
-        assert tokenizer.decode(prompt.token_ids) == f"{date}|[user|2+2?]"
+    started, today = Progress(started="2024-02-29T23:59:59").started, f"{datetime.now():%d %b %Y}"
+    for now, date in ((started, "29 Feb 2024"), ("", today)):
+        text = prompt_by(tmp_path, "{{ strftime_now('%d %b %Y') }}|" + TEMPLATE, now)
+        assert text == f"{date}|[user|2+2?]"
 
 
 def test_variables_of_the_chat_template(tmp_path):
-    shutil.copytree(TINY, tmp_path / "model")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{% if think is false %}quick{% endif %}" + TEMPLATE)
-    load = partial(prompts.load_tokenizer, str(tmp_path / "model"), "2024-02-29T23:59:59")
+    ask = partial(prompt_by, tmp_path, "{% if think is false %}quick{% endif %}" + TEMPLATE, "2024-02-29T23:59:59")
     for given, text in ((["think=false"], "quick[user|2+2?]"), (["think=true"], "[user|2+2?]"), ([], "[user|2+2?]")):
-        tokenizer = load(given)
-        (prompt,) = prompts.tokenize([reward.Problem("2+2?", "4")], tokenizer, None)
-        assert tokenizer.decode(prompt.token_ids) == text
+        assert ask(given) == text
     for wrong in ("think", "think=False", "=1", "a b=1"):
         with pytest.raises(ValueError, match=f"must be NAME=JSON, such as enable_thinking=false, not '{wrong}'"):
-            load([wrong])
+            ask([wrong])
     with pytest.raises(ValueError, match="the chat template of .* has no 'thin'"):
-        load(["thin=true"])
+        ask(["thin=true"])
 
 
 # ---- Chat messages of the data ----------------------------------------------------------------------------------
@@ -114,8 +119,7 @@ def test_messages_of_the_data_are_the_conversation(asked, tmp_path):
 # ---- Where a prompt and a completion end ------------------------------------------------------------------------
 
 
-def test_an_end_token_that_the_tokenizer_appends_is_taken_off(capsys, monkeypatch):
-    monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
+def test_an_end_token_that_the_tokenizer_appends_is_taken_off(capsys):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     problems = [reward.Problem("1+1=", "2"), reward.Problem("2+2=", "4")]
     plain = [prompt.token_ids for prompt in prompts.tokenize(problems, tokenizer, None)]
@@ -132,9 +136,8 @@ def test_an_end_token_that_the_tokenizer_appends_is_taken_off(capsys, monkeypatc
 CHATML = "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content }}<|e|>\n{% endfor %}"
 
 
-def test_completions_end_where_the_chat_template_ends_a_turn(capsys, monkeypatch):
+def test_completions_end_where_the_chat_template_ends_a_turn(capsys):
     """Many models are published with an end token that their template does not use."""
-    monkeypatch.setattr(fsdp_utils, "on_first_rank", lambda work: work())
     tokenizer, model = AutoTokenizer.from_pretrained(TINY), AutoConfig.from_pretrained(TINY)
     assert prompts.find_stops(Config(), tokenizer, model) == prompts.Stops(), "no template"
     tokenizer.chat_template = TEMPLATE

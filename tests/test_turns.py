@@ -2,8 +2,10 @@
 
 import math
 import random
+import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,8 +92,8 @@ def move(module: torch.nn.Module) -> None:
     set_values(module, 2, fsdp_utils.fill)
 
 
-def step_of(name: str, folder: Path, world, completions: list[Completion]) -> tuple[dict, dict, dict]:
-    """One update as in the loop, after another that has moved the policy: gradients, metrics, gradients of a critic."""
+def step_of(name: str, folder: Path, world, completions: list[Completion]) -> tuple[dict, dict]:
+    """One update as in the loop, after another that has moved the policy: gradients, a critic's too, and metrics."""
     config, algorithm = settings(name)
     policy = make(Policy, folder, world, prompt_head=head(algorithm))
     set_values(policy, 1, fsdp_utils.fill)
@@ -128,9 +130,8 @@ def settings(name: str) -> tuple[Config, train_grpo.Algorithm]:
     penalty = {"kl_coef": 0.1, "kl_penalty": "k1_reward" if name in ("ppo", "rloo") else "k2_loss"}
     bonus = {} if name == "dapo" else {"entropy_coef": 0.01} | (penalty if name != "flowrl" else {})
     group = 1 if name == "ppo" else 4
-    return resolve_config(
-        Config(algorithm=name, group_size=group, epochs_per_rollout=2, **sizes, **bonus), algorithm
-    ), algorithm
+    config = Config(algorithm=name, group_size=group, epochs_per_rollout=2, **sizes, **bonus)
+    return resolve_config(config, algorithm), algorithm
 
 
 def head(algorithm):
@@ -309,8 +310,7 @@ def make_completions(folder: Path) -> list[Completion]:
         with torch.no_grad():
             old = plain.logprobs(completion, turns)[0]
         noisy = iter((old + 0.3 * torch.randn(len(old), generator=generator)).tolist())
-        logprobs = [None if x is None else next(noisy) for x in blank]
-        completions.append(Completion(i // 4, completion.prompt_ids, completion.token_ids, logprobs, i == 3))
+        completions.append(replace(completion, logprobs=[x if x is None else next(noisy) for x in blank]))
     return completions
 
 
@@ -318,10 +318,8 @@ def compare(folder: Path) -> dict[str, tuple[dict, dict, dict]]:
     """Per algorithm: relative errors of gradients, the metrics, and what they should be."""
     world, completions, results = fsdp_utils.init_world(), make_completions(folder), {}
     for name in [*ALGORITHMS, "ppo"]:
-        (found, metrics), (expected, plain) = (
-            step_of(name, folder, world, completions),
-            plain_step(name, folder, completions),
-        )
+        found, metrics = step_of(name, folder, world, completions)
+        expected, plain = plain_step(name, folder, completions)
         errors = {}
         for learner in ("policy", "critic"):  # relative to the whole gradient; both are scaled to the norm of 1
             keys = [key for key in expected if key.startswith(learner)]
@@ -527,26 +525,27 @@ def test_what_is_wrong_with_a_reply_is_said_in_a_line(template, reply, words):
 
 
 def calculator_runs(out: Path) -> None:
-    """GRPO straight through, the same in two parts, and PPO; on two ranks of one engine."""
-    small = "--prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
-    ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
-    runs = [
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/whole/r --steps 2 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts/r --steps 1 {small}"),
-        (train_grpo.setup_grpo, train_grpo.train, f"--output_dir {out}/parts/r --steps 2 {small} --resume"),
-        (train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo/r {ppo}"),
-    ]
+    """GRPO, a copy of it resumed after its first step, and PPO; on two ranks of one engine."""
     alive = []
-    for prepare, train, options in runs:
-        given = f"--config {ROOT}/examples/calculator_tool.py --tensor_parallel_size 2 {options}"
-        sys.argv[1:] = given.split()
+
+    def run(prepare, train, options: str) -> None:
+        sys.argv[1:] = f"--config {ROOT}/examples/calculator_tool.py --tensor_parallel_size 2 {options}".split()
         alive.append(prepare())  # an engine takes the process groups with it when it goes
         train(alive[-1])
+
+    grpo = train_grpo.setup_grpo, train_grpo.train
+    small = "--steps 2 --prompts_per_step 8 --group_size 8 --eval_problems 8 --save_every 1 --eval_every 1"
+    run(*grpo, f"--output_dir {out}/whole/r {small}")
+    fsdp_utils.on_first_rank(lambda: shutil.copytree(out / "whole", out / "parts"))
+    run(*grpo, f"--output_dir {out}/parts/r {small} --resume {out}/parts/r/checkpoints/step_000001")
+    ppo = "--steps 2 --algorithm ppo --prompts_per_step 32 --group_size 1 --eval_problems 8"
+    run(train_ppo.setup_ppo, train_ppo.train, f"--output_dir {out}/ppo/r {ppo}")
 
 
 def test_the_example_of_a_tool(tmp_path):
     """Runs are resumed bit by bit; samples show the whole conversation, and score its last turn."""
     on_ranks(2, calculator_runs, tmp_path, folder=tmp_path, timeout=600)
+    assert "resumed after step 1" in (tmp_path / "rank_0.txt").read_text()
     for name in ("metrics", "samples"):
         assert rows(tmp_path / "whole", name) == rows(tmp_path / "parts", name)
     called = Counter()

@@ -1,12 +1,12 @@
-"""Adapter folders: export a merged model, or inspect what an adapter holds.
+"""Adapter folders: export a merged model, or inspect an adapter.
 
     python tools/adapter.py export --base MODEL --adapter DIR --out DIR     # a merged Hugging Face model
     python tools/adapter.py inspect DIR [--base MODEL]                      # its sizes, and what merging it loses
 
-An adapter that was trained on an NF4 base belongs to what NF4 made of the weights. It is merged into those, so that the
-export computes what was trained; `--into files` merges it into the 16-bit weights, and measures the difference.
+An adapter that was trained on an NF4 base is merged into the weights as NF4 rounds them, so that the export computes
+what was trained. `--into files` merges it into the 16-bit weights, and measures the difference.
 
-Tensors are read, merged and written one at a time, so a model is only in memory as a whole if it is measured.
+Tensors are read, merged and written one at a time. A whole model is in memory only for that measurement.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from runtime.models import auto_class, meta_model, read_model_config, read_whole
 from runtime.setup import load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TEXTS = (  # whose logprobs two exports of one adapter are compared by
+TEXTS = (  # two exports of one adapter are compared by the logprobs of these
     "Question: A train leaves at 3 pm and drives 180 miles at 60 miles per hour. When does it arrive?\nAnswer: It "
     "drives 180 / 60 = 3 hours, so it arrives at 6 pm.",
     "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
@@ -61,7 +61,7 @@ def merge_all(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> It
 
 
 def with_paths(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> Iterator[tuple[str, Tensor, str | None]]:
-    """Adds to each weight the path of its module, if the adapter changes it; ValueError if a weight is missing."""
+    """Adds to each weight that the adapter changes the path of its module; ValueError if a weight is missing."""
     missing = {f"{path}.weight": path for path in adapter.paths}
     for name, tensor in tensors:
         yield name, tensor, missing.pop(name, None)
@@ -70,7 +70,7 @@ def with_paths(tensors: Iterable[tuple[str, Tensor]], adapter: AdapterFile) -> I
 
 
 def matrices_for(adapter: AdapterFile, path: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of a module; ValueError unless they fit its weight."""
+    """A and B of a module; ValueError if they do not fit its weight."""
     A, B = adapter.matrices(path)
     if weight.dtype not in FLOATS.values():
         raise ValueError(f"{path} is of type {weight.dtype} in the base: a quantised base cannot be merged into")
@@ -82,7 +82,7 @@ def matrices_for(adapter: AdapterFile, path: str, weight: Tensor) -> tuple[Tenso
 def export(base: str, adapter: str, out: str, into: str = "trained") -> None:
     """Writes base + adapter as a model: merged in float32, rounded once.
 
-    into: "trained", the base as the adapter was trained on it; "nf4", what NF4 makes of the base; "files", as it is.
+    into: "trained", the base as in training; "nf4", the base as NF4 rounds it; "files", the base as it is.
     """
     source, target = Path(find_model(base)), new_folder(out)
     with open_adapter(adapter) as file:
@@ -99,7 +99,7 @@ def export(base: str, adapter: str, out: str, into: str = "trained") -> None:
 
 @torch.no_grad()
 def print_difference(out: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
-    """Prints how far an exported model's logprobs are from those with the weights that were trained."""
+    """Prints how much an exported model's logprobs differ from those with the trained weights."""
     model = auto_class(read_whole_config(str(out))).from_pretrained(out, dtype="auto").to(DEVICE)
     tokenizer = load_tokenizer(str(out))
     texts = [tokenizer(text, return_tensors="pt")["input_ids"].to(DEVICE) for text in TEXTS]
@@ -119,12 +119,12 @@ def print_difference(out: Path, trained: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def next_token_logprobs(model: PreTrainedModel, texts: list[Tensor]) -> Tensor:
-    """Texts of (1, tokens) -> (all tokens after a first one, vocabulary), float32."""
+    """Texts, each (1, tokens) -> (all tokens but the first of each text, vocabulary), float32."""
     return torch.cat([model(ids).logits[0, :-1].float().log_softmax(-1) for ids in texts])
 
 
 def inspect(folder: str, base: str) -> None:
-    """Prints what an adapter is and, of each module, how large its update is and what of it merging would lose.
+    """Prints an adapter's settings and, of each module, the size of its update and how much of it survives merging.
 
     survival: the cosine between the update s·B A and what it changes once W + s·B A is rounded to W's dtype.
     """

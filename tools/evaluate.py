@@ -4,9 +4,9 @@
     torchrun --nproc-per-node=8 tools/evaluate.py --adapter runs/x/checkpoints/step_000100/adapter
     python tools/evaluate.py --run_folder runs/x --checkpoint best
 
-Every setting of training (configs/base.py) is an option here. A checkpoint, also if only its adapter is named, brings
-those of its run; by default all test problems are evaluated, and vLLM takes 90% of a GPU's memory. Written are
-results.json (metrics, settings, versions, hardware) and samples.jsonl (every completion).
+Every setting of training (configs/base.py) is an option here. A checkpoint, or its adapter, brings the settings of its
+run. By default all test problems are evaluated, and vLLM takes 90% of a GPU's memory. It writes results.json (metrics,
+settings, versions, hardware) and samples.jsonl (every completion).
 """
 
 import dataclasses
@@ -48,19 +48,18 @@ from runtime.tracking import environment, hardware, json_lines
 from tools.adapter import read_base, merge_all
 
 ALL = 1_000_000  # problems
-DEFAULTS = {  # whatever they were in training, of which the second line is about alone
+DEFAULTS = {  # whatever the run had; the second line is about training alone
     **{"eval_problems": ALL, "gpu_memory_utilization": 0.9},
     **{"rollout_ranks": 0, "max_staleness": 0, "fsdp_size": 0, "sequence_parallel_size": 1},
 }
 
-# ---- What is evaluated ----------------------------------------------------------------------------------------
+# ---- Settings -------------------------------------------------------------------------------------------------
 
 
 def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
-    """The settings, of which `model` and `lora_adapter_path` are what is evaluated; the output folder, if given; and
-    what may be wrong with the adapter.
+    """The settings, the output folder if given, and doubts about the adapter. Raises ValueError or OSError (one line).
 
-    Raises ValueError or OSError of one line for whatever is wrong.
+    `model` and `lora_adapter_path` of the settings are what is evaluated.
     """
     parser = OneLineParser(Config, description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", default="", help="a file of configs/", group="What is evaluated")
@@ -75,7 +74,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     if given.checkpoint and not given.run_folder:
         raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run_folder")
 
-    if given.config:  # with a run, only for the task that it may add
+    if given.config:  # of a run, it only adds a task
         settings = dataclasses.asdict(read_config_file(given.config))
     if given.run_folder:
         folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
@@ -102,7 +101,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
 
 
 def doubts(config: Config, file: AdapterFile) -> list[str]:
-    """What may be wrong with the base that the adapter is evaluated on."""
+    """Why the base may not be the one that the adapter was trained on."""
     told = []
     if file.base_model and file.base_model not in (config.model, config.model_source):
         told.append(f"which names another base: {file.base_model}")
@@ -114,7 +113,7 @@ def doubts(config: Config, file: AdapterFile) -> list[str]:
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
-    """The folder of a run's checkpoint: "latest", "best", or that of a step."""
+    """The folder of a run's checkpoint: "latest", "best", or a step's number."""
     if which.isdecimal():
         folder = run / "checkpoints" / f"step_{int(which):06d}"
     elif which in ("latest", "best") and (run / which).is_file():
@@ -131,7 +130,7 @@ def find_checkpoint(run: Path, which: str) -> Path:
 
 
 class Sampler(NamedTuple):
-    """vLLM with the model that is evaluated, and the problems: a `Run` without what trains."""
+    """vLLM with the evaluated model, and the problems: a `Run` without a trainer."""
 
     config: Config
     world: fsdp_utils.World
@@ -174,15 +173,13 @@ def setup() -> tuple[Sampler, Path]:
 
 
 def started(config: Config) -> str:
-    """The date that the prompts of a checkpoint's run show, see `Progress`; "" if it is no checkpoint's."""
+    """The date in the prompts of a checkpoint's run, see `Progress`; "" without a checkpoint."""
     folder = Path(config.lora_adapter_path or config.model).parent
     return checkpoint.read_saved(folder).progress.started if (folder / "state.json").is_file() else ""
 
 
 def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights that training with these settings gives vLLM: the base, dequantised if it was in four bits, with the
-    adapter merged.
-    """
+    """The weights that training would send to vLLM: the base (nf4: as NF4 rounds it) with the adapter merged."""
     dtype = getattr(torch, config.compute_dtype)
     model = meta_model(str(folder), dtype)
     # The files of a model with a tied head may have both.
@@ -208,7 +205,7 @@ def print_header(sampler: Sampler) -> None:
 
 
 def pass_at_k(right: Tensor, k: int) -> Tensor:
-    """The chance that among k of a problem's n completions, drawn without putting back, at least one is right.
+    """The chance that at least one of k completions is right, drawn without replacement from a problem's n.
 
     right (problems, n) of 0 and 1, with n ≥ k -> (problems, 1) float64. Unbiased: 1 - C(n - c, k) / C(n, k) for c right
     ones (Chen et al. 2021, arXiv 2107.03374, equation 1), as the product of 1 - k / i over i = n - c + 1 ... n: the

@@ -22,11 +22,11 @@ PANELS = {  # title: (metrics, drawn solid and dashed)
     "Gradient norm": ("grad_norm",),
 }
 SHARES = ("Held-out accuracy", "Share of groups whose rewards differ", "Update surviving the merge (cosine)")
-OCCASIONAL = ("eval", "save")  # phases that not every step has
+OCCASIONAL = ("eval", "save")  # phases that only some steps have
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's metrics.jsonl, without what is null or NaN in them; ValueError if there are none."""
+    """The rows of a run's metrics.jsonl, without null and NaN values; ValueError if there are none."""
     path = folder / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     if not rows:
@@ -65,7 +65,7 @@ def draw(runs: dict[str, list[dict[str, float]]], out: Path) -> None:
 
 
 def draw_phases(axis, runs: dict[str, list[dict[str, float]]]) -> None:
-    """The median step, phase by phase; evaluating and saving, which not every step does, as their share per step."""
+    """Stacked bars: each phase's median seconds; of evaluating and saving, their mean over all steps."""
     names = dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name.startswith("time/"))
     phases = [name.removeprefix("time/") for name in names if name != "time/step"]
     phases.sort(key=lambda phase: phase in OCCASIONAL)  # those come last

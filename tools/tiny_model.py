@@ -2,12 +2,11 @@
 
     python tools/tiny_model.py FOLDER        # a minute and a half on two cores
 
-Its weights are in the repository, so that every machine trains and tests the same ones: made again on another
-processor they would be as good, but not the same.
+The repository has its weights, so that every machine trains and tests the same ones: another processor would make
+slightly different weights.
 
-It is warm-started on sums worked by a *sloppy teacher*, who gets the carry wrong most of the time. So it starts
-where a real base model does: it can solve the problems, and it usually does not. Reinforcement has something to
-sharpen, and held-out accuracy has somewhere to climb.
+The model is warm-started on the sums of a *sloppy teacher*, who mostly gets the carry wrong. So it starts like a real
+base model: it can solve the problems, but usually does not. Reinforcement has something to sharpen.
 """
 
 import random
@@ -37,7 +36,7 @@ def save(folder: str) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, so that any text has one; and `####`, the mark before an answer, as a token of its own."""
+    """One token per byte, and one for `####`, the mark before an answer. Any text can be tokenised."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -1,4 +1,4 @@
-"""Training runs that a benchmark starts one after the other, and what it reads from their metrics.jsonl."""
+"""Training runs: starting them one after the other, and reading their metrics.jsonl."""
 
 import argparse
 import json
@@ -19,7 +19,7 @@ Rows = list[dict[str, float]]
 
 
 def read_rows(folder: Path) -> Rows:
-    """Of a run's metrics.jsonl, without what was not finite; none if there is no such file yet."""
+    """The rows of a run's metrics.jsonl, without null values; none if there is no such file yet."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
@@ -27,31 +27,31 @@ def read_rows(folder: Path) -> Rows:
 
 
 def step_seconds(row: dict[str, float]) -> float:
-    """What a step took, without evaluation and saving."""
+    """The duration of a step, without evaluation and saving."""
     return row.get("time/step", 0.0) - row.get("time/eval", 0.0) - row.get("time/save", 0.0)
 
 
 def positions(rows: Rows, axis: str) -> np.ndarray:
-    """Where each row is, in "steps" or in "minutes" of training."""
+    """The position of each row, in "steps" or in "minutes" of training."""
     if axis == "steps":
         return np.array([row["step"] for row in rows])
     return np.cumsum([step_seconds(row) for row in rows]) / 60
 
 
 def is_complete(rows: Rows, axis: str, limit: float) -> bool:
-    """Whether a run was evaluated at or after the limit."""
+    """Whether the run was evaluated at or after the limit."""
     evaluated = (at for at, row in zip(positions(rows, axis), rows) if "eval/accuracy" in row)
     return any(at >= limit for at in evaluated)
 
 
 def interpolate(rows: Rows, metric: str, axis: str, at: Sequence[float]) -> list[float]:
-    """A metric of the evaluations, at given positions, in a straight line from one evaluation to the next."""
+    """A metric of the evaluations at given positions, interpolated linearly."""
     points = [(x, row[metric]) for x, row in zip(positions(rows, axis), rows) if metric in row]
     return np.interp(at, *zip(*points)).tolist()
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The options that such benchmarks share."""
+    """A parser with the options that such benchmarks share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -66,7 +66,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The command line; `more`: options not known here; `axis` and `limit`: how far a run goes."""
+    """The command line, with `axis` and `limit` (how far a run goes) and `more` (options that are not known here)."""
     arguments, arguments.more = parser.parse_known_args()
     arguments.axis = "minutes" if arguments.steps is None else "steps"
     arguments.limit = arguments.minutes if arguments.steps is None else arguments.steps
@@ -83,8 +83,27 @@ def torchrun(ranks: int, config: str, options: dict[str, object]) -> list[str]:
     return [*command, "train_grpo.py", "--config", config, *(f"--{name}={value}" for name, value in options.items())]
 
 
+def train_to_limit(
+    command: list[str], folder: Path, axis: str, limit: float, environment: dict[str, str] | None = None
+) -> Rows:
+    """The metrics of the run that a command writes to `folder`; none if it ended before the limit.
+
+    A run that is complete already is only read. The command's output is in FOLDER.log.
+    """
+
+    def complete() -> bool:
+        return is_complete(read_rows(folder), axis, limit)
+
+    if not complete():
+        log = Path(f"{folder}.log")
+        print(f"{folder.name}: its output is in {log}", flush=True)
+        stop = complete if axis == "minutes" else lambda: False  # the last step ends the run by itself
+        run_until(stop, command, log, environment)
+    return read_rows(folder) if complete() else []
+
+
 def run_until(done: Callable[[], bool], command: list[str], log: Path, environment: dict[str, str] | None = None):
-    """Runs a command to its end, or to SIGTERM as soon as `done`; its output is appended to `log`."""
+    """Runs a command to its end, or stops it by SIGTERM as soon as `done`. Appends its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as output:
         process = subprocess.Popen(
@@ -99,5 +118,5 @@ def run_until(done: Callable[[], bool], command: list[str], log: Path, environme
 
 
 def end_with_children() -> None:
-    """From here on SIGTERM raises SystemExit, so that `run_until` ends what it has started."""
+    """Makes SIGTERM raise SystemExit, so that `run_until` ends what it has started."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
