@@ -19,7 +19,7 @@ from benchmarks import comparison, training_runs
 from configs.arithmetic_cpu import config as default
 from configs.base import Config
 from configs.checks import resolve_config
-from runtime.models import build_policy, model_folder
+from runtime.models import build_critic, build_policy, model_folder
 from runtime.optimize import make_optimizer
 from runtime.run import Run
 from runtime.setup import setup
@@ -52,7 +52,8 @@ def train_once(run: Run, config: Config) -> training_runs.Rows:
     run = dataclasses.replace(run, config=config, policy=policy, optimizer=optimizer, log=log)
     run.weight_sync.update_weights()
     if config.algorithm == "ppo":
-        train_ppo.add_critic(run)
+        critic = build_critic(config, folder, run.world)
+        run.learners["critic"] = critic, make_optimizer(config, critic, config.critic_learning_rate)
         train_ppo.train(run)
     else:
         train_grpo.train(run)

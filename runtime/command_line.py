@@ -53,7 +53,8 @@ def parse_config(arguments: list[str], description: str) -> Config:
 def parse_over(settings: dict[str, Any], parser: OneLineParser, arguments: list[str]) -> Config:
     """The `Config` of these settings, changed by the command line's options."""
     parser.set_defaults(**settings)
-    for name in ("target_modules", "reward", "stop"):  # argparse would keep only the last one
+    lists = [field.name for field in dataclasses.fields(Config) if field.default_factory is not dataclasses.MISSING]
+    for name in lists:  # argparse would keep only the last one
         if sum(argument.split("=")[0] == f"--{name}" for argument in arguments) > 1:
             raise ValueError(f"--{name} is given twice; give it once, with several values after it")
     config, _, unknown = parser.parse_args_into_dataclasses(

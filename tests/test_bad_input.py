@@ -68,6 +68,7 @@ OPTIONS = [
     ("--answer_field=a", ["answer_field", "set data"]),
     ("--reward=", ["reward must be a list of texts", "['']"]),
     ("--stop a --stop b", ["--stop is given twice"]),
+    ("--chat_template_kwargs a=1 --chat_template_kwargs b=2", ["--chat_template_kwargs is given twice"]),
     ("--gradient_checkpointing=last", ["gradient_checkpointing", "last"]),
     *((f"--{name}=a\x00b", [name, "printable", "'a\\x00b'"]) for name in ("instruction", "system_prompt")),
     ("--target_modules", ["--target_modules"]),
