@@ -3,8 +3,8 @@
     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        W (out, in) frozen    A (r, in), B (out, r) float32    s = alpha / r
 
 `inject` replaces the linears of a Hugging Face model; a layer can hold several named adapters on its one W, and
-`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL. In a mixture of
-experts, each expert's linears may have adapters of their own (`LoRAExperts`).
+`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL. In a mixture
+of experts, each expert's linears may have adapters of their own (`LoRAExperts`).
 W may be stored in four bits (`quantize_base`, see nf4.py). Adapter folders are read and written by
 runtime/adapter_files.py, in peft's format. Nothing here knows of shards: where a tensor may be sharded, the caller
 passes in `fill`, which puts a whole tensor into it.
@@ -227,12 +227,13 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Non
 class LoRAExperts(nn.Module):
     """One linear of all experts of a mixture, each with adapters of its own: A (E, r, in), B (E, out, r).
 
-    W stays where transformers has it: rows of a parameter of the module of experts, see `EXPERTS`.
+    W stays where transformers has it: some rows of a parameter of its module of experts, see `EXPERTS`. The layers of
+    that module are its children, and `run_experts` takes the place of its forward.
     """
 
     def __init__(self, experts: nn.Module, parameter: str, part: int):
         super().__init__()
-        self.__dict__["experts"] = experts  # which holds this module, so it must not be one of its children
+        self.__dict__["experts"] = experts  # not a child of this module, but its parent
         self.parameter = parameter
         count, out, self.in_features = getattr(experts, parameter).shape
         self.stack, self.out_features = (count,), out // len(EXPERTS[parameter])
@@ -242,11 +243,11 @@ class LoRAExperts(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(E, out, in)"""
+        """W (E, out, in), a view."""
         return getattr(self.experts, self.parameter)[:, self.rows]
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """(S, in) -> (S, out): the rows of one expert after those of another, each expert's up to one of `ends` (E,)."""
+        """(S, in) -> (S, out). Rows are sorted by expert; those of expert e end before `ends[e]`; ends (E,) int32."""
         if self.active is None:
             return GroupedLinear.apply(x, self.weight, ends, None, None, 0.0, False)
         adapter = self.adapters[self.active]
@@ -312,7 +313,7 @@ def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """leftᵀ right over each expert's rows: (S, m), (S, n) -> (E, m, n); 0 for an expert that no token chose."""
     if left.is_cuda:
         return F.grouped_mm(left.mT, right, offs=ends)
-    return torch.stack([l.T @ r for l, r in zip(groups(left, ends), groups(right, ends))])
+    return torch.stack([rows.T @ others for rows, others in zip(groups(left, ends), groups(right, ends))])
 
 
 def groups(x: Tensor, ends: Tensor) -> list[Tensor]:
@@ -321,7 +322,7 @@ def groups(x: Tensor, ends: Tensor) -> list[Tensor]:
 
 
 def run_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """The forward of transformers' module of experts, with adapters: (T, D), and each token's choice (T, k) -> (T, D)."""
+    """What transformers' module of experts computes, with adapters: (T, D) and two of (T, k) -> (T, D)."""
     chosen, order = top_k_index.flatten().sort(stable=True)  # (S,), by expert
     ends = torch.searchsorted(chosen, torch.arange(experts.num_experts, device=chosen.device), right=True).int()
     x, each = hidden_states[order // top_k_index.shape[1]], experts.each
@@ -350,9 +351,9 @@ def inject(
     linears = [*base_linears(model), *expert_linears(model)]
     everything = target_modules == ["all-linear"]
     targeted = {path for path in linears if not path.startswith(mixtures(model))} if everything else set()
-    for target in target_modules if not everything else []:
-        ending = "." + re.sub(r"\bexperts\.(\d+\.)?", "experts.each.", target)
-        matches = {path for path in linears if f".{path}".endswith(ending)}
+    names = {re.sub(r"\bexperts\.(\d+\.)?", "experts.each.", target): target for target in target_modules}
+    for name_here, target in names.items() if not everything else ():
+        matches = {path for path in linears if f".{path}".endswith(f".{name_here}")}
         if not matches:
             there_are = sorted({path.rpartition(".")[2] for path in linears})
             raise ValueError(
