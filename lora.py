@@ -281,6 +281,7 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         """dy (S, out) -> gradients of x, A and B; those of A and B in float32."""
         x, ends, A, B = ctx.saved_tensors
+        dy = dy.contiguous()  # of gate_proj and up_proj, it is a half of wider rows
         if A is None:
             return grouped_mm(dy, ctx.weight, ends), *[None] * 6
         a, b = padded(A, B * ctx.scale, x.dtype)
@@ -297,23 +298,28 @@ class GroupedLinear(torch.autograd.Function):
 
 
 def padded(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A and B in that dtype, with zeros up to a rank that is a multiple of 8: `F.grouped_mm` wants rows of 16 bytes."""
+    """A and B in that dtype, with zeros up to a rank that is a multiple of 8, see `has_kernel`."""
     missing = -A.shape[1] % 8
     return F.pad(A.to(dtype), (0, 0, 0, missing)), F.pad(B.to(dtype), (0, missing))
 
 
 def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     """Each expert's rows of x times its matrix: (S, m), (E, m, n) -> (S, n)."""
-    if x.is_cuda:
+    if has_kernel(x, matrices):
         return F.grouped_mm(x, matrices, offs=ends)
     return torch.cat([rows @ matrix for rows, matrix in zip(groups(x, ends), matrices)])
 
 
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """leftᵀ right over each expert's rows: (S, m), (S, n) -> (E, m, n); 0 for an expert that no token chose."""
-    if left.is_cuda:
+    if has_kernel(left, right):
         return F.grouped_mm(left.mT, right, offs=ends)
     return torch.stack([rows.T @ others for rows, others in zip(groups(left, ends), groups(right, ends))])
+
+
+def has_kernel(*factors: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these: rows of a multiple of 16 bytes, and no float64."""
+    return all(f.dtype != torch.float64 and max(f.stride()[-2:]) * f.itemsize % 16 == 0 for f in factors)
 
 
 def groups(x: Tensor, ends: Tensor) -> list[Tensor]:
