@@ -76,7 +76,7 @@ class LoRALinear(nn.Module):
     It stands where the `nn.Linear` stood and keeps its `weight` and `bias`, so names stay those of the checkpoint.
     """
 
-    stack = ()  # of one linear
+    stack = ()  # the leading dimensions of A and B; for experts (E,)
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
