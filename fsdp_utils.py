@@ -7,7 +7,7 @@ collective: all ranks call it, in the same order.
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -115,17 +115,20 @@ def shard(
     compute_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
     param_offload: bool = False,
+    ignored: Collection[nn.Parameter] = (),
 ) -> None:
     """FSDP2 over each decoder block, then over the root, which holds what is left (embeddings, last norm, head).
 
     `fsdp_size` ranks share one copy of the parameters (0: all ranks); copies are replicas of each other. Parameters
     are cast to `compute_dtype` (None: not at all) as they are gathered; gradients are then summed in float32. Blocks
     that are not resharded keep their whole weights from the forward to the backward. Offloaded shards live in host
-    memory, as do their gradients and the optimizer's state.
+    memory, as do their gradients and the optimizer's state. FSDP copies every parameter, on one rank, too, first to its
+    own memory and then for each forward, but leaves the `ignored` ones, which are frozen, where and as they are.
     """
     precision = MixedPrecisionPolicy(compute_dtype, reduce_dtype=compute_dtype and torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if param_offload else OffloadPolicy()
     options = {"mesh": make_mesh(device, fsdp_size), "mp_policy": precision, "offload_policy": offload}
+    options["ignored_params"] = set(ignored)
     for block in blocks:
         fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
     fully_shard(root, **options)
@@ -158,18 +161,23 @@ def offload_state(optimizer: torch.optim.Optimizer) -> None:
 def load_weights(model: PreTrainedModel, folder: str, device: torch.device, param_offload: bool = False) -> None:
     """Gives a sharded meta model its memory and its checkpoint; each rank reads only its own rows of each tensor.
 
-    Adapters get memory but no values. Raises ValueError, on every rank, for missing, broken or mis-shaped files.
+    Adapters get memory but no values. Parameters that have memory already are vLLM's (runtime/shared_base.py): they are
+    compared with the checkpoint. Raises ValueError, on every rank, for missing, broken or mis-shaped files.
     """
-    model.to_empty(device="cpu" if param_offload else device)
+    held = {parameter for parameter in model.parameters() if not parameter.is_meta}
+    home = "cpu" if param_offload else device
+    model._apply(lambda tensor: torch.empty_like(tensor, device=home) if tensor.is_meta else tensor)
     compute_buffers(model, device)
     for name, buffer in model.named_buffers():
         if not buffer.isfinite().all():
             raise ValueError(f"model {folder!r} is not implemented here: nothing says how its {name} is computed")
-    on_every_rank(lambda: read_checkpoint(model, folder))
+    on_every_rank(lambda: read_checkpoint(model, folder, held))
 
 
-def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
-    """Reads this rank's rows of all parameters but the adapters' from the safetensors files of a folder."""
+def read_checkpoint(model: PreTrainedModel, folder: str, held: Collection[Tensor] = ()) -> None:
+    """Reads this rank's rows of all parameters but the adapters' from the safetensors files of a folder; those that are
+    `held` must have its values.
+    """
     wanted = {
         name: (weight, *place) for path, weight in lora.base_weights(model) for name, *place in stored(path, weight)
     }
@@ -178,7 +186,7 @@ def read_checkpoint(model: PreTrainedModel, folder: str) -> None:
             with open_safetensors(path) as file:
                 for name in [name for name in file.keys() if name in wanted]:
                     weight, *place = wanted.pop(name)
-                    read = read_expert if place else read_rows
+                    read = check_values if weight in held else read_expert if place else read_rows
                     read(file.get_slice(name), weight, name, *place)
                     bar.update()
     if wanted:  # a tied parameter has one name, here and in the file
@@ -232,6 +240,13 @@ def read_expert(source, weight: Tensor, name: str, expert: int, rows: slice) -> 
             shard[place, rows] = source[:].to(shard)
 
 
+def check_values(source, weight: Tensor, name: str) -> None:
+    """Raises ValueError if a parameter that is not read differs from the tensor on disk."""
+    check_source(source, weight.shape, name)
+    if not torch.equal(source[:].to(weight), weight):
+        raise ValueError(f"vLLM's values of {name} are not those of the checkpoint; leave SHARE_BASE out")
+
+
 def check_source(source, shape: tuple[int, ...], name: str) -> None:
     """Raises ValueError for a tensor on disk of another dtype or shape than the model's."""
     if source.get_dtype() not in FLOATS:
@@ -268,6 +283,11 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def local(parameter: Tensor) -> Tensor:
     """This rank's shard of a tensor; the tensor itself if it is not sharded."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def own_bytes(module: nn.Module) -> dict[str, int]:
+    """The size of this rank's shard of each parameter. What FSDP does not shard is vLLM's, and not counted."""
+    return {name: local(each).nbytes for name, each in module.named_parameters() if isinstance(each, DTensor)}
 
 
 def local_rows(weight: Tensor | nf4.NF4Weight, rows: slice = slice(None), device: torch.device | None = None) -> Tensor:

@@ -204,10 +204,7 @@ class HeldWeights:
 
         None for tensors that do not belong to a linear (norms, embeddings): only linears are read.
         """
-        path, _, kind = name.rpartition(".")
-        for prefix, own in self.prefixes.items():
-            if own and path.startswith(prefix):
-                path = own + path.removeprefix(prefix)
+        path, _, kind = self.own_name(name).rpartition(".")
         linear = self.linears.get(path)
         if linear is None:
             return None
@@ -218,6 +215,29 @@ class HeldWeights:
         if kind == "bias":
             return linear.bias()
         return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
+
+    def own_name(self, name: str) -> str:
+        """vLLM's name for what the checkpoint calls `name`."""
+        for prefix, own in self.prefixes.items():
+            if own and name.startswith(prefix):
+                name = own + name.removeprefix(prefix)
+        return name
+
+    def tensor(self, name: str, rows: int) -> Tensor | None:
+        """The first rows of a whole parameter, as a view of vLLM's own tensor, which may be padded. None: it has none
+        of that name; a linear that vLLM has packed has no rows.
+        """
+        path, _, kind = self.own_name(name).rpartition(".")
+        if linear := self.linears.get(path):
+            fused = getattr(linear.linear, kind, None)
+            return None if fused is None else fused.data[linear.rows_of_layer][:rows]
+        parameter = self.parameters.get(f"{path}.{kind}")
+        return None if parameter is None else parameter.data[:rows]
+
+    @cached_property
+    def parameters(self) -> dict[str, Tensor]:
+        """vLLM's, without what wrappers for adapters add to the names."""
+        return {name.replace(".base_layer.", "."): parameter for name, parameter in self.model.named_parameters()}
 
     @cached_property
     def model(self) -> nn.Module:
@@ -358,6 +378,7 @@ class Probe:
     def find_strength(self, target: float) -> None:
         """Finds a strength whose effect is 1 to 2 times `target`, in nats per token, or the nearest of 8 trials."""
         strength, nearest = 0.1, math.inf
+        weak, strong = 0.0, math.inf  # tried strengths, on either side of the one to find
         for _ in range(8):
             self.set_adapters(strength)
             expected = self.trainer_logprobs()
@@ -366,7 +387,10 @@ class Probe:
                 nearest, self.strength, self.expected = abs(math.log(ratio)), strength, expected
             if nearest < math.log(1.4):
                 break
+            weak, strong = (strength, strong) if ratio < 1 else (weak, strength)
             strength /= min(max(ratio, 0.3), 3.0)
+            if not weak < strength < strong:  # the effect grows faster than the strength
+                strength = math.sqrt(weak * strong)
 
     def set_adapters(self, strength: float) -> None:
         """Overwrites the policy's adapters with a random update, `strength` times as large as each W."""

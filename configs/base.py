@@ -1,8 +1,9 @@
 """The configuration: one flat dataclass.
 
 Every field is an option of the command line, of the same name; its text here is its `--help`. wandb is configured by
-its own variables, WANDB_MODE and WANDB_PROJECT. PROFILE_STEP=N writes a trace of step N (runtime/tracking.py), and
-USE_SHM=1 copies the model into memory before it is loaded, for slow disks (runtime/shared_memory.py).
+its own variables, WANDB_MODE and WANDB_PROJECT. PROFILE_STEP=N writes a trace of step N (runtime/tracking.py),
+USE_SHM=1 copies the model into memory before it is loaded, for slow disks (runtime/shared_memory.py), and SHARE_BASE=1
+keeps one copy of the base on a GPU instead of two, which has not been run on one (runtime/shared_base.py).
 """
 
 import dataclasses

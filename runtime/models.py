@@ -5,7 +5,7 @@ rows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from runtime.files import check_tied_head, find_model, one_line_errors
 from runtime.packing import CONVOLUTIONS, RECURRENT
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
+Share = Callable[[PreTrainedModel], set[nn.Parameter]]  # finds memory for some of a meta model's parameters: which
 WITH_MORE = ("qwen3_5",)  # models that see images, too, of which the language model alone is trained
 IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
@@ -43,10 +44,19 @@ def model_folder(config: Config) -> str:
     return fsdp_utils.on_first_rank(find)
 
 
-def build_policy(config: Config, folder: str, world: fsdp_utils.World, prompt_head: PromptHead | None = None) -> Policy:
-    """The sharded policy with its weights; without adapters (`lora_rank` 0), all of them are trained."""
+def build_policy(
+    config: Config,
+    folder: str,
+    world: fsdp_utils.World,
+    prompt_head: PromptHead | None = None,
+    share: Share | None = None,
+) -> Policy:
+    """The sharded policy with its weights; without adapters (`lora_rank` 0), all of them are trained.
+
+    What it is to `share` with vLLM (runtime/shared_base.py) is neither sharded nor loaded.
+    """
     model = meta_model(folder, parameter_dtype(config))
-    policy = meta_policy(config, model, world.device, prompt_head)
+    policy = meta_policy(config, model, world.device, prompt_head, share)
     fsdp_utils.load_weights(model, folder, world.device, config.offload == "all")
     if config.lora_rank:
         fill_adapters(model, config, world)
@@ -145,7 +155,11 @@ def check_supported(model: PreTrainedModel, folder: str) -> None:
 
 
 def meta_policy(
-    config: Config, model: PreTrainedModel, device: torch.device, prompt_head: PromptHead | None = None
+    config: Config,
+    model: PreTrainedModel,
+    device: torch.device,
+    prompt_head: PromptHead | None = None,
+    share: Share | None = None,
 ) -> Policy:
     """The sharded policy around a meta model of `parameter_dtype`."""
     if config.lora_adapter_path:
@@ -159,7 +173,7 @@ def meta_policy(
     if config.lora_rank:
         add_adapters(model, config)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
-    shard(policy, config, device)
+    shard(policy, config, device, ignored=share(model) if share else ())
     return policy
 
 
@@ -186,9 +200,12 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
     lora.inject(model, config.target_modules, config.lora_rank, config.lora_alpha, merged=config.straight_through)
 
 
-def shard(module: Policy | Critic, config: Config, device: torch.device) -> None:
-    """Shards a policy or critic. A base that is trained (`lora_rank` 0) is float32, and cast to `dtype` to compute.
+def shard(
+    module: Policy | Critic, config: Config, device: torch.device, ignored: Collection[nn.Parameter] = ()
+) -> None:
+    """Shards a policy or critic, but for the `ignored` parameters.
 
+    A base that is trained (`lora_rank` 0) is float32, and cast to `dtype` to compute.
     Raises ValueError if that base has experts, or if the model's rows cannot be spread over ranks as configured.
     """
     model: PreTrainedModel = module.train().model
@@ -204,6 +221,7 @@ def shard(module: Policy | Critic, config: Config, device: torch.device) -> None
         config.fsdp_size,
         compute_dtype=None if config.lora_rank else getattr(torch, config.compute_dtype),
         param_offload=config.offload == "all",
+        ignored=ignored,
     )
 
 

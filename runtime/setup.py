@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 import fsdp_utils
 import lora
@@ -32,6 +33,7 @@ from runtime.progress_bar import progress_bar
 from runtime.prompts import Stops, check_prompts, find_stops, load_prompts, load_tokenizer
 from runtime.run import Run, environments
 from runtime.sequence_parallel import neighbours
+from runtime.shared_base import share, shares_base
 from runtime.shared_memory import fast_folder
 from runtime.tracking import RunLog, in_use
 from runtime.wandb_run import choose_mode
@@ -47,6 +49,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     if link and link.generates:
         serve_trainers(config, world, link)
     check_world(config, world)
+    sharing = shares_base(config, world.size)
     world = replace(world, sequence_group=neighbours(config.sequence_parallel_size))
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     fsdp_utils.on_first_rank(choose_mode)
@@ -61,15 +64,21 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
     problems = [prompt.problem for prompt in train_prompts + test_prompts]
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, problems))
     with fast_folder(folder) as files:
+
+        @cache  # with SHARE_BASE it starts while the policy is built, else afterwards
+        def engine_for(model: PreTrainedModel) -> AnyEngine:
+            with progress_bar("starting vLLM"):
+                known = environments(train_prompts + test_prompts)
+                make = partial(RemoteEngine, link, known, progress.started) if link else Engine
+                return build_engine(config, files, stops, lora.target_names(model), make)
+
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
-        policy = build_policy(start, files, world, prompt_head)
+        shared = partial(share, engine_for=engine_for, world=world) if sharing else None
+        policy = build_policy(start, files, world, prompt_head, shared)
         optimizer = make_optimizer(config, policy, config.learning_rate)
         if saved:
             checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)})
-        with progress_bar("starting vLLM"):
-            known = environments(train_prompts + test_prompts)
-            make = partial(RemoteEngine, link, known, progress.started) if link else Engine
-            engine = build_engine(config, files, stops, lora.target_names(policy.model), make)
+        engine = engine_for(policy.model)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(
         config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
@@ -107,7 +116,7 @@ def print_header(run: Run) -> None:
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"
     apart = f" in {config.rollout_ranks} process(es) of their own" if config.rollout_ranks else ""
     log.print(f"world  {run.world.size} x {device}, {engine.engines} vLLM engine(s){apart}")
-    weights = sum(fsdp_utils.local(parameter).nbytes for parameter in run.policy.parameters()) / 1e6
+    weights = sum(fsdp_utils.own_bytes(run.policy).values()) / 1e6
     states = 3 * sum(fsdp_utils.local(parameter).nbytes for parameter in trained) / 1e6  # gradient and Adam's moments
     log.print(
         f"memory {weights:,.1f} MB of weights, {states:,.1f} MB of gradients and optimizer, "

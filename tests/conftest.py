@@ -41,28 +41,54 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.reverse()
 
 
-def on_ranks(ranks: int, function: Callable, *args: Any, folder: Path, timeout: int = 300) -> list[Any]:
-    """Runs a test module's top-level function on several ranks, as under torchrun; the result of each.
+class Ranks:
+    """Processes that run a test module's top-level function, as under torchrun.
 
     Only a fresh process can join a process group or hold a vLLM engine, so these tests start some.
     """
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's part
-    world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-    world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
-    processes = []
-    for rank in range(ranks):
-        environment = {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(ranks_are.Process(target=be_a_rank, args=(environment, folder, function, args)))
-        processes[-1].start()
-    deadline = time.time() + timeout
-    while running := [process.sentinel for process in processes if process.exitcode is None]:
-        multiprocessing.connection.wait(running, deadline - time.time())
-        if time.time() > deadline or any(process.exitcode for process in processes):  # the others would wait for it
-            for process in processes:
-                process.kill()
-    said = "".join(path.read_text()[-8000:] for path in sorted(folder.glob("rank_*.txt")))
-    assert not any(process.exitcode for process in processes), said
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+    def __init__(self, ranks: int, function: Callable, *args: Any, folder: Path) -> None:
+        """folder: for what they print and return."""
+        self.folder = folder
+        self.store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
+        world |= {"MASTER_PORT": self.store.port, "TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+        self.processes = []
+        for rank in range(ranks):
+            environment = {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            self.processes.append(ranks_are.Process(target=be_a_rank, args=(environment, folder, function, args)))
+            self.processes[-1].start()
+
+    def poll(self) -> int | None:
+        """The exit code of a rank that has ended, if any, as `Popen.poll`."""
+        return next((process.exitcode for process in self.processes if process.exitcode is not None), None)
+
+    def kill(self) -> None:
+        """SIGKILL to each."""
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
+
+    def output(self) -> str:
+        """What all of them printed."""
+        return "".join(path.read_text()[-8000:] for path in sorted(self.folder.glob("rank_*.txt")))
+
+    def results(self, timeout: int = 300) -> list[Any]:
+        """Waits for the end; what the function returned on each rank."""
+        deadline = time.time() + timeout
+        while running := [process.sentinel for process in self.processes if process.exitcode is None]:
+            multiprocessing.connection.wait(running, deadline - time.time())
+            if time.time() > deadline or any(process.exitcode for process in self.processes):
+                self.kill()  # the others would wait for it
+        assert not any(process.exitcode for process in self.processes), self.output()
+        files = [self.folder / f"rank_{rank}.pt" for rank in range(len(self.processes))]
+        return [torch.load(file, weights_only=False) for file in files]
+
+
+def on_ranks(ranks: int, function: Callable, *args: Any, folder: Path, timeout: int = 300) -> list[Any]:
+    """Runs a test module's top-level function on several ranks; the result of each."""
+    return Ranks(ranks, function, *args, folder=folder).results(timeout)
 
 
 def be_a_rank(environment: dict[str, str], folder: Path, function: Callable, args: tuple) -> None:

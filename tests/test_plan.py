@@ -173,19 +173,20 @@ def test_a_mixture_of_experts_has_total_and_active_parameters(tmp_path, monkeypa
 
 
 def test_layers_with_a_state_are_counted_by_periods():
-    """Of three recurrent layers and one with keys and values, as in Qwen3.5: eight tell what twelve need."""
-    sizes = dict(hidden_size=128, intermediate_size=352, vocab_size=4000, num_hidden_layers=12, num_attention_heads=4)
+    """Of two recurrent layers and one with keys and values (Qwen3.5 has three and one): six tell what nine need."""
+    sizes = dict(hidden_size=128, intermediate_size=352, vocab_size=4000, num_hidden_layers=9, num_attention_heads=4)
+    sizes["layer_types"] = ["linear_attention", "linear_attention", "full_attention"] * 3
     heads = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=32, linear_value_head_dim=16)
     shape = AutoConfig.for_model("qwen3_5_text", **sizes, **heads, num_key_value_heads=2, head_dim=32)
-    config = settings("recomputed", tokens_per_microbatch=512)
+    config = settings("recomputed", tokens_per_microbatch=64, max_prompt_length=16, max_completion_length=48)
     planned = plan.plan_trainer(config, shape, 1)
     with plan.fake_ranks(1):
         whole = plan.measure(config, shape, None)
     assert (planned.policy.base, planned.streamed) == (whole.policy.base, whole.streamed)
     assert planned.active == planned.model == whole.model
     assert peak(planned.policy.update) == pytest.approx(peak(whole.policy.update), rel=0.01)
-    keys_and_values, states = 3 * 2 * 2 * 32 * 2, 9 * 4 * 32 * 16 * 4
-    assert plan.bytes_per_sequence(config, shape) == 256 * keys_and_values + states
+    keys_and_values, states = 3 * 2 * 2 * 32 * 2, 6 * 4 * 32 * 16 * 4
+    assert plan.bytes_per_sequence(config, shape) == 64 * keys_and_values + states
 
 
 def test_mistakes_are_one_line(monkeypatch, capsys):

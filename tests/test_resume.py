@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, on_ranks, read_rows, small_disk, torchrun_command
+from conftest import ROOT, TINY, Ranks, on_ranks, read_rows, small_disk, torchrun_command, train_on
 from test_lora import saved_adapter
 from torch import nn
 
@@ -29,15 +29,15 @@ from runtime.tracking import COLUMNS, RunLog
 
 NOISE = ("time/", "memory/", "tokens_per_second", "sync/seconds")  # what may differ between two equal runs
 GRPO = "train_grpo.py --config configs/arithmetic_cpu.py --kl_coef 0.01"
+SMALL = "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16"
+SMALL += " --steps 8 --save_every 2 --eval_every 4"
 
 
 def start(folder: Path, *options: str, ranks: int = 2, **environment: str) -> subprocess.Popen:
     """A short run of the arithmetic default, or of PPO, in a process group of its own."""
     program = "train_ppo.py --config configs/arithmetic_cpu_ppo.py" if "critic_learning_rate" in str(options) else GRPO
-    small = "--prompts_per_step 8 --group_size 4 --eval_samples 1 --eval_problems 16"
-    small += f" --steps 8 --save_every 2 --eval_every 4 --output_dir {folder}/r"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "process_group": 0}
-    command = torchrun_command(ranks, *program.split(), *small.split(), *options)
+    command = torchrun_command(ranks, *program.split(), *SMALL.split(), "--output_dir", f"{folder}/r", *options)
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, **pipes)
 
 
@@ -54,7 +54,7 @@ def rows(folder: Path, name: str = "metrics") -> list[dict]:
     return [{key: value for key, value in row.items() if not key.startswith(NOISE)} for row in found]
 
 
-def await_step(process: subprocess.Popen, folder: Path, step: int) -> None:
+def await_step(process: subprocess.Popen | Ranks, folder: Path, step: int) -> None:
     """Returns as soon as a step is logged; its save, if it has one, follows at once."""
     path, deadline = folder / "r" / "metrics.jsonl", time.time() + 240
     while not path.exists() or f'"step": {step},' not in path.read_text():
@@ -68,33 +68,44 @@ def kill(process: subprocess.Popen) -> None:
     process.communicate()
 
 
+def fork(folder: Path, *options: str, ranks: int = 2) -> Ranks:
+    """The same run of the default, on forked ranks, which start sooner than torchrun's."""
+    folder.mkdir(exist_ok=True)
+    return Ranks(ranks, train_on, " ".join([GRPO, *SMALL.split(), f"--output_dir {folder}/r", *options]), folder=folder)
+
+
+def outcome(run: Ranks) -> str:
+    """Waits for such a run to end; what it printed."""
+    run.results()
+    return run.output()
+
+
 def test_a_killed_run_resumes_bit_identically(tmp_path):
     """Killed in the first step, in another step, in a save, then let to end: every metric and sample is that of a
     quiet run.
     """
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     checkpoints = killed / "r" / "checkpoints"
-    finish(start(quiet))
+    outcome(fork(quiet))
 
-    process = start(killed)
-    await_step(process, killed, 0)
+    run = fork(killed)
+    await_step(run, killed, 0)
     time.sleep(random.uniform(0, 0.2))
-    kill(process)
+    run.kill()
     # whether a checkpoint is there yet or not, it goes on
 
-    process = start(killed, "--resume")
-    await_step(process, killed, 3)
+    run = fork(killed, "--resume")
+    await_step(run, killed, 3)
     time.sleep(random.uniform(0, 0.5))
-    kill(process)
+    run.kill()
 
-    process = start(killed, "--resume")
-    await_step(process, killed, 6)
+    run = fork(killed, "--resume")
+    await_step(run, killed, 6)
     while not list(checkpoints.glob("*6.partial")) and not (checkpoints / "step_000006").exists():
         pass
-    kill(process)
+    run.kill()
 
-    output = finish(start(killed, "--resume"))
-    assert "resumed after step" in output
+    assert "resumed after step" in outcome(fork(killed, "--resume"))
     assert rows(killed) == rows(quiet)
     assert rows(killed, "samples") == rows(quiet, "samples")
     assert not list(checkpoints.glob("*.partial")) and (killed / "r" / "latest").read_text().endswith("step_000008\n")
@@ -105,7 +116,7 @@ def test_a_killed_run_resumes_bit_identically(tmp_path):
     content = bytearray(damaged.read_bytes())
     content[-5] ^= 1
     damaged.write_bytes(content)
-    output = finish(start(killed, "--resume", ranks=1))
+    output = outcome(fork(killed, "--resume", ranks=1))
     assert "step_000008 is damaged (state.safetensors is not what was written)" in output
     assert "resumed after step 6" in output
     for one, two in zip(rows(killed)[1:], rows(quiet)[1:], strict=True):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -97,6 +98,19 @@ def test_the_probe_leaves_the_gpu_to_either_side(monkeypatch):
     assert calls[:3] == ["score", "send True", "sleep"] and calls[-4:] == ["send False", "sleep"] * 2
     assert set(calls[3:-4]) == {"score"}, "scaled while vLLM sleeps"
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2, 4])
+@pytest.mark.parametrize("right", [0.01, 0.16, 1.0])
+def test_the_probe_gets_its_strength_in_few_trials(monkeypatch, power, right):
+    """Whatever power of the strength its effect is: on SmolLM2, 2.5 times the strength has 7 times the effect."""
+    tried, target = [], 3.0
+    monkeypatch.setattr(sync, "distance", lambda found, expected: found)
+    probe = sync.Probe(SimpleNamespace(model=torch.nn.Module()), None, None, [], None)
+    probe.base, probe.set_adapters = 0.0, tried.append
+    probe.trainer_logprobs = lambda: 1.4 * target * (tried[-1] / right) ** power
+    probe.find_strength(target)
+    assert target <= probe.expected <= 2 * target and len(tried) <= 6
 
 
 def test_optimizer_state_is_on_the_gpu_only_for_its_step():

@@ -29,8 +29,9 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _FSDPState
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
 
@@ -44,6 +45,7 @@ from runtime.models import PromptHead
 from runtime.optimize import make_optimizer
 from runtime.packing import Packed, pack, recurrent_layers
 from runtime.sequence_parallel import neighbours
+from runtime.shared_base import shares_base
 from runtime.shared_memory import use_shm
 
 GB = 1e9
@@ -64,7 +66,7 @@ SHAPES = {  # from the models' config.json
     "Qwen/Qwen2.5-72B-Instruct": (8192, 29568, 80, 64, 8, 152064, False),
 }
 KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
-    "base shard": "offload all, dtype nf4, or more GPUs",
+    "base shard": "offload all, dtype nf4, or more GPUs; SHARE_BASE=1 (docs/memory.md)",
     "adapters": "a smaller lora_rank",
     "gradients": "a smaller lora_rank",
     "optimizer": "offload optimizer",
@@ -127,6 +129,9 @@ class Tracker(FSDPMemTracker):
         super().__init__(module, optimizer)
         self.vocabulary, self.layers = module.model.config.vocab_size, len(module.model.get_decoder().layers)
         self.moments: dict[str, Ledger] = {}
+        for parameter in module.parameters():
+            if not isinstance(parameter, DTensor):  # it is vLLM's, and counted there
+                self._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
 
     def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
         if tensor.shape[-1:] == (self.vocabulary,):
@@ -163,24 +168,31 @@ def full_batch(config: Config) -> Packed:
 
 def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
+    share = held_by_vllm if shares_base(config, dist.get_world_size()) else None
     config = dataclasses.replace(config, offload="none")  # what lives on the host is told apart in `phases`
-    policy_of = partial(models.meta_policy, prompt_head=prompt_head)
+    policy_of = partial(models.meta_policy, prompt_head=prompt_head, share=share)
     policy = make(policy_of, config, shape)  # outside of the fake mode: a mesh holds ranks
     critic = make(models.meta_critic, config, shape) if config.algorithm == "ppo" else None
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        learners = [module and run_learner(config, module) for module in (policy, critic)]
     width = getattr(torch, config.compute_dtype).itemsize
     whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
     modules = fsdp_utils.to_send(policy.model, everything=config.sleep_level == 2)
     sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
+    active = models.active_parameters(policy.model) * width
+    with FakeTensorMode(allow_non_fake_inputs=True):  # at last: memory of its own unties what FSDP does not hold
+        learners = [module and run_learner(config, module) for module in (policy, critic)]
     return Trainer(
         *learners,
         model=sum(whole.values()),
-        active=models.active_parameters(policy.model) * width,
+        active=active,
         engine=sum(size * engine_share(name, config, shape) for name, size in whole.items()),
         streamed=sum(sent),
         streamed_peak=max(sent),
     )
+
+
+def held_by_vllm(model: PreTrainedModel) -> set[torch.nn.Parameter]:
+    """What the trainer has in vLLM's memory (runtime/shared_base.py): all of the base but experts."""
+    return {weight for path, weight in lora.base_weights(model) if not fsdp_utils.is_experts(path)}
 
 
 def make(meta: Callable, config: Config, shape: PretrainedConfig) -> Policy | Critic:
@@ -204,7 +216,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
         backward(module(batch))
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {name: fsdp_utils.local(parameter).nbytes for name, parameter in module.named_parameters()}
+    parameters = fsdp_utils.own_bytes(module)
     adapters = sum(size for name, size in parameters.items() if ".adapters." in name)
     return Learner(
         base=sum(parameters.values()) - adapters,
