@@ -6,6 +6,7 @@ collective: all ranks call it, in the same order.
 
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -201,7 +202,7 @@ def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
     if not is_experts(path):
         return [(path,)]
     (experts, out, _), (module, _, kind) = weight.shape, path.rpartition(".")
-    linears = EXPERTS[kind]
+    linears = lora.EXPERTS[kind]
     rows = [slice(part * out // len(linears), (part + 1) * out // len(linears)) for part in range(len(linears))]
     return [
         (f"{module}.{expert}.{linear}.weight", expert, part)
@@ -213,7 +214,7 @@ def stored(path: str, weight: Tensor | nf4.NF4Weight) -> list[tuple]:
 def is_experts(path: str) -> bool:
     """Whether a parameter is of all experts of a layer, (experts, out, in)."""
     module, _, kind = path.rpartition(".")
-    return module.endswith(".experts") and kind in EXPERTS
+    return module.endswith(".experts") and kind in lora.EXPERTS
 
 
 def read_rows(source, weight: Tensor | nf4.NF4Weight, name: str) -> None:
@@ -331,8 +332,6 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 # tensor that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
-# The linears of an expert. transformers stacks those of all experts, in this order, as (experts, out, in).
-EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
 FUSED = (
     *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
@@ -381,7 +380,7 @@ class SyncStats:
 
 def to_send(model: nn.Module, everything: bool = False) -> set[str] | None:
     """The modules whose weights a sync streams: those with adapters and those fused with them in vLLM; None: all."""
-    modules = {path for path, _ in lora.lora_layers(model)}
+    modules = {lora.weight_name(path, layer).rpartition(".")[0] for path, layer in lora.lora_layers(model)}
     for path in list(modules):
         parent, _, name = path.rpartition(".")
         modules |= {f"{parent}.{part}" for group in FUSED if name in group for part in group}
@@ -405,15 +404,15 @@ def summon_layers(
     for consumers that have copied it by then. Collective: all ranks must exhaust the stream.
     """
     stats = stats or SyncStats()
-    layers = dict(lora.lora_layers(model))
+    layers = defaultdict(list)  # of each weight: those whose W it holds
+    for path, layer in lora.lora_layers(model):
+        layers[lora.weight_name(path, layer)].append(layer)
     measured = {list(layers)[i * len(layers) // MEASURED] for i in range(MEASURED)} if layers else set()
 
     def gatherings() -> Iterator[tuple[str, Gathering]]:
         for path, weight in lora.base_weights(model):
-            module, _, kind = path.rpartition(".")
-            if modules is None or module in modules:
-                adapter = layers[module].adapters[lora.POLICY] if kind == "weight" and module in layers else None
-                yield path, Gathering(weight, adapter, device, dtype or weight.dtype, stats, module in measured)
+            if modules is None or path.rpartition(".")[0] in modules:
+                yield path, Gathering(weight, layers.get(path), device, dtype or weight.dtype, stats, path in measured)
 
     upcoming = gatherings()
     pending = next(upcoming, None)
@@ -436,7 +435,7 @@ class Gathering:
     def __init__(
         self,
         weight: Tensor | nf4.NF4Weight,
-        adapter: lora.Adapter | None,
+        layers: list[lora.LoRALayer] | None,
         device: torch.device,
         dtype: torch.dtype,
         stats: SyncStats,
@@ -452,7 +451,8 @@ class Gathering:
         self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
         # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
         self.own = self.buffer[mine * share : (mine + 1) * share]
-        write_rows(weight, adapter, self.own[: len(local(sharded))], stats if measured else None)
+        write = write_experts if layers and layers[0].stack else write_rows
+        write(weight, layers, self.own[: len(local(sharded))], stats if measured else None)
         self.work = all_gather(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
         stats.bytes += self.length * self.buffer[0].nbytes
         stats.hold(self.buffer)
@@ -465,9 +465,12 @@ class Gathering:
 
 
 def write_rows(
-    weight: Tensor | nf4.NF4Weight, adapter: lora.Adapter | None, target: Tensor, stats: SyncStats | None
+    weight: Tensor | nf4.NF4Weight, layers: list[lora.LoRALayer] | None, target: Tensor, stats: SyncStats | None
 ) -> None:
-    """Writes this rank's rows of W or W + s·B A into `target`, in parts; `stats` measures what rounding loses."""
+    """Writes this rank's rows of W, or W + s·B A of its one layer, into `target`, in parts; `stats` measures what
+    rounding loses.
+    """
+    adapter = layers[0].adapters[lora.POLICY] if layers else None
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B).to(target.device)
         left, right = lora.factors(A, B, adapter.scale, weight.dtype)
@@ -482,3 +485,19 @@ def write_rows(
         W = local_rows(weight, sample, target.device)
         # B A without s: s is the same in all layers, so the cosine is, too.
         stats.compare(target[sample] - W, B[sample] @ A, share=len(W) / len(target))
+
+
+def write_experts(weight: Tensor, layers: list[lora.LoRAExperts], target: Tensor, stats: SyncStats | None) -> None:
+    """Writes this rank's experts, with their updates of each layer, into `target`; `stats` measures the first one.
+
+    A rank has whole experts, and their A and B: nothing is gathered beforehand.
+    """
+    target.copy_(local(weight))
+    for layer in layers:
+        adapter = layer.adapters[lora.POLICY]
+        for expert, (A, B) in enumerate(zip(local(adapter.lora_A), local(adapter.lora_B))):
+            A, B, merged = A.to(target.device), B.to(target.device), target[expert, layer.rows]
+            W = merged.clone()
+            lora.add_product(W, *lora.factors(A, B, adapter.scale, weight.dtype), out=merged)
+            if stats and expert == 0:
+                stats.compare(merged - W, B @ A, share=1 / len(target))

@@ -3,17 +3,21 @@
     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        W (out, in) frozen    A (r, in), B (out, r) float32    s = alpha / r
 
 `inject` replaces the linears of a Hugging Face model; a layer can hold several named adapters on its one W, and
-`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL.
+`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL. In a mixture
+of experts, each expert's linears may have adapters of their own (`LoRAExperts`).
 W may be stored in four bits (`quantize_base`, see nf4.py). Adapter folders are read and written by
 runtime/adapter_files.py, in peft's format. Nothing here knows of shards: where a tensor may be sharded, the caller
 passes in `fill`, which puts a whole tensor into it.
 
-Shapes: T tokens, r rank; x (..., in) and y (..., out) may have any leading dimensions.
+Shapes: T tokens, r rank; x (..., in) and y (..., out) may have any leading dimensions. E experts, of which each token
+chooses k; S = T·k pairs of a token and an expert.
 """
 
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +30,8 @@ REFERENCE = "reference"  # the name of the frozen adapter that is the KL referen
 # Elements of W + s·B A that are merged at a time. W is copied and then added to: parts stay in the cache meanwhile.
 # A GPU needs larger ones, since launching a kernel should not take longer than the kernel.
 MERGED_AT_ONCE = 1 << (23 if torch.cuda.is_available() else 20)
+# The linears of an expert. transformers stacks those of all experts, in this order, as (E, out, in).
+EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 # ---- The layer ------------------------------------------------------------------------------------------------
@@ -39,7 +45,7 @@ class Adapter(nn.Module):
 
     def __init__(
         self,
-        layer: "LoRALinear",
+        layer: "LoRALayer",
         rank: int,
         alpha: float,
         *,
@@ -49,9 +55,10 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         self.rank, self.alpha, self.rslora, self.merged = rank, alpha, rslora, merged
-        empty = {"dtype": torch.float32, "device": next(layer.parameters()).device}
-        self.lora_A = nn.Parameter(torch.empty(rank, layer.in_features, **empty), requires_grad=trainable)
-        self.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **empty), requires_grad=trainable)
+        empty = {"dtype": torch.float32, "device": next(layer.parameters(), layer.weight).device}
+        A, B = (rank, layer.in_features), (layer.out_features, rank)
+        self.lora_A = nn.Parameter(torch.empty(*layer.stack, *A, **empty), requires_grad=trainable)
+        self.lora_B = nn.Parameter(torch.empty(*layer.stack, *B, **empty), requires_grad=trainable)
 
     @property
     def scale(self) -> float:
@@ -68,6 +75,8 @@ class LoRALinear(nn.Module):
 
     It stands where the `nn.Linear` stood and keeps its `weight` and `bias`, so names stay those of the checkpoint.
     """
+
+    stack = ()  # the leading dimensions of A and B; for experts (E,)
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -173,7 +182,9 @@ def dense(weight: Tensor | NF4Weight) -> Tensor:
 
 
 def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """W + s·B A (out, in), in W's dtype."""
+    """W + s·B A (out, in), in W's dtype; of all experts (E, out, in)."""
+    if weight.ndim == 3:
+        return torch.stack([merge(*expert, scale) for expert in zip(weight, A, B)])
     left, right = factors(A, B, scale, weight.dtype)
     merged = torch.empty_like(weight)
     for rows in slices(weight, MERGED_AT_ONCE):
@@ -210,6 +221,125 @@ def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> Non
         out.copy_(weight.to(left.dtype).addmm_(left, right))
 
 
+# ---- Experts --------------------------------------------------------------------------------------------------
+
+
+class LoRAExperts(nn.Module):
+    """One linear of all experts of a mixture, each with adapters of its own: A (E, r, in), B (E, out, r).
+
+    W stays where transformers has it: some rows of a parameter of its module of experts, see `EXPERTS`. The layers of
+    that module are its children, and `run_experts` takes the place of its forward.
+    """
+
+    def __init__(self, experts: nn.Module, parameter: str, part: int):
+        super().__init__()
+        self.__dict__["experts"] = experts  # not a child of this module, but its parent
+        self.parameter = parameter
+        count, out, self.in_features = getattr(experts, parameter).shape
+        self.stack, self.out_features = (count,), out // len(EXPERTS[parameter])
+        self.rows = slice(part * self.out_features, (part + 1) * self.out_features)
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """W (E, out, in), a view."""
+        return getattr(self.experts, self.parameter)[:, self.rows]
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """(S, in) -> (S, out). Rows are sorted by expert; those of expert e end before `ends[e]`; ends (E,) int32."""
+        if self.active is None:
+            return GroupedLinear.apply(x, self.weight, ends, None, None, 0.0, False)
+        adapter = self.adapters[self.active]
+        A, B = adapter.lora_A, adapter.lora_B
+        return GroupedLinear.apply(x, self.weight, ends, A, B, adapter.scale, adapter.merged)
+
+
+class GroupedLinear(torch.autograd.Function):
+    """`LowRankLinear` of many experts, each applied to its own rows of x; without A and B, the frozen W alone."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        ends: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
+        scale: float,
+        merged: bool,
+    ) -> Tensor:
+        """x (S, in), weight (E, out, in), ends (E,), A (E, r, in), B (E, out, r) -> (S, out), in the dtype of x."""
+        ctx.save_for_backward(x, ends, A, B)
+        ctx.weight, ctx.scale, ctx.merged = weight, scale, merged  # as in `LowRankLinear`
+        if A is None or merged:
+            return grouped_mm(x, (weight if A is None else merge(weight, A, B, scale)).mT, ends)
+        a, b = padded(A, B * scale, x.dtype)
+        return grouped_mm(x, weight.mT, ends).add_(grouped_mm(grouped_mm(x, a.mT, ends), b.mT, ends))
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        """dy (S, out) -> gradients of x, A and B; those of A and B in float32."""
+        x, ends, A, B = ctx.saved_tensors
+        dy = dy.contiguous()  # of gate_proj and up_proj, it is a half of wider rows
+        if A is None:
+            return grouped_mm(dy, ctx.weight, ends), *[None] * 6
+        a, b = padded(A, B * ctx.scale, x.dtype)
+        g, low = grouped_mm(dy, b, ends), grouped_mm(x, a.mT, ends)  # (S, r), g with s in it
+        dA = grouped_outer(g, x, ends)[:, : A.shape[1]].to(A.dtype)
+        dB = grouped_outer(dy, low, ends)[..., : A.shape[1]].to(B.dtype).mul_(ctx.scale)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            if ctx.merged:
+                dx = grouped_mm(dy, merge(ctx.weight, A, B, ctx.scale), ends)
+            else:
+                dx = grouped_mm(dy, ctx.weight, ends).add_(grouped_mm(g, a, ends))
+        return dx, None, None, dA, dB, None, None
+
+
+def padded(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B in that dtype, with zeros up to a rank that is a multiple of 8, see `has_kernel`."""
+    missing = -A.shape[1] % 8
+    return F.pad(A.to(dtype), (0, 0, 0, missing)), F.pad(B.to(dtype), (0, missing))
+
+
+def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """Each expert's rows of x times its matrix: (S, m), (E, m, n) -> (S, n)."""
+    if has_kernel(x, matrices):
+        return F.grouped_mm(x, matrices, offs=ends)
+    return torch.cat([rows @ matrix for rows, matrix in zip(groups(x, ends), matrices)])
+
+
+def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    """leftᵀ right over each expert's rows: (S, m), (S, n) -> (E, m, n); 0 for an expert that no token chose."""
+    if has_kernel(left, right):
+        return F.grouped_mm(left.mT, right, offs=ends)
+    return torch.stack([rows.T @ others for rows, others in zip(groups(left, ends), groups(right, ends))])
+
+
+def has_kernel(*factors: Tensor) -> bool:
+    """Whether `F.grouped_mm` takes these: rows of a multiple of 16 bytes, and no float64."""
+    return all(f.dtype != torch.float64 and max(f.stride()[-2:]) * f.itemsize % 16 == 0 for f in factors)
+
+
+def groups(x: Tensor, ends: Tensor) -> list[Tensor]:
+    """The rows of each expert."""
+    return list(x.tensor_split(ends[:-1].tolist()))
+
+
+def run_experts(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' module of experts computes, with adapters: (T, D) and two of (T, k) -> (T, D)."""
+    chosen, order = top_k_index.flatten().sort(stable=True)  # (S,), by expert
+    ends = torch.searchsorted(chosen, torch.arange(experts.num_experts, device=chosen.device), right=True).int()
+    x, each = hidden_states[order // top_k_index.shape[1]], experts.each
+    x = experts._apply_gate(torch.cat([each["gate_proj"](x, ends), each["up_proj"](x, ends)], dim=-1))
+    y = each["down_proj"](x, ends) * top_k_weights.flatten()[order, None]
+    return y[order.argsort()].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+
+
+LoRALayer = LoRALinear | LoRAExperts
+
+
 # ---- In a model -----------------------------------------------------------------------------------------------
 
 
@@ -218,16 +348,18 @@ def inject(
 ) -> None:
     """Freezes the base and gives every targeted linear an adapter; those of that name become the active ones.
 
-    `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head and
-    what stands beside experts (a router, shared experts).
+    `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head,
+    experts, and what stands beside them (a router, shared experts). `gate_proj` is that of experts, too, as in the
+    checkpoint, and `experts.gate_proj` theirs alone; one expert's name means all experts.
     `options` are those of `Adapter`. The values are undefined until `init_adapters` or `load_adapter`. Raises
     ValueError if a target matches nothing.
     """
-    linears = base_linears(model)
+    linears = [*base_linears(model), *expert_linears(model)]
     everything = target_modules == ["all-linear"]
     targeted = {path for path in linears if not path.startswith(mixtures(model))} if everything else set()
-    for target in target_modules if not everything else []:
-        matches = {path for path in linears if path == target or path.endswith(f".{target}")}
+    names = {re.sub(r"\bexperts\.(\d+\.)?", "experts.each.", target): target for target in target_modules}
+    for name_here, target in names.items() if not everything else ():
+        matches = {path for path in linears if f".{path}".endswith(f".{name_here}")}
         if not matches:
             there_are = sorted({path.rpartition(".")[2] for path in linears})
             raise ValueError(
@@ -269,30 +401,64 @@ def base_linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def expert_linears(model: nn.Module) -> list[str]:
+    """The linears that `LoRAExperts` can be, by name: `model.layers.0.mlp.experts.each.gate_proj`."""
+    return [
+        f"{path}.each.{linear}"
+        for path, module in model.named_modules()
+        if path.endswith(".experts")
+        for parameter, linears in EXPERTS.items()
+        if hasattr(module, parameter)
+        for linear in linears
+    ]
+
+
 def mixtures(model: nn.Module) -> tuple[str, ...]:
     """What the names of all modules in a mixture of experts start with: `model.layers.0.mlp.`, for each layer."""
     return tuple(path.removesuffix("experts") for path, _ in model.named_modules() if path.endswith(".experts"))
 
 
-def as_lora_layer(model: nn.Module, path: str) -> LoRALinear:
-    """The LoRA layer of that name; an `nn.Linear` there is replaced by one first."""
+def as_lora_layer(model: nn.Module, path: str) -> LoRALayer:
+    """The LoRA layer of that name; it is made first if need be, in place of an `nn.Linear` or beside W of experts."""
+    if ".experts.each." in path:
+        experts = model.get_submodule(path.rpartition(".each.")[0])
+        if not hasattr(experts, "each"):
+            parts = [(name, parameter, i) for parameter, names in EXPERTS.items() for i, name in enumerate(names)]
+            experts.each = nn.ModuleDict({name: LoRAExperts(experts, parameter, i) for name, parameter, i in parts})
+            experts.forward = partial(run_experts, experts)
     layer = model.get_submodule(path)
-    if not isinstance(layer, LoRALinear):
+    if not isinstance(layer, LoRALayer):
         layer = LoRALinear(layer)
         model.set_submodule(path, layer)
     return layer
 
 
-def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoRALinear]]:
+def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoRALayer]]:
     """The layers that hold an adapter of that name, with their names, in the model's order."""
     for path, module in model.named_modules():
-        if isinstance(module, LoRALinear) and name in module.adapters:
+        if isinstance(module, LoRALayer) and name in module.adapters:
             yield path, module
 
 
+def weight_name(path: str, layer: LoRALayer) -> str:
+    """Of the parameter that W of the layer of that name is, or is a part of."""
+    experts, each, _ = path.rpartition(".each.")
+    return f"{experts}.{layer.parameter}" if each else f"{path}.weight"
+
+
+def stored_names(path: str, layer: LoRALayer) -> list[str]:
+    """The names in the checkpoint, and in an adapter's folder, of what the layer of that name is: one or E linears."""
+    return [path.replace(".each.", f".{expert}.") for expert in range(*layer.stack)] if layer.stack else [path]
+
+
 def target_names(model: nn.Module, name: str = POLICY) -> list[str]:
-    """The last names of the modules that hold an adapter of that name."""
-    return sorted({path.rpartition(".")[2] for path, _ in lora_layers(model, name)})
+    """The last names of the modules that hold an adapter of that name, see `last_names`."""
+    return last_names(path for path, _ in lora_layers(model, name))
+
+
+def last_names(paths: Iterable[str]) -> list[str]:
+    """The last names of modules as vLLM has them, where all linears of experts are one module."""
+    return sorted({"experts" if ".experts." in path else path.rpartition(".")[2] for path in paths})
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:
@@ -307,10 +473,10 @@ def base_weights(model: nn.Module) -> Iterator[tuple[str, Tensor | NF4Weight]]:
             yield path, parameter
 
 
-def fresh_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
-    """Initial values of A, U(±1/√in), on the CPU."""
-    bound = 1 / math.sqrt(in_features)
-    return torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
+def fresh_A(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Initial values of an A (..., in), U(±1/√in), on the CPU."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()
@@ -321,14 +487,14 @@ def init_adapters(
     generator = torch.Generator().manual_seed(seed)
     for _, layer in lora_layers(model, name):
         adapter = layer.adapters[name]
-        fill(adapter.lora_A, fresh_A(adapter.rank, layer.in_features, generator))
+        fill(adapter.lora_A, fresh_A(adapter.lora_A.shape, generator))
         fill(adapter.lora_B, torch.zeros(adapter.lora_B.shape))
 
 
 def activate(model: nn.Module, name: str | None) -> None:
     """Switches to the adapters of that name; layers without one run the base alone."""
     for module in model.modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALayer):
             module.active = name if name in module.adapters else None
 
 
@@ -338,7 +504,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
     If activations are recomputed in the backward, the backward must run within it, too.
     """
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     before = [layer.active for layer in layers]
     try:
         activate(model, name)

@@ -76,7 +76,7 @@ class Engine:
         self.stop = StopRequest()  # a signal ends a rollout that is under way
         on_cpu = not torch.cuda.is_available()
         self.copies_at_once = not on_cpu  # see load_weights
-        options = prepare_cpu(model, dtype, tensor_parallel_size, max_lora_rank > 0) if on_cpu else {}
+        options = prepare_cpu(model, dtype, tensor_parallel_size, max_lora_rank > 0, lora_targets) if on_cpu else {}
         self.llm = start_vllm(
             model,
             dtype=dtype,

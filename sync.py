@@ -397,7 +397,7 @@ class Probe:
         generator = torch.Generator().manual_seed(0)
         for (_, layer), rms in zip(self.layers, self.weight_sizes):
             adapter = layer.adapters[lora.POLICY]
-            A = lora.fresh_A(adapter.rank, layer.in_features, generator)  # its entries have variance 1 / (3 in)
+            A = lora.fresh_A(adapter.lora_A.shape, generator)  # its entries have variance 1 / (3 in)
             B = torch.randn(adapter.lora_B.shape, generator=generator)
             size = strength * rms * (3 * layer.in_features / adapter.rank) ** 0.5 / adapter.scale
             fsdp_utils.fill(adapter.lora_A, A)
@@ -433,7 +433,7 @@ def distance(found: Tensor, expected: Tensor) -> float:
     return mean.item()
 
 
-def weight_rms(layer: lora.LoRALinear) -> float:
+def weight_rms(layer: lora.LoRALayer) -> float:
     """Root mean square of W, over the shards of all ranks. Collective."""
     rows = fsdp_utils.local_rows(layer.weight)
     sums = torch.stack([rows.float().square().sum(), torch.tensor(float(rows.numel()), device=rows.device)])

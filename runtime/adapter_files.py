@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -67,8 +68,8 @@ class AdapterFile:
 
     @property
     def target_modules(self) -> list[str]:
-        """The last names of its modules."""
-        return sorted({path.rpartition(".")[2] for path in self.paths})
+        """See `lora.last_names`."""
+        return lora.last_names(self.paths)
 
     def matrices(self, path: str) -> tuple[Tensor, Tensor]:
         """A and B of a module, float32."""
@@ -151,15 +152,18 @@ def save_adapter(
     cannot be left behind.
     """
     layers, tensors = dict(lora.lora_layers(model)), {}
+    names = {path: lora.stored_names(path, layer) for path, layer in layers.items()}
     for path, layer in layers.items():
         for matrix, parameter in layer.adapters[lora.POLICY].named_parameters():
             whole = gather(parameter).detach()
             if write:
-                tensors[peft_key(path, matrix)] = whole.cpu().contiguous()
+                parts = whole.cpu().view(len(names[path]), *whole.shape[-2:])
+                tensors |= {peft_key(name, matrix): part.clone() for name, part in zip(names[path], parts)}
     if not write:
         return
     endings = {path.rpartition(".")[2] for path in layers}
-    so_named = {path for path in lora.base_linears(model) if path.rpartition(".")[2] in endings}
+    linears = [*lora.base_linears(model), *lora.expert_linears(model)]
+    so_named = {path for path in linears if path.rpartition(".")[2] in endings}
     first = next(iter(layers.values())).adapters[lora.POLICY]  # all have the same rank and scale
     config = {
         "peft_type": "LORA",
@@ -168,7 +172,7 @@ def save_adapter(
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(endings if so_named == set(layers) else layers),
+        "target_modules": sorted(endings if so_named == set(layers) else chain.from_iterable(names.values())),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -199,27 +203,31 @@ def load_adapter(
     generator = torch.Generator().manual_seed(seed)
     layers = dict(lora.lora_layers(model, name))
     lost = total = 0.0
+    names = {path: lora.stored_names(path, layer) for path, layer in layers.items()}
+    expected = set(chain.from_iterable(names.values()))
     with open_adapter(folder) as file:
-        differences = {"lacks": layers.keys() - file.paths, "also has": set(file.paths) - layers.keys()}
+        differences = {"lacks": expected.difference(file.paths), "also has": set(file.paths) - expected}
         told = [f"{kind} {min(paths)!r} ({len(paths)} such modules)" for kind, paths in differences.items() if paths]
         if told:
             raise ValueError(f"it {' and '.join(told)}; its targets are {', '.join(file.target_modules)}")
         for path, layer in layers.items():
-            A, B = file.matrices(path)
-            if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
-                raise ValueError(
-                    f"{path} maps {A.shape[1]} to {len(B)} features there, {layer.in_features} to "
-                    f"{layer.out_features} in the model: another base model?"
-                )
-            adapter = layer.adapters[name]
-            if adapter.rank < file.rank:
-                A, B, values = shrink(A, B, adapter.rank)
-                lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
-            # Larger than the file's rank, or than the layer's width, which is all that `shrink` gives.
-            if adapter.rank > len(A):
-                A, B = grow(A, B, lora.fresh_A(adapter.rank - len(A), layer.in_features, generator))
-            fill(adapter.lora_A, A)
-            fill(adapter.lora_B, B * (file.scale / adapter.scale))
+            adapter, fitted = layer.adapters[name], []
+            for linear in names[path]:
+                A, B = file.matrices(linear)
+                if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
+                    raise ValueError(
+                        f"{linear} maps {A.shape[1]} to {len(B)} features there, {layer.in_features} to "
+                        f"{layer.out_features} in the model: another base model?"
+                    )
+                if adapter.rank < file.rank:
+                    A, B, values = shrink(A, B, adapter.rank)
+                    lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
+                # Larger than the file's rank, or than the layer's width, which is all that `shrink` gives.
+                if adapter.rank > len(A):
+                    A, B = grow(A, B, lora.fresh_A((adapter.rank - len(A), layer.in_features), generator))
+                fitted.append((A, B * (file.scale / adapter.scale)))
+            for parameter, matrices in zip((adapter.lora_A, adapter.lora_B), zip(*fitted)):
+                fill(parameter, torch.stack(matrices).view(parameter.shape))
     return math.sqrt(lost / total) if lost else 0.0
 
 

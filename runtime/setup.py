@@ -117,7 +117,7 @@ def print_header(run: Run) -> None:
     log.print(f"model  {config.model}, {base:,.1f}M parameters; {learned:,.2f}M ({learned / base:.1%}) are trained")
     if lora.mixtures(run.policy.model):
         active = active_parameters(run.policy.model) / 1e6
-        log.print(f"       {active:,.1f}M are active for a token; experts are frozen")
+        log.print(f"       {active:,.1f}M are active for a token")
     task = " ".join(filter(None, (config.task, config.data, *config.reward)))
     log.print(f"task   {task}, {len(run.train_prompts):,} problems to train on, {len(run.test_prompts):,} held out")
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "CPU"

@@ -18,11 +18,14 @@ KV_CACHE = 1 << 30  # bytes
 BLOCK = 32  # tokens; only whole blocks of a prompt are shared by its samples, and vLLM's 128 are longer than many
 
 
-def prepare_cpu(model: str, dtype: str, ranks: int, adapters: bool) -> dict[str, Any]:
+def prepare_cpu(model: str, dtype: str, ranks: int, adapters: bool, targets: list[str] | None) -> dict[str, Any]:
     """Prepares this process for an engine of a model's folder on so many CPU ranks; the options that vLLM then needs.
 
-    Raises ValueError for a dtype in which vLLM does not run the model there.
+    adapters, targets: whether it takes adapters, and of which modules. Raises ValueError for a dtype in which vLLM does
+    not run the model there, and for adapters that it does not run there.
     """
+    if adapters and "experts" in (targets or ()):
+        raise ValueError("vLLM on a CPU does not run adapters of experts, only merged ones; set sync merged")
     keep_freed_memory()
     if ranks > 1:
         remove_stale_shared_memory()
@@ -59,7 +62,7 @@ def use_lora_on_cpu() -> None:
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
     PunicaWrapperCPU.add_lora_linear = add_lora_linear
-    # With LoRA, vLLM takes Triton's kernels for experts, which a CPU lacks. No adapter here is of experts.
+    # With LoRA, vLLM takes Triton's kernels for experts, which a CPU lacks. They have no adapters there.
     FusedMoEConfig.is_lora_enabled = property(lambda _: False, lambda *_: None)
 
 

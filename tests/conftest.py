@@ -210,7 +210,9 @@ def complaints(runs: list[list[str]]) -> list[str]:
     return said
 
 
-def sharded_policy(folder, world, dtype=torch.bfloat16, rank=4, nf4=False, checkpointing=False, load=True, **options):
+def sharded_policy(
+    folder, world, dtype=torch.bfloat16, rank=4, nf4=False, checkpointing=False, load=True, targets=None, **options
+):
     """The policy of a model's folder with adapters of scale 2, which have no values yet. options: of `shard`."""
     import fsdp_utils
     import lora
@@ -220,7 +222,7 @@ def sharded_policy(folder, world, dtype=torch.bfloat16, rank=4, nf4=False, check
     model = meta_model(str(folder), dtype)
     if nf4:
         lora.quantize_base(model)
-    lora.inject(model, ["all-linear"], rank, 2.0 * rank)
+    lora.inject(model, targets or ["all-linear"], rank, 2.0 * rank)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     policy = Policy(model).train()

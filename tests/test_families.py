@@ -159,9 +159,14 @@ def test_logprobs_and_gradients_are_those_of_transformers_and_peft(family, model
 
 
 def test_experts_are_frozen(model_folder):
-    """All-linear is attention; a shared expert has adapters where it is named; all weights are not trained."""
+    """All-linear is attention; experts, a shared one among them, have adapters where they are named (test_experts.py);
+    all weights are not trained.
+    """
     folder = model_folder("qwen2_moe", **SHAPE, **FAMILIES["qwen2_moe"][1])
-    for targets, names in ((["all-linear"], ["k_proj", "o_proj", "q_proj", "v_proj"]), (["down_proj"], ["down_proj"])):
+    for targets, names in (
+        (["all-linear"], ["k_proj", "o_proj", "q_proj", "v_proj"]),
+        (["down_proj"], ["down_proj", "experts"]),
+    ):
         model = models.meta_model(str(folder), torch.bfloat16)
         lora.inject(model, targets, RANK, ALPHA)
         assert lora.target_names(model) == names
