@@ -450,11 +450,11 @@ def write_rows(
     """Writes this rank's rows of W or W + s·B A into `target`, in parts; `stats` measures what rounding loses."""
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B).to(target.device)
-        left, right = lora.factors(A, B, adapter.scale, weight.dtype)
+        left, right = lora.factors(A, B, weight.dtype)
     for rows in nf4.slices(target, lora.MERGED_AT_ONCE):
         W = local_rows(weight, rows, target.device)
         if adapter:
-            lora.add_product(W, left[rows], right, out=target[rows])
+            lora.add_product(W, left[rows], right, adapter.scale, out=target[rows])
         else:
             target[rows] = W
     if adapter and stats and len(target):

@@ -215,7 +215,7 @@ def run_lorl(model: Path, steps: int, folder: Path, scale: Scale) -> dict:
         lora_alpha=ALPHA,
         learning_rate=LEARNING_RATE,
         tokens_per_microbatch=scale.rows * scale.longest,
-        gradient_checkpointing=scale.checkpointing,
+        gradient_checkpointing="full" if scale.checkpointing else "none",
     )
     train(setup(resolve_config(config, ALGORITHMS[config.algorithm])))
     rows = [json.loads(line) for line in (folder / "lorl" / "metrics.jsonl").read_text().splitlines()][1:]

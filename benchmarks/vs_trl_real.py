@@ -86,7 +86,7 @@ def trl_config(config: Config, rows: int):
         num_generations=config.group_size,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing != "none",
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
         weight_decay=0.0,

@@ -124,13 +124,13 @@ CONFIG = "from configs.base import Config\n"
         (CONFIG.encode() + b"config = Config(3, 4)", ["output_dir must be str, not 3"]),
         (CONFIG.encode() + b"config = Config(steps=None)", ["steps must be int, not None"]),
         (CONFIG.encode() + b"config = Config(steps=True)", ["steps must be int, not True"]),
+        (
+            CONFIG.encode() + b"config = Config(gradient_checkpointing=True)",
+            ["must be one of full, selective, none, not True"],
+        ),
         (CONFIG.encode() + b"config = Config(steps=3.0)", ["steps must be int, not 3.0"]),
         (CONFIG.encode() + b"config = Config(learning_rate='1')", ["learning_rate must be float, not '1'"]),
         (CONFIG.encode() + b"config = Config(learning_rate=10**400)", ["learning_rate must be a number of at most"]),
-        (
-            CONFIG.encode() + b"config = Config(gradient_checkpointing=1)",
-            ["gradient_checkpointing must be bool, not 1"],
-        ),
         (CONFIG.encode() + b"config = Config(target_modules='q_proj')", ["target_modules must be", "'q_proj'"]),
         (CONFIG.encode() + b"config = Config(target_modules=[])", ["target_modules must be a list", "[]"]),
         (CONFIG.encode() + b"config = Config(target_modules=[1])", ["target_modules must be a list", "[1]"]),
