@@ -292,6 +292,7 @@ def test_mlps_of_other_kinds_are_told_apart():
 def test_an_mlp_in_one_kernel_is_as_exact_as_in_two(dtype, monkeypatch):
     """The function that GPUs compile, compiled for a CPU and checkpointed, beside float64."""
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # rollout.py sets it on a CPU
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))  # conftest.py hides it from vLLM
     torch.manual_seed(0)
     exact = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=96)).double()
     mlp, errors = copy.deepcopy(exact).to(dtype), {}
