@@ -4,13 +4,13 @@ import copy
 import importlib
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EPSILON, on_ranks
-from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 from transformers.models.arcee.modeling_arcee import ArceeMLP
@@ -291,8 +291,10 @@ def test_mlps_of_other_kinds_are_told_apart():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_an_mlp_in_one_kernel_is_as_exact_as_in_two(dtype, monkeypatch):
     """The function that GPUs compile, compiled for a CPU and checkpointed, beside float64."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
     monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # rollout.py sets it on a CPU
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "g++"))  # conftest.py hides it from vLLM
     torch.manual_seed(0)
     exact = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=96)).double()
     mlp, errors = copy.deepcopy(exact).to(dtype), {}
@@ -302,10 +304,11 @@ def test_an_mlp_in_one_kernel_is_as_exact_as_in_two(dtype, monkeypatch):
         for rows in (37, 64):
             x, dy = torch.randn(2, 1, rows, 32, dtype=dtype, generator=torch.Generator().manual_seed(rows))
             found = []
-            for each in (exact, mlp):
-                states, run = x.to(each.down_proj.weight).requires_grad_(), each.forward
-                y = policy.gated_mlp(each, states, selective=True) if each is mlp else run(states)
-                found.append((y, *torch.autograd.grad(y, (states, *each.parameters()), dy.to(y))))
+            for each, run in ((exact, exact.forward), (mlp, partial(policy.gated_mlp, mlp, selective=True))):
+                states = x.to(each.down_proj.weight.dtype).requires_grad_()
+                with config.patch({"cpp.cxx": (None, "g++")}):  # conftest.py hides it from vLLM
+                    y = run(states)
+                    found.append((y, *torch.autograd.grad(y, (states, *each.parameters()), dy.to(y))))
             errors[way, rows] = [((a - b).norm() / a.norm()).item() for a, b in zip(*found)]
     assert counters["stats"]["unique_graphs"] > 0
     for rows in (37, 64):
