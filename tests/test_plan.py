@@ -147,8 +147,9 @@ def test_sequences_can_be_as_many_times_longer_as_ranks_share_them(model_folder)
     kept = []
     for sharing in (1, 4):
         sizes = dict(max_completion_length=sharing * 2048 - 64, tokens_per_microbatch=1, sequence_parallel_size=sharing)
-        moments = plan.plan_trainer(settings("plain", **sizes), shape, gpus=4).policy.update.values()
-        kept.append(max(ledger["activations"] for ledger in moments))
+        # On a GPU it is a tenth more: attention's output is kept as it is made, and as it is exchanged.
+        planned = plan.plan_trainer(settings("plain", **sizes), shape, gpus=4, on_gpu=False)
+        kept.append(max(ledger["activations"] for ledger in planned.policy.update.values()))
     assert kept[1] == pytest.approx(kept[0], rel=0.03)
 
 
