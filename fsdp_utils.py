@@ -473,11 +473,11 @@ def write_rows(
     adapter = layers[0].adapters[lora.POLICY] if layers else None
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B).to(target.device)
-        left, right = lora.factors(A, B, adapter.scale, weight.dtype)
+        left, right = lora.factors(A, B, weight.dtype)
     for rows in nf4.slices(target, lora.MERGED_AT_ONCE):
         W = local_rows(weight, rows, target.device)
         if adapter:
-            lora.add_product(W, left[rows], right, out=target[rows])
+            lora.add_product(W, left[rows], right, adapter.scale, out=target[rows])
         else:
             target[rows] = W
     if adapter and stats and len(target):
@@ -498,6 +498,6 @@ def write_experts(weight: Tensor, layers: list[lora.LoRAExperts], target: Tensor
         for expert, (A, B) in enumerate(zip(local(adapter.lora_A), local(adapter.lora_B))):
             A, B, merged = A.to(target.device), B.to(target.device), target[expert, layer.rows]
             W = merged.clone()
-            lora.add_product(W, *lora.factors(A, B, adapter.scale, weight.dtype), out=merged)
+            lora.add_product(W, *lora.factors(A, B, weight.dtype), adapter.scale, out=merged)
             if stats and expert == 0:
                 stats.compare(merged - W, B @ A, share=1 / len(target))

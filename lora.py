@@ -103,31 +103,38 @@ def low_rank_linear(
     x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, merged: bool
 ) -> Tensor:
     """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out); see `LowRankLinear`."""
-    same, saved = Inputs.apply(x, A, B)
-    return LowRankLinear.apply(same if x.requires_grad else x, weight, bias, A, B, scale, merged, saved)
+    same, low, saved = Inputs.apply(x, A, B, scale, merged)
+    return LowRankLinear.apply(same if x.requires_grad else x, low, weight, bias, A, B, scale, merged, saved)
 
 
 class Inputs(torch.autograd.Function):
-    """Saves x, A and B before `LowRankLinear` multiplies them; x is returned as it is.
+    """Saves x, A, B and low = s x Aᵀ (T, r) before `LowRankLinear` multiplies them by W; x is returned as it is.
 
     What a function saves is saved after its forward, and recomputing a block ends as soon as its last saved tensor is
-    there. The last one is the input of `down_proj`: saved here, it spares the block's largest product.
+    there. The last ones are of `down_proj`: saved here, they spare the block's largest product. `merged` needs `low`
+    in the backward alone, and forms it there.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, "Inputs"]:
-        ctx.save_for_backward(x, A, B)
-        return x.view_as(x), ctx
+    def forward(
+        ctx, x: Tensor, A: Tensor, B: Tensor, scale: float, merged: bool
+    ) -> tuple[Tensor, Tensor | None, "Inputs"]:
+        low = None if merged else scaled_product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, scale)
+        ctx.save_for_backward(x, A, B, low)
+        ctx.set_materialize_grads(False)  # of `low`
+        if low is not None:
+            ctx.mark_non_differentiable(low)
+        return x.view_as(x), low, ctx
 
     @staticmethod
-    def backward(ctx, dx: Tensor, _):
-        return dx, None, None
+    def backward(ctx, dx: Tensor, *_):
+        return dx, None, None, None, None
 
 
 class LowRankLinear(torch.autograd.Function):
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ, with x, A and B kept by `Inputs` alone; W's gradient is never formed, nor is BA.
+    """y = x Wᵀ + b + low Bᵀ, with low, x, A and B kept by `Inputs` alone; W's gradient is never formed, nor is BA.
 
-    With g = dy B:   dA = s gᵀ x    dB = s dyᵀ (x Aᵀ)    dx = dy W + s g A
+    With low = s x Aᵀ and g = s dy B:   dA = gᵀ x    dB = dyᵀ low    dx = dy W + g A
 
     `merged`: forward and dx instead use M = W + s·B A rounded to W's dtype, the very weight that the sampler runs;
     dA and dB stay the same, straight through the rounding. M is formed anew in the backward, not kept.
@@ -137,6 +144,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx,
         x: Tensor,
+        low: Tensor | None,
         weight: Tensor | NF4Weight,
         bias: Tensor | None,
         A: Tensor,
@@ -151,29 +159,34 @@ class LowRankLinear(torch.autograd.Function):
         ctx.scale, ctx.merged = scale, merged
         if merged:
             return F.linear(x, merge(dense(weight), A, B, scale), bias)
-        low = x.reshape(-1, x.shape[-1]) @ A.to(x.dtype).T  # (T, r)
-        y = F.linear(low, (B * scale).to(x.dtype), bias)
+        y = F.linear(low, B.to(x.dtype), bias)
         y.addmm_(x.reshape(-1, x.shape[-1]), dense(weight).T)  # the large product adds to y: y is not read once more
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         """dy (..., out) -> gradients of x, A and B; those of A and B in float32."""
-        x, A, B = ctx.saved.saved_tensors
+        x, A, B, low = ctx.saved.saved_tensors
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)
-        g, low = dy_rows @ b, rows @ a.T  # (T, r)
-        # The large matrix is the right factor of both, the small one a copy: half the time of dyᵀ (x Aᵀ) on a CPU.
-        dA = (g.T.contiguous() @ rows).to(A.dtype).mul_(ctx.scale)
-        dB = (low.T.contiguous() @ dy_rows).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(ctx.scale)
+        low = scaled_product(rows, a.T, ctx.scale) if low is None else low
+        g = scaled_product(dy_rows, b, ctx.scale)  # (T, r)
+        # The large matrix is the right factor of both, the small one a copy: half the time of dyᵀ low on a CPU.
+        dA = (g.T.contiguous() @ rows).to(A.dtype)
+        dB = (low.T.contiguous() @ dy_rows).T.to(B.dtype, memory_format=torch.contiguous_format)
         dx = None
         if ctx.needs_input_grad[0]:
             if ctx.merged:
                 dx = dy_rows @ merge(dense(ctx.weight), A, B, ctx.scale)
             else:
-                dx = (g @ (A * ctx.scale).to(x.dtype)).addmm_(dy_rows, dense(ctx.weight))
+                dx = (g @ a).addmm_(dy_rows, dense(ctx.weight))
             dx = dx.view(x.shape)
-        return dx, None, None, dA, dB, None, None, None
+        return dx, None, None, None, dA, dB, None, None, None
+
+
+def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """s · left right, scaled before it is rounded: no operation more than the product."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
 
 def dense(weight: Tensor | NF4Weight) -> Tensor:
@@ -185,20 +198,19 @@ def merge(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """W + s·B A (out, in), in W's dtype; of all experts (E, out, in)."""
     if weight.ndim == 3:
         return torch.stack([merge(*expert, scale) for expert in zip(weight, A, B)])
-    left, right = factors(A, B, scale, weight.dtype)
+    left, right = factors(A, B, weight.dtype)
     merged = torch.empty_like(weight)
     for rows in slices(weight, MERGED_AT_ONCE):
-        add_product(weight[rows], left[rows], right, out=merged[rows])
+        add_product(weight[rows], left[rows], right, scale, out=merged[rows])
     return merged
 
 
-def factors(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(out, k) and (k, in), whose product is s·B A: what `add_product` adds to a W of that dtype.
+def factors(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(out, k) and (k, in), whose product is B A: what `add_product` adds to a W of that dtype.
 
     For bfloat16, k = 3 r: both are split into two bfloat16 numbers, high + low, which keep 16 bits of each, and
-    [B_high B_high B_low] [A_high; A_low; A_high] lacks no more than 2⁻¹⁶ s |B| |A|. Else k = r, in at least float32.
+    [B_high B_high B_low] [A_high; A_low; A_high] lacks no more than 2⁻¹⁶ |B| |A|. Else k = r, in at least float32.
     """
-    B = B * scale
     if dtype != torch.bfloat16:
         wide = torch.promote_types(dtype, A.dtype)
         return B.to(wide), A.to(wide)
@@ -210,15 +222,15 @@ def factors(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> tuple[Ten
     return left.flatten(1), right.flatten(0, 1)
 
 
-def add_product(weight: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Writes W + left · right into `out`, summed in at least float32 and rounded once.
+def add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
+    """Writes W + s · left · right into `out`, summed in at least float32 and rounded once.
 
     Rows are independent: a shard of W's rows and the same shard of B's give that shard of the sum.
     """
     if weight.dtype == left.dtype == out.dtype:
-        torch.addmm(weight, left, right, out=out)  # one product adds W, too, before it rounds
+        torch.addmm(weight, left, right, alpha=scale, out=out)  # one product adds W, too, before it rounds
     else:
-        out.copy_(weight.to(left.dtype).addmm_(left, right))
+        out.copy_(weight.to(left.dtype).addmm_(left, right, alpha=scale))
 
 
 # ---- Experts --------------------------------------------------------------------------------------------------

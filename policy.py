@@ -8,7 +8,9 @@ s are this rank's of them, which are all unless the row is spread over several r
 """
 
 import inspect
+from collections.abc import Callable
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -55,6 +57,67 @@ def use_rms_norm(model: nn.Module) -> None:
     for module in model.modules():
         if is_rms_norm(type(module)):
             module.forward = partial(rms_norm, module)
+
+
+# ---- Recomputation, and the MLP -------------------------------------------------------------------------------
+
+
+def recompute(model: PreTrainedModel, what: str) -> None:
+    """Chooses what the backward computes again, so that it need not be kept: "full", all of a block but its input;
+    "selective", what lies between the products of an MLP, half of what a block keeps and cheap; "none", nothing.
+
+    Raises ValueError if there is nothing to select.
+    """
+    mlps = [module for module in model.modules() if is_gated_mlp(type(module))]
+    for mlp in mlps:
+        mlp.forward = partial(gated_mlp, mlp, selective=what == "selective")
+    if what == "full":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if what == "selective" and not mlps:
+        raise ValueError("gradient_checkpointing selective: this model has no gated MLP; set it to full")
+
+
+def gated_mlp(mlp: nn.Module, x: Tensor, selective: bool = False) -> Tensor:
+    """(act(x Gᵀ) · x Uᵀ) Dᵀ (arXiv 2002.05202) of x (..., D), as transformers computes it.
+
+    `selective` keeps x Gᵀ and x Uᵀ alone. The backward forms act(x Gᵀ) · x Uᵀ again, and there recomputing ends: that
+    is what the last linear saves (`Inputs` in lora.py).
+    """
+
+    def down(gate: Tensor, up: Tensor) -> Tensor:
+        activate = one_kernel() if gate.is_cuda else activated
+        return mlp.down_proj(activate(mlp.act_fn, gate, up))
+
+    if not selective:
+        return down(mlp.gate_proj(x), mlp.up_proj(x))
+    return checkpoint(down, mlp.gate_proj(x), mlp.up_proj(x), use_reentrant=False, preserve_rng_state=False)
+
+
+def activated(act: nn.Module, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) · up"""
+    return act(gate) * up
+
+
+@cache
+def one_kernel() -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """`activated` as one kernel, and its backward as another, which PyTorch's compiler writes at the first call."""
+    return torch.compile(activated, dynamic=True)
+
+
+@cache
+def is_gated_mlp(kind: type[nn.Module]) -> bool:
+    """Whether modules of this class compute `gated_mlp`, bit for bit."""
+    if not kind.__name__.endswith("MLP"):
+        return False
+    x, *weights = torch.randn(4, 8, 8, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    linears = {
+        f"{name}_proj": partial(F.linear, weight=weight) for name, weight in zip(("gate", "up", "down"), weights)
+    }
+    mlp = SimpleNamespace(**linears, act_fn=F.silu)
+    try:
+        return torch.equal(kind.forward(mlp, x), gated_mlp(mlp, x))
+    except AttributeError:  # it has other parts
+        return False
 
 
 # ---- The logprob head -----------------------------------------------------------------------------------------

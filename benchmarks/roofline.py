@@ -22,15 +22,14 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils.checkpoint import checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 with patch("torch.cuda.is_available", return_value=True):  # they choose sizes when they are imported: a GPU's
     import fsdp_utils
     import lora
-    from policy import FrozenHead, Head, Policy, use_rms_norm
+    from policy import FrozenHead, Head, Policy, recompute, use_rms_norm
 
 from benchmarks.counting import CARDS, Card, Counter  # noqa: E402
 from configs.base import Config  # noqa: E402
@@ -55,20 +54,6 @@ def full_batch(config: Config) -> MicroBatch:
     one_update = replace(config, updates_per_rollout=1)
     ((batch,),) = make_updates(completions, torch.ones(count, dtype=torch.float64), weight, one_update, world)
     return batch
-
-
-class RMSNormOnGPU(torch.autograd.Function):
-    """Moves what a GPU's kernels for `F.rms_norm` without a weight move; a CPU makes it of many small operations."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return dy + x
 
 
 def counted(card: Card, work: Callable[[], object]) -> Counter:
@@ -96,6 +81,7 @@ def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card
     use_rms_norm(model)
     models.add_adapters(model, config)
     policy, packed, found = Policy(model), batch.packed, {}
+    recompute(model, config.gradient_checkpointing)
     block, head = model.base_model.layers[0], Head.of(model)
     x = torch.empty(1, sum(packed.lengths), shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     rotary = model.base_model.rotary_emb(x, packed.position_ids[None])
@@ -106,9 +92,7 @@ def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card
         for tensor in (x, *policy.parameters()):
             tensor.grad = None
 
-    def run_block(x: Tensor) -> Tensor:
-        run = partial(block, position_embeddings=rotary, packed=packed)
-        return checkpoint(run, x, use_reentrant=False) if config.gradient_checkpointing else run(x)
+    run_block = partial(block, position_embeddings=rotary, packed=packed)
 
     def score(states: Tensor) -> Tensor:
         return FrozenHead.apply(states, head, packed.targets, config.temperature, False)[0]
@@ -125,17 +109,18 @@ def parts(config: Config, shape: PretrainedConfig, batch: MicroBatch, card: Card
     return found
 
 
-def whole(config: Config, policy: Policy, batch: MicroBatch, card: Card) -> dict[str, Counter]:
-    """The update of the sharded policy, and its syncs, as a run on one GPU has them."""
-    policy.model.to_empty(device=HERE)
-    fsdp_utils.compute_buffers(policy.model, HERE)
+def whole(config: Config, policy: Policy, plain: Policy, batch: MicroBatch, card: Card) -> dict[str, Counter]:
+    """The update of the sharded policy, and its syncs, as a run on one GPU has them; `plain` recomputes nothing."""
+    for each in (policy, plain):
+        each.model.to_empty(device=HERE)
+        fsdp_utils.compute_buffers(each.model, HERE)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(config, policy, config.learning_rate)
     optimizer.param_groups[0]["foreach"] = True  # the default on a GPU
     allocate_state(optimizer, trained)
     loss_of, found = ALGORITHMS[config.algorithm].loss, {}
 
-    def micro_batch() -> None:
+    def micro_batch(policy: Policy = policy) -> None:
         out = policy(batch.packed, config.temperature, entropy_gradient=config.entropy_coef > 0)
         policy_loss(out.logprobs, out.entropy, batch, loss_of, config)[0].backward()
 
@@ -153,9 +138,8 @@ def whole(config: Config, policy: Policy, batch: MicroBatch, card: Card) -> dict
     policy.model.enable_input_require_grads()  # or a model without adapters would have no backward
     with lora.disabled(policy):
         found["micro-batch without LoRA"] = counted(card, micro_batch)
-    policy.model.disable_input_require_grads()
-    policy.model.gradient_checkpointing_disable()
-    found["micro-batch, nothing recomputed"] = counted(card, micro_batch)
+    micro_batch(plain)
+    found["micro-batch, nothing recomputed"] = counted(card, lambda: micro_batch(plain))
     fsdp_utils.reshard(policy)
     found["weights, copied"] = counted(card, lambda: [copy(layer.weight) for _, layer in lora.lora_layers(policy)])
     found["weights, merged"] = counted(card, lambda: sync(lambda tensor: None))
@@ -165,15 +149,13 @@ def whole(config: Config, policy: Policy, batch: MicroBatch, card: Card) -> dict
 
 def predict(config: Config, shape: PretrainedConfig, card: Card) -> dict[str, Counter]:
     """The cost of every phase, by name."""
-    is_cuda = patch.object(FakeTensor, "is_cuda", True)  # attention asks its tensors
-    one_kernel = patch("torch.nn.functional.rms_norm", lambda x, *_, **__: RMSNormOnGPU.apply(x))
     with plan.fake_ranks(1):
-        policy, batch = plan.make(models.meta_policy, config, shape), full_batch(config)
-        use_rms_norm(policy.model)  # compares numbers, which the tensors below lack
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, is_cuda, one_kernel:
+        plain = replace(config, gradient_checkpointing="none")
+        policies, batch = [plan.make(models.meta_policy, each, shape) for each in (config, plain)], full_batch(config)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, plan.kernels_of_a_gpu():
             starts = fake.from_tensor(batch.packed.starts)  # then each sequence counts with the longest one's length
             batch = replace(batch, packed=replace(batch.packed, starts=starts))
-            return parts(config, shape, batch, card) | whole(config, policy, batch, card)
+            return parts(config, shape, batch, card) | whole(config, *policies, batch, card)
 
 
 def one_kernel_each(config: Config, shape: PretrainedConfig, tokens: int, found: dict[str, Counter]) -> float:
@@ -181,11 +163,12 @@ def one_kernel_each(config: Config, shape: PretrainedConfig, tokens: int, found:
 
     Tensors read and written in a forward + backward: norm 2 + 3, rotary 2 + 2, SwiGLU 3 + 5, sum of residuals 3 + 2.
     """
-    card, forwards = found["block"].card, 2 if config.gradient_checkpointing else 1
+    card, recomputed = found["block"].card, {"full": 3, "selective": 1, "none": 0}[config.gradient_checkpointing]
     heads = shape.num_attention_heads + shape.num_key_value_heads
     head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-    sizes = {shape.hidden_size: (2 * (2 + 3), 2 * (3 + 2)), heads * head: (2, 2), shape.intermediate_size: (3, 5)}
-    moved = 2 * tokens * sum(size * (forwards * there + back) for size, (there, back) in sizes.items())
+    sizes = [(shape.intermediate_size, 3, 5), (shape.hidden_size, 2 * (2 + 3), 2 * (3 + 2)), (heads * head, 2, 2)]
+    moved = sum(size * (there + back) for size, there, back in sizes)
+    moved = 2 * tokens * (moved + sum(size * there for size, there, _ in sizes[:recomputed]))
     block = found["block without LoRA"]
     eager = sum(seconds for name, seconds in block.operators.items() if not PRODUCTS.search(name))
     return found["micro-batch"].seconds - shape.num_hidden_layers * (eager - moved / card.bandwidth)

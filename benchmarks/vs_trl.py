@@ -210,7 +210,7 @@ def make_config(model: Path, steps: int, folder: Path, scale: Scale):
         lora_alpha=ALPHA,
         learning_rate=LEARNING_RATE,
         tokens_per_microbatch=scale.rows * scale.longest,
-        gradient_checkpointing=scale.checkpointing,
+        gradient_checkpointing="full" if scale.checkpointing else "none",
     )
     return resolve_config(config, ALGORITHMS[config.algorithm])
 
@@ -304,7 +304,7 @@ def trl_config(config, rows: int, **options):
         num_generations=config.group_size,
         max_completion_length=config.max_completion_length,
         temperature=config.temperature,
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.gradient_checkpointing != "none",
         learning_rate=config.learning_rate,
         lr_scheduler_type=config.lr_schedule,
         weight_decay=0.0,

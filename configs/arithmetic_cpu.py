@@ -17,5 +17,5 @@ config = Config(
     lora_alpha=32.0,
     sync="merged",  # at this rate merging keeps over 0.9 of every update, and vLLM generates faster
     eval_samples=4,
-    gradient_checkpointing=False,  # nothing here is large
+    gradient_checkpointing="none",  # nothing here is large
 )

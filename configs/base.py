@@ -114,7 +114,9 @@ class Config:
         0, "First steps, over which the learning rate rises from 0; PPO trains only its critic in them.", least=0
     )
     tokens_per_microbatch: int = option(16384, "Most tokens of a rank's forward; one sequence may be longer.", least=1)
-    gradient_checkpointing: bool = option(True, "Recomputes activations in the backward, to save memory.")
+    gradient_checkpointing: Literal["full", "selective", "none"] = option(
+        "full", "What the backward recomputes, to save memory: all activations; selective: some, and no matrix product."
+    )
     fsdp_size: int = option(0, "Ranks that share one copy of the weights; 0 means all ranks.", least=0)
     sequence_parallel_size: int = option(
         1, "Ranks that share the tokens of each micro-batch (Ulysses): for long sequences.", least=1

@@ -12,5 +12,5 @@ config = Config(
     max_prompt_length=768,  # bytes here: the tiny model's tokens are bytes, and most questions fit
     max_completion_length=64,
     eval_problems=16,
-    gradient_checkpointing=False,
+    gradient_checkpointing="none",
 )

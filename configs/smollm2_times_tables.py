@@ -16,6 +16,6 @@ config = Config(
     lora_alpha=32.0,
     eval_samples=4,
     tokens_per_microbatch=2048,  # activations of so many tokens are kept, see the next line
-    gradient_checkpointing=False,
+    gradient_checkpointing="none",
     save_every=10,
 )

@@ -40,5 +40,5 @@ config = Config(
     lora_rank=16,
     sync="merged",
     eval_samples=4,
-    gradient_checkpointing=False,
+    gradient_checkpointing="none",
 )

@@ -21,7 +21,7 @@ from transformers import (
 import fsdp_utils
 import lora
 from configs.base import Config
-from policy import Critic, Policy, use_rms_norm
+from policy import Critic, Policy, recompute, use_rms_norm
 from runtime import adapter_files
 from runtime.files import check_tied_head, find_model, one_line_errors
 from runtime.packing import CONVOLUTIONS, RECURRENT
@@ -212,8 +212,7 @@ def shard(
     check_spread(model, config.sequence_parallel_size)
     if not config.lora_rank and lora.mixtures(model):
         raise ValueError("a model with experts learns by adapters alone; set lora_rank above 0")
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model, config.gradient_checkpointing)
     fsdp_utils.shard(
         module,
         model.get_decoder().layers,

@@ -17,12 +17,13 @@ from tools import plan
 from train_grpo import log_z_head
 
 WAYS = {  # layers, and settings
-    "plain": (3, dict(gradient_checkpointing=False)),
-    "recomputed": (6, dict(gradient_checkpointing=True)),  # of the plan, three and four layers are run
-    "three layers recomputed": (3, dict(gradient_checkpointing=True)),
-    "four bits": (3, dict(gradient_checkpointing=True, dtype="nf4", lora_rank=2)),
-    "merged": (3, dict(gradient_checkpointing=False, sync="straight_through", sleep_level=2)),
-    "everything trained": (3, dict(gradient_checkpointing=True, lora_rank=0)),
+    "plain": (3, dict(gradient_checkpointing="none")),
+    "selective": (3, dict(gradient_checkpointing="selective")),
+    "recomputed": (6, dict(gradient_checkpointing="full")),  # of the plan, three and four layers are run
+    "three layers recomputed": (3, dict(gradient_checkpointing="full")),
+    "four bits": (3, dict(gradient_checkpointing="full", dtype="nf4", lora_rank=2)),
+    "merged": (3, dict(gradient_checkpointing="none", sync="straight_through", sleep_level=2)),
+    "everything trained": (3, dict(gradient_checkpointing="full", lora_rank=0)),
     "log Z": (3, dict(algorithm="flowrl")),
     "critic": (6, dict(algorithm="ppo", lora_rank=0, tokens_per_microbatch=4096)),
     "critic with adapters": (3, dict(algorithm="ppo", lora_rank=4, dtype="nf4")),
@@ -103,7 +104,7 @@ def peak(moments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, ways", [(1, ["plain", "recomputed", "merged", "critic"]), (2, ["recomputed", *list(WAYS)[2:]])]
+    "ranks, ways", [(1, ["plain", "selective", "recomputed", "merged", "critic"]), (2, ["recomputed", *list(WAYS)[2:]])]
 )
 def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
     sizes = dict(hidden_size=128, intermediate_size=352, vocab_size=4000)
@@ -111,7 +112,7 @@ def test_bytes_are_those_of_a_real_run(ranks, ways, model_folder, tmp_path):
     results = on_ranks(ranks, really, folders, folder=tmp_path)
     for way, folder in folders.items():
         shape, prompt_head = AutoConfig.from_pretrained(folder), log_z_head if way == "log Z" else None
-        planned = plan.plan_trainer(settings(way), shape, ranks, prompt_head)
+        planned = plan.plan_trainer(settings(way), shape, ranks, prompt_head, on_gpu=False)
         ours, *_ = found = [result[way] for result in results]  # the plan is of the first rank; others may lack a row
         assert (planned.streamed, planned.streamed_peak) == (ours["streamed"], ours["streamed_peak"]), way
         learners = {"policy": planned.policy} | ({"critic": planned.critic} if planned.critic else {})
@@ -146,8 +147,9 @@ def test_sequences_can_be_as_many_times_longer_as_ranks_share_them(model_folder)
     kept = []
     for sharing in (1, 4):
         sizes = dict(max_completion_length=sharing * 2048 - 64, tokens_per_microbatch=1, sequence_parallel_size=sharing)
-        moments = plan.plan_trainer(settings("plain", **sizes), shape, gpus=4).policy.update.values()
-        kept.append(max(ledger["activations"] for ledger in moments))
+        # On a GPU it is a tenth more: attention's output is kept as it is made, and as it is exchanged.
+        planned = plan.plan_trainer(settings("plain", **sizes), shape, gpus=4, on_gpu=False)
+        kept.append(max(ledger["activations"] for ledger in planned.policy.update.values()))
     assert kept[1] == pytest.approx(kept[0], rel=0.03)
 
 
@@ -155,7 +157,7 @@ def test_sequences_can_be_as_many_times_longer_as_ranks_share_them(model_folder)
 def test_a_critic_is_there_in_every_phase(monkeypatch, capsys):
     """Trained as a whole, it has float32 weights and Adam's two moments of each."""
     arguments = "--config", str(ROOT / "configs/qwen2_5_7b_gsm8k.py"), "--gpus", "8", "--gpu_memory_gb", "80"
-    _, text = run(monkeypatch, capsys, *arguments, "--algorithm", "ppo")
+    _, text = run(monkeypatch, capsys, *arguments, "--algorithm", "ppo", "--lora_rank", "0")
     (row,) = [line.split() for line in text.splitlines() if line.startswith("critic  ")]
     assert all(float(value) == pytest.approx(3 * 4 * 7.07 / 8, rel=0.01) for value in row[1:]), "7.62B without the head"
 

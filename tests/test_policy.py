@@ -1,7 +1,10 @@
 """Packing leaves nothing out and lets nothing leak; the head is exact."""
 
+import copy
 import importlib
+import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +13,19 @@ import torch.nn.functional as F
 from conftest import EPSILON, on_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.arcee.modeling_arcee import ArceeMLP
 from transformers.models.bamba.modeling_bamba import BambaRMSNormGated
+from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP, LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
+from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
 import fsdp_utils
+import lora
 import policy
 from policy import FrozenHead, Head, Policy, trained_head
 from runtime import models, packing
@@ -234,6 +243,77 @@ def test_other_norms_stay_as_they_are():
     others = torch.nn.Sequential(Gemma2RMSNorm(8), Olmo2RMSNorm(8), BambaRMSNormGated(8), torch.nn.RMSNorm(8))
     policy.use_rms_norm(others)
     assert not any("forward" in vars(norm) for norm in others)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma"])
+def test_recomputing_changes_no_bit_and_selects_what_is_cheap(architecture, model_folder, monkeypatch):
+    """The same logprobs and gradients; multiplied again are all products but the last, or none."""
+    dense, multiplied, results = lora.dense, [], {}
+    monkeypatch.setattr(lora, "dense", lambda weight: multiplied.append(weight) or dense(weight))
+    for what in ("none", "selective", "full"):
+        model = AutoModelForCausalLM.from_pretrained(model_folder(architecture), dtype=torch.bfloat16)
+        lora.inject(model, ["all-linear"], 4, 6.0)
+        lora.init_adapters(model, seed=0)
+        for _, layer in lora.lora_layers(model):
+            layer.adapters[lora.POLICY].lora_B.data.normal_(generator=torch.Generator().manual_seed(0))
+        policy.recompute(model, what)
+        adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        logprobs = Policy(model).train()(pack([[5, 6, 7]], [[8, 9, 10, 11]], CPU)).logprobs
+        forward, linears = len(multiplied), len(adapters) // 2
+        results[what] = [logprobs, *torch.autograd.grad(logprobs.sum(), adapters)]
+        again = (6 if what == "full" else 0) * linears // 7
+        # in the backward each once, but for three that read the embedding; and what is recomputed
+        assert forward == linears and len(multiplied) - forward == linears + again - (0 if what == "full" else 3)
+        multiplied.clear()
+    for what in ("selective", "full"):
+        assert all(map(torch.equal, results[what], results["none"])), what
+
+
+def test_a_gated_mlp_keeps_what_its_first_two_linears_give():
+    mlp = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=96))
+    x, kept = torch.randn(1, 5, 32, requires_grad=True), {False: [], True: []}
+    for selective, saved in kept.items():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            policy.gated_mlp(mlp, x, selective)
+    sizes = [len({t.data_ptr() for t in saved if t.numel() == 5 * 96}) for saved in kept.values()]
+    assert sizes == [4, 2], "gate, act(gate), up and their product, or gate and up alone"
+
+
+def test_mlps_of_other_kinds_are_told_apart():
+    gated, others = (LlamaMLP, Qwen2MLP, GemmaMLP, Qwen2MoeMLP), (Phi3MLP, ArceeMLP, Starcoder2MLP, torch.nn.Linear)
+    assert [policy.is_gated_mlp(kind) for kind in gated + others] == [True] * 4 + [False] * 4
+    with pytest.raises(ValueError, match="gradient_checkpointing selective: this model has no gated MLP"):
+        policy.recompute(torch.nn.Sequential(torch.nn.Linear(2, 2)), "selective")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch's compiler needs g++ on a CPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_mlp_in_one_kernel_is_as_exact_as_in_two(dtype, monkeypatch):
+    """The function that GPUs compile, compiled for a CPU and checkpointed, beside float64."""
+    from torch._dynamo.utils import counters
+    from torch._inductor import config
+
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # rollout.py sets it on a CPU
+    torch.manual_seed(0)
+    exact = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=96)).double()
+    mlp, errors = copy.deepcopy(exact).to(dtype), {}
+    exact.load_state_dict(mlp.state_dict())
+    for way, activated in {"two": policy.activated, "one": policy.one_kernel.__wrapped__()}.items():
+        monkeypatch.setattr(policy, "activated", activated)
+        for rows in (37, 64):
+            x, dy = torch.randn(2, 1, rows, 32, dtype=dtype, generator=torch.Generator().manual_seed(rows))
+            found = []
+            for each, run in ((exact, exact.forward), (mlp, partial(policy.gated_mlp, mlp, selective=True))):
+                states = x.to(each.down_proj.weight.dtype).requires_grad_()
+                with config.patch({"cpp.cxx": (None, "g++")}):  # conftest.py hides it from vLLM
+                    y = run(states)
+                    found.append((y, *torch.autograd.grad(y, (states, *each.parameters()), dy.to(y))))
+            errors[way, rows] = [((a - b).norm() / a.norm()).item() for a, b in zip(*found)]
+    assert counters["stats"]["unique_graphs"] > 0
+    for rows in (37, 64):
+        for one, two in zip(errors["one", rows], errors["two", rows]):
+            assert one <= 1.1 * two + EPSILON, (rows, one, two)
 
 
 def test_what_others_make_of_calling_a_model_does_not_matter(model_folder, monkeypatch):

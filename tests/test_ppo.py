@@ -54,7 +54,7 @@ def rank_share(rank, size):
 def critic_on_ranks(folder):
     """Values and gradients of a full critic, what a LoRA critic trains, and normalised advantages."""
     world = fsdp_utils.init_world()
-    config = Config(dtype="float32", gradient_checkpointing=False, lora_rank=0)
+    config = Config(dtype="float32", gradient_checkpointing="none", lora_rank=0)
     critic = build_critic(config, str(folder), world)
     with torch.no_grad():
         fsdp_utils.fill(critic.value.weight, torch.linspace(-1, 1, 64)[None])

@@ -30,7 +30,7 @@ MODELS = {  # 12 heads of queries, which 2, 3 and 4 ranks can share
     "experts": ("qwen3_moe", EXPERTS),
 }
 WAYS = {  # name -> model, and settings
-    "grpo": ("two heads of keys", dict(gradient_checkpointing=False)),
+    "grpo": ("two heads of keys", dict(gradient_checkpointing="none")),
     "one sequence at a time": ("six heads of keys", dict(tokens_per_microbatch=1)),
     "windows, recomputed, KL and entropy": ("windows", dict(kl_coef=0.3, entropy_coef=0.1)),
     "gspo": ("two heads of keys", dict(algorithm="gspo", tokens_per_microbatch=24)),

@@ -19,15 +19,17 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPRefType, _FSDPState
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -72,7 +74,7 @@ KNOBS = {  # the table's rows, and what makes each smaller, in the order to try
     "optimizer": "offload optimizer",
     "critic": "offload all",
     "gathered weights": "nothing: it is the largest block, and embedding and head",
-    "activations": "gradient_checkpointing true, a smaller tokens_per_microbatch, then sequence_parallel_size",
+    "activations": "gradient_checkpointing full, a smaller tokens_per_microbatch, then sequence_parallel_size",
     "logprob chunk": "a smaller policy.LOGITS_AT_ONCE",
     "vLLM weights": "a larger tensor_parallel_size; outside of the rollout: sleep_level 1 or 2",
     "vLLM working memory": "fewer sequences at once: of a rollout and of an evaluation",
@@ -133,7 +135,7 @@ class Tracker(FSDPMemTracker):
             if not isinstance(parameter, DTensor):  # it is vLLM's, and counted there
                 self._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
 
-    def _track(self, label: _FSDPRefType, tensor: torch.Tensor) -> None:
+    def _track(self, label: _FSDPRefType, tensor: Tensor) -> None:
         if tensor.shape[-1:] == (self.vocabulary,):
             label = _FSDPRefType.INP
         elif self._fsdp_state in (_FSDPState.PRE_FW, _FSDPState.PRE_BW):  # nothing but FSDP runs then
@@ -154,6 +156,44 @@ class Tracker(FSDPMemTracker):
             self.moments[moment] = ledger
 
 
+class RMSNormOnGPU(torch.autograd.Function):
+    """Moves what a GPU's kernels for `F.rms_norm` without a weight move; a CPU makes it of many small operations."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return dy + x
+
+
+class GatedOnGPU(torch.autograd.Function):
+    """Moves what policy.py's `one_kernel` moves on a GPU: 2 tensors in and 1 out; in the backward 3 in and 2 out."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return gate + up
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.addcmul(dy, *ctx.saved_tensors), torch.zeros_like(dy)
+
+
+@contextmanager
+def kernels_of_a_gpu() -> Iterator[None]:
+    """Within it, fake tensors take the ways that tensors on a GPU take. Models must have been made before."""
+    with (
+        patch.object(FakeTensor, "is_cuda", True),  # attention and MLPs ask
+        patch("torch.nn.functional.rms_norm", lambda x, *_, **__: RMSNormOnGPU.apply(x)),
+        patch("policy.one_kernel", lambda: lambda act, gate, up: GatedOnGPU.apply(gate, up)),
+    ):
+        yield
+
+
 def full_batch(config: Config) -> Packed:
     """The largest micro-batch: as many sequences of full length as its budget holds, and a shorter one; or one."""
     sharing = config.sequence_parallel_size
@@ -166,7 +206,7 @@ def full_batch(config: Config) -> Packed:
     return pack(prompts, completions, HERE, group=neighbours(sharing))
 
 
-def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None) -> Trainer:
+def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None, on_gpu: bool = True) -> Trainer:
     """Runs the models among the ranks of the process group that there is, with tensors without memory."""
     share = held_by_vllm if shares_base(config, dist.get_world_size()) else None
     config = dataclasses.replace(config, offload="none")  # what lives on the host is told apart in `phases`
@@ -178,7 +218,8 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     modules = fsdp_utils.to_send(policy.model, everything=config.sleep_level == 2)
     sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
     active = models.active_parameters(policy.model) * width
-    with FakeTensorMode(allow_non_fake_inputs=True):  # at last: memory of its own unties what FSDP does not hold
+    gpu = kernels_of_a_gpu() if on_gpu else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), gpu:  # at last: memory of its own unties what FSDP does not hold
         learners = [module and run_learner(config, module) for module in (policy, critic)]
     return Trainer(
         *learners,
@@ -227,7 +268,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
     )
 
 
-def backward(out: torch.Tensor | PolicyOutput) -> None:
+def backward(out: Tensor | PolicyOutput) -> None:
     """From all that a policy or a critic says and could be trained by."""
     parts = out if isinstance(out, PolicyOutput) else [out]
     sum(part.sum() for part in parts if part is not None and part.requires_grad).backward()
@@ -243,16 +284,23 @@ def fake_ranks(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def plan_trainer(config: Config, shape: PretrainedConfig, gpus: int, prompt_head: PromptHead | None = None) -> Trainer:
-    """One of `gpus` ranks. Each period of blocks adds the same, so a few are run, and a deep model is extrapolated
-    linearly.
+def plan_trainer(
+    config: Config,
+    shape: PretrainedConfig,
+    gpus: int,
+    prompt_head: PromptHead | None = None,
+    on_gpu: bool = True,
+) -> Trainer:
+    """One of `gpus` ranks, or of so many processes on a CPU. Each period of blocks adds the same, so a few are run, and
+    a deep model is extrapolated linearly.
     """
     layers, period = shape.num_hidden_layers, blocks_per_period(shape)
     few = -(-FEW // period) * period
     with fake_ranks(gpus):
         if layers <= few + period:
-            return measure(config, shape, prompt_head)
-        less, more = (measure(config, with_layers(shape, count), prompt_head) for count in (few, few + period))
+            return measure(config, shape, prompt_head, on_gpu)
+        shapes = [with_layers(shape, count) for count in (few, few + period)]
+        less, more = (measure(config, each, prompt_head, on_gpu) for each in shapes)
     return line(less, more, (layers - few - period) / period)
 
 
