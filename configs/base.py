@@ -38,7 +38,11 @@ class Config:
         20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
 
-    task: str = option("own", "A row of reward.TASKS; own: data and reward are yours.", group="The task")
+    task: str = option(
+        "own",
+        "A row of reward.TASKS, or several: a,b, an adapter each; own: data and reward are yours.",
+        group="The task",
+    )
     data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
     prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
     answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
@@ -132,6 +136,16 @@ class Config:
     def compute_dtype(self) -> str:
         """The dtype of matrix products here, and of the weights in vLLM."""
         return "bfloat16" if self.dtype == "nf4" else self.dtype
+
+    @property
+    def tasks(self) -> list[str]:
+        """The rows of reward.TASKS that are learned."""
+        return self.task.split(",")
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that are trained: one, lora.POLICY, or the task's for each of several."""
+        return self.tasks if len(self.tasks) > 1 else ["policy"]
 
     @property
     def sends_adapter(self) -> bool:

@@ -134,6 +134,11 @@ def read_adapter_config(folder: Path) -> dict:
     return config
 
 
+def adapter_folder(folder: str | Path, name: str) -> Path:
+    """Where an adapter is in a run's folder for them: the policy's in the folder itself, a task's in one inside."""
+    return Path(folder, "" if name == lora.POLICY else name)
+
+
 # ---- From and into a model ----------------------------------------------------------------------------------
 
 
@@ -141,18 +146,19 @@ def save_adapter(
     model: nn.Module,
     folder: str | Path,
     *,
+    name: str = lora.POLICY,
     base_model: str = "",
     base_dtype: str = "",
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     write: bool = True,
 ) -> None:
-    """Writes the policy's adapter as peft would. `gather` makes a parameter whole; it may be a collective, so every
+    """Writes the adapter `name` as peft would. `gather` makes a parameter whole; it may be a collective, so every
     rank calls this, and one has `write`. `base_dtype` is in the tensors' file: peft and vLLM ignore it there, and it
     cannot be left behind.
     """
-    layers, tensors = dict(lora.lora_layers(model)), {}
+    layers, tensors = dict(lora.lora_layers(model, name)), {}
     for path, layer in layers.items():
-        for matrix, parameter in layer.adapters[lora.POLICY].named_parameters():
+        for matrix, parameter in layer.adapters[name].named_parameters():
             whole = gather(parameter).detach()
             if write:
                 tensors[peft_key(path, matrix)] = whole.cpu().contiguous()
@@ -160,7 +166,7 @@ def save_adapter(
         return
     endings = {path.rpartition(".")[2] for path in layers}
     so_named = {path for path in lora.base_linears(model) if path.rpartition(".")[2] in endings}
-    first = next(iter(layers.values())).adapters[lora.POLICY]  # all have the same rank and scale
+    first = next(iter(layers.values())).adapters[name]  # all have the same rank and scale
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -183,7 +183,10 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
     """Freezes the base, stores it in `dtype`, and adds the adapters that are trained."""
     if config.dtype == "nf4":
         lora.quantize_base(model)
-    lora.inject(model, config.target_modules, config.lora_rank, config.lora_alpha, merged=config.straight_through)
+    for name in config.adapters:
+        scale = {"rank": config.lora_rank, "alpha": config.lora_alpha}
+        lora.inject(model, config.target_modules, **scale, merged=config.straight_through, name=name)
+    lora.activate(model, *config.adapters)
 
 
 def shard(module: Policy | Critic, config: Config, device: torch.device) -> None:
@@ -229,7 +232,8 @@ def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.Worl
     if config.reference_adapter:
         adapter_files.load_adapter(model, config.reference_adapter, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:
-        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+        for name in config.adapters:
+            lora.init_adapters(model, config.seed, name=name, fill=fsdp_utils.fill)
         return
     lost = adapter_files.load_adapter(model, config.lora_adapter_path, seed=config.seed, fill=fsdp_utils.fill)
     if world.rank == 0:

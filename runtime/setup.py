@@ -42,7 +42,8 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
 
     In a process that only generates (`rollout_ranks`) it does not return: the run is the trainers'.
     """
-    reward.find_task(config.task)
+    for task in config.tasks:
+        reward.find_task(task)
     world, link = init_worlds(config.rollout_ranks)
     if link and link.generates:
         serve_trainers(config, world, link)
@@ -69,7 +70,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None) -> Run:
         with progress_bar("starting vLLM"):
             known = environments(train_prompts + test_prompts)
             make = partial(RemoteEngine, link, known, progress.started) if link else Engine
-            engine = build_engine(config, files, stops, lora.target_names(policy.model), make)
+            engine = build_engine(config, files, stops, lora.target_names(policy.model, config.adapters[0]), make)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(
         config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
@@ -217,6 +218,7 @@ def build_engine(
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
+        max_loras=len(config.adapters),
         lora_targets=targets,
         seed=config.seed,
     )
@@ -242,7 +244,7 @@ def sequences_at_once(config: Config, ranks: int, gpu_bytes: float) -> int:
     """Sequences that one engine generates at a time: its share of a rollout or evaluation, up to vLLM's own limits."""
     engines = ranks // config.tensor_parallel_size
     rollout = -(-config.prompts_per_step // engines) * config.group_size
-    evaluation = -(-config.eval_problems // engines) * (config.eval_samples + 1)
+    evaluation = -(-len(config.tasks) * config.eval_problems // engines) * (config.eval_samples + 1)
     return min(max(rollout, evaluation), 1024 if gpu_bytes >= 70 * 2**30 else 256)
 
 
