@@ -100,11 +100,8 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         named = {"model": file.base_model, "dtype": file.base_dtype}
     settings = {name: value for name, value in named.items() if value} | settings | {"lora_adapter_path": adapter}
     config = parse_over(settings | DEFAULTS, parser, arguments)
-    changes = {
-        "lora_adapter_path": of_tasks.get(config.task, adapter),
-        "lora_rank": file.rank,
-        "lora_alpha": file.scale * file.rank,
-    }
+    adapter = of_tasks.get(config.task, adapter)
+    changes = {"lora_adapter_path": adapter, "lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
     if file.keys != {key: key for key in file.keys}:
         changes["sync"] = "merged"  # vLLM reads only the keys that peft writes
     return dataclasses.replace(config, **changes), given.out, doubts(config, file)
@@ -177,8 +174,7 @@ def setup() -> tuple[Sampler, Path]:
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompt.problem for prompt in prompts]))
     with fast_folder(model) as files:
         folders = {name: adapter_folder(config.lora_adapter_path, name) for name in config.adapters}
-        first = folders[config.adapters[0]]
-        with open_adapter(first) if config.lora_adapter_path else nullcontext() as adapter:
+        with open_adapter(min(folders.values())) if config.lora_adapter_path else nullcontext() as adapter:
             targets = adapter and adapter.target_modules
         sync = "adapter" if config.sends_adapter else "merged"  # as in training, which may have slept
         engine = build_engine(dataclasses.replace(config, sleep_level=0, sync=sync), files, stops, targets)
@@ -250,16 +246,13 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
             metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(sampled, k))
     completions = evaluation.completions
     tokens = sum(completion.length for completion in completions)
-    return (
-        metrics
-        | {
-            "timeouts": sum(len(reward.timeouts) for reward in evaluation.rewards),
-            "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
-            "length_mean": tokens / len(completions),
-            "tokens_per_second": tokens / evaluation.seconds,
-        }
-        | of_each(completions, lambda mine: measure(evaluation.of(mine)))
-    )
+    metrics |= {
+        "timeouts": sum(len(reward.timeouts) for reward in evaluation.rewards),
+        "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
+        "length_mean": tokens / len(completions),
+        "tokens_per_second": tokens / evaluation.seconds,
+    }
+    return metrics | of_each(completions, lambda mine: measure(evaluation.of(mine)))
 
 
 def evaluate(sampler: Sampler, folder: Path) -> None:
