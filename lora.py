@@ -370,8 +370,9 @@ def route(model: nn.Module, owners: Tensor) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear) and len(module.active) > 1:
             if mask is None:
-                one_hot = F.one_hot(owners, len(module.active)).bool()
-                mask = one_hot.repeat_interleave(module.adapters[module.active[0]].rank, dim=1)  # (T, n·r)
+                rank = module.adapters[module.active[0]].rank
+                columns = torch.arange(len(module.active) * rank, device=owners.device)
+                mask = owners[:, None] == columns // rank  # (T, n·r)
             module.mask = mask
 
 

@@ -28,7 +28,7 @@ class Config:
     steps: int = option(100, "Number of training steps, each a rollout and its updates.", least=1)
     seed: int = option(0, "The seed of the order of problems, the adapter and every sampled token.", least=0)
     eval_every: int = option(10, "Steps between evaluations; 0 evaluates only first and last.", least=0)
-    eval_problems: int = option(256, "Number of held-out problems per evaluation.", least=1)
+    eval_problems: int = option(256, "Number of held-out problems per evaluation, of each task.", least=1)
     eval_samples: int = option(1, "Sampled completions per held-out problem, beside a greedy one.", least=1)
     save_every: int = option(50, "Steps between checkpoints; 0 saves only at the end.", least=0)
     resume: str = option(

@@ -170,6 +170,11 @@ def check_tasks(c: Any, algorithm: Any) -> None:
     if count == 1:
         return
     refuse(len(set(c.tasks)) < count, f"task {c.task!r} names a task twice; leave one out")
+    for name in c.tasks:
+        refuse(
+            name in ("policy", "reference") or not name.replace("-", "_").isidentifier(),
+            f"task {c.task!r}: {name!r} cannot be an adapter's name; use letters, digits, - and _, without spaces",
+        )
     refuse(
         c.prompts_per_step % (count * c.updates_per_rollout),
         f"{count} tasks share the problems of each update equally: prompts_per_step must be a multiple of "

@@ -151,6 +151,8 @@ def test_a_token_passes_through_its_own_adapter():
 
 REFUSED = {
     "--task arithmetic,arithmetic": ("twice", "arithmetic,arithmetic"),
+    "--task arithmetic,reference": ("'reference'", "adapter's name"),
+    "--task arithmetic,": ("''", "letters"),
     "--prompts_per_step 3": ("prompts_per_step", "multiple of 2", "not 3"),
     "--prompts_per_step 8 --updates_per_rollout 8": ("multiple of 16", "not 8"),
     "--data sums.csv": ("data", "reward.TASKS"),
