@@ -3,8 +3,9 @@
     y = x Wᵀ + b + s · (x Aᵀ) Bᵀ        W (out, in) frozen    A (r, in), B (out, r) float32    s = alpha / r
 
 `inject` replaces the linears of a Hugging Face model; a layer can hold several named adapters on its one W, and
-`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL. In a mixture
-of experts, each expert's linears may have adapters of their own (`LoRAExperts`).
+`using(model, name)` picks the one that runs, `disabled(model)` none: that is the reference policy of RL. If several
+are active, each token passes through its own (`route`). In a mixture of experts, each expert's linears may have
+adapters of their own (`LoRAExperts`).
 W may be stored in four bits (`quantize_base`, see nf4.py). Adapter folders are read and written by
 runtime/adapter_files.py, in peft's format. Nothing here knows of shards: where a tensor may be sharded, the caller
 passes in `fill`, which puts a whole tensor into it.
@@ -71,7 +72,7 @@ def scaling(rank: int, alpha: float, rslora: bool) -> float:
 
 
 class LoRALinear(nn.Module):
-    """A linear whose W and b are frozen, with named adapters beside them, one of which (or none) is active.
+    """A linear whose W and b are frozen, with named adapters beside them, of which one, several or none are active.
 
     It stands where the `nn.Linear` stood and keeps its `weight` and `bias`, so names stay those of the checkpoint.
     """
@@ -83,15 +84,19 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: tuple[str, ...] = ()
+        self.mask: Tensor | None = None  # see `route`
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        if self.active is None:
+        if not self.active:
             return self.base(x)
-        adapter = self.adapters[self.active]
-        A, B = adapter.lora_A, adapter.lora_B
-        return low_rank_linear(x, self.weight, self.bias, A, B, adapter.scale, adapter.merged)
+        first, *others = adapters = [self.adapters[name] for name in self.active]
+        A, B, mask = first.lora_A, first.lora_B, None
+        if others:  # as one of n times the rank, of which a token has only its own part
+            A, B = torch.cat([each.lora_A for each in adapters]), torch.cat([each.lora_B for each in adapters], dim=1)
+            mask = self.mask
+        return low_rank_linear(x, self.weight, self.bias, A, B, first.scale, first.merged, mask)
 
     def base(self, x: Tensor) -> Tensor:
         """The frozen linear alone."""
@@ -100,11 +105,18 @@ class LoRALinear(nn.Module):
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, merged: bool
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    merged: bool,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out); see `LowRankLinear`."""
-    same, low, saved = Inputs.apply(x, A, B, scale, merged)
-    return LowRankLinear.apply(same if x.requires_grad else x, low, weight, bias, A, B, scale, merged, saved)
+    """x (..., in), weight (out, in), A (r, in), B (out, r), mask (T, r) -> (..., out); see `LowRankLinear`."""
+    same, low, saved = Inputs.apply(x, A, B, scale, merged, mask)
+    return LowRankLinear.apply(same if x.requires_grad else x, low, weight, bias, A, B, scale, merged, mask, saved)
 
 
 class Inputs(torch.autograd.Function):
@@ -117,9 +129,9 @@ class Inputs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, A: Tensor, B: Tensor, scale: float, merged: bool
+        ctx, x: Tensor, A: Tensor, B: Tensor, scale: float, merged: bool, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None, "Inputs"]:
-        low = None if merged else scaled_product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, scale)
+        low = None if merged else scaled_product(x.reshape(-1, x.shape[-1]), A.to(x.dtype).T, scale, mask)
         ctx.save_for_backward(x, A, B, low)
         ctx.set_materialize_grads(False)  # of `low`
         if low is not None:
@@ -128,13 +140,15 @@ class Inputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx: Tensor, *_):
-        return dx, None, None, None, None
+        return dx, None, None, None, None, None
 
 
 class LowRankLinear(torch.autograd.Function):
     """y = x Wᵀ + b + low Bᵀ, with low, x, A and B kept by `Inputs` alone; W's gradient is never formed, nor is BA.
 
     With low = s x Aᵀ and g = s dy B:   dA = gᵀ x    dB = dyᵀ low    dx = dy W + g A
+
+    `mask`, of 0 and 1: which of the r a token has. It multiplies low and g, so other tokens add exact zeros to dA, dB.
 
     `merged`: forward and dx instead use M = W + s·B A rounded to W's dtype, the very weight that the sampler runs;
     dA and dB stay the same, straight through the rounding. M is formed anew in the backward, not kept.
@@ -151,12 +165,13 @@ class LowRankLinear(torch.autograd.Function):
         B: Tensor,
         scale: float,
         merged: bool,
+        mask: Tensor | None,
         saved: Inputs,
     ) -> Tensor:
-        """x (..., in), weight (out, in), A (r, in), B (out, r) -> (..., out), in the dtype of x."""
+        """x (..., in), weight (out, in), A (r, in), B (out, r), mask (T, r) -> (..., out), in the dtype of x."""
         ctx.saved = saved
         ctx.weight = weight  # not saved: FSDP frees W after the forward and refills the same tensor
-        ctx.scale, ctx.merged = scale, merged
+        ctx.scale, ctx.merged, ctx.mask = scale, merged, mask
         if merged:
             return F.linear(x, merge(dense(weight), A, B, scale), bias)
         y = F.linear(low, B.to(x.dtype), bias)
@@ -169,8 +184,8 @@ class LowRankLinear(torch.autograd.Function):
         x, A, B, low = ctx.saved.saved_tensors
         rows, dy_rows = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         a, b = A.to(x.dtype), B.to(x.dtype)
-        low = scaled_product(rows, a.T, ctx.scale) if low is None else low
-        g = scaled_product(dy_rows, b, ctx.scale)  # (T, r)
+        low = scaled_product(rows, a.T, ctx.scale, ctx.mask) if low is None else low
+        g = scaled_product(dy_rows, b, ctx.scale, ctx.mask)  # (T, r)
         # The large matrix is the right factor of both, the small one a copy: half the time of dyᵀ low on a CPU.
         dA = (g.T.contiguous() @ rows).to(A.dtype)
         dB = (low.T.contiguous() @ dy_rows).T.to(B.dtype, memory_format=torch.contiguous_format)
@@ -181,12 +196,13 @@ class LowRankLinear(torch.autograd.Function):
             else:
                 dx = (g @ a).addmm_(dy_rows, dense(ctx.weight))
             dx = dx.view(x.shape)
-        return dx, None, None, None, dA, dB, None, None, None
+        return dx, None, None, None, dA, dB, None, None, None, None
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """s · left right, scaled before it is rounded: no operation more than the product."""
-    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+def scaled_product(left: Tensor, right: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """s · left right, scaled before it is rounded: no operation more than the product; 0 where a mask is."""
+    product = left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+    return product if mask is None else product.mul_(mask)
 
 
 def dense(weight: Tensor | NF4Weight) -> Tensor:
@@ -251,7 +267,7 @@ class LoRAExperts(nn.Module):
         self.stack, self.out_features = (count,), out // len(EXPERTS[parameter])
         self.rows = slice(part * self.out_features, (part + 1) * self.out_features)
         self.adapters = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: tuple[str, ...] = ()
 
     @property
     def weight(self) -> Tensor:
@@ -260,9 +276,9 @@ class LoRAExperts(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """(S, in) -> (S, out). Rows are sorted by expert; those of expert e end before `ends[e]`; ends (E,) int32."""
-        if self.active is None:
+        if not self.active:
             return GroupedLinear.apply(x, self.weight, ends, None, None, 0.0, False)
-        adapter = self.adapters[self.active]
+        (adapter,) = (self.adapters[name] for name in self.active)
         A, B = adapter.lora_A, adapter.lora_B
         return GroupedLinear.apply(x, self.weight, ends, A, B, adapter.scale, adapter.merged)
 
@@ -463,6 +479,15 @@ def stored_names(path: str, layer: LoRALayer) -> list[str]:
     return [path.replace(".each.", f".{expert}.") for expert in range(*layer.stack)] if layer.stack else [path]
 
 
+def adapter_of(path: str) -> str:
+    """The name of the adapter that a trained parameter belongs to; what belongs to none is the policy's.
+
+    >>> adapter_of("model.layers.0.mlp.up_proj.adapters.gsm8k.lora_A"), adapter_of("prompt_head.0.weight")
+    ('gsm8k', 'policy')
+    """
+    return path.partition(".adapters.")[2].partition(".")[0] or POLICY
+
+
 def target_names(model: nn.Module, name: str = POLICY) -> list[str]:
     """The last names of the modules that hold an adapter of that name, see `last_names`."""
     return last_names(path for path, _ in lora_layers(model, name))
@@ -503,23 +528,38 @@ def init_adapters(
         fill(adapter.lora_B, torch.zeros(adapter.lora_B.shape))
 
 
-def activate(model: nn.Module, name: str | None) -> None:
-    """Switches to the adapters of that name; layers without one run the base alone."""
+def activate(model: nn.Module, *names: str) -> None:
+    """Switches to the adapters of these names; layers without one run the base alone."""
     for module in model.modules():
         if isinstance(module, LoRALayer):
-            module.active = name if name in module.adapters else None
+            module.active = tuple(name for name in names if name in module.adapters)
+
+
+def route(model: nn.Module, owners: Tensor) -> None:
+    """Where several adapters, of one rank, are active: owners (T,) has each token's, as its place among them.
+
+    It stays until the next call: a backward that recomputes activations needs the same.
+    """
+    mask = None
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and len(module.active) > 1:
+            if mask is None:
+                rank = module.adapters[module.active[0]].rank
+                columns = torch.arange(len(module.active) * rank, device=owners.device)
+                mask = owners[:, None] == columns // rank  # (T, n·r)
+            module.mask = mask
 
 
 @contextmanager
-def using(model: nn.Module, name: str | None) -> Iterator[None]:
-    """A context in which the adapters of that name run, see `activate`; None: the base alone.
+def using(model: nn.Module, *names: str) -> Iterator[None]:
+    """A context in which the adapters of these names run, see `activate`; of none, the base alone.
 
     If activations are recomputed in the backward, the backward must run within it, too.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALayer)]
     before = [layer.active for layer in layers]
     try:
-        activate(model, name)
+        activate(model, *names)
         yield
     finally:
         for layer, active in zip(layers, before):
@@ -528,7 +568,7 @@ def using(model: nn.Module, name: str | None) -> Iterator[None]:
 
 def disabled(model: nn.Module):
     """A context in which the model is its base."""
-    return using(model, None)
+    return using(model)
 
 
 def reference(model: nn.Module):

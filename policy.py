@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+import lora
 from runtime.packing import Packed, keep_sequences_apart
 
 # Logits that the head holds at a time, in float32. On a GPU 256 MiB: with fewer rows, reading W takes longer than
@@ -273,6 +274,8 @@ class Policy(nn.Module):
 
     def forward(self, batch: Packed, temperature: float = 1.0, entropy_gradient: bool = False) -> PolicyOutput:
         """The completions' logprobs at that temperature; the entropy has a gradient only if asked for."""
+        if batch.owners is not None:
+            lora.route(self.model, batch.owners)
         states, head = last_states(self.model, batch), Head.of(self.model)
         score = trained_head if head.weight.requires_grad else FrozenHead.apply
         scores = score(states[batch.rows], head, batch.targets, temperature, entropy_gradient)  # (r,), both

@@ -62,7 +62,7 @@ class WeightSync:
         self.policy, self.engine, self.config, self.device = policy, engine, config, device
         self.count = 0
         length = min(config.max_model_len - 1, PROBE_TOKENS)  # no rank shares such a text with others
-        self.probe = Probe(policy, engine, self.send, probe_texts(prompts, length), device)
+        self.probe = Probe(policy, engine, self.send, probe_texts(prompts, length), device, config.adapters)
 
     def update_weights(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
         """Wakes vLLM with the policy's weights; with `verify`, the probe is checked first. Collective.
@@ -84,7 +84,7 @@ class WeightSync:
         self.count += 1
         read_back = ReadBack(self.count)
         if self.config.sends_adapter:
-            metrics = send_adapter(self.policy, self.engine, read_back)
+            metrics = send_adapters(self.policy, self.engine, self.config.adapters, read_back)
         else:
             everything = everything or self.engine.sleep_level == 2
             modules, stats = fsdp_utils.to_send(self.policy.model, everything), fsdp_utils.SyncStats()
@@ -108,27 +108,30 @@ class WeightSync:
         )
 
 
-def send_adapter(policy: Policy, engine: AnyEngine, read_back: "ReadBack") -> dict[str, float]:
-    """Sends the adapter alone: one rank of each host writes it to a folder in memory, which vLLM or, if processes only
-    generate, the link to them reads.
+def send_adapters(policy: Policy, engine: AnyEngine, names: list[str], read_back: "ReadBack") -> dict[str, float]:
+    """Sends the adapters of these names alone: one rank of each host writes each to a folder in memory, which vLLM or,
+    if processes only generate, the link to them reads.
     """
-    names: dict[Tensor, str] = {}
-    for path, layer in lora.lora_layers(policy.model):
-        adapter = layer.adapters[lora.POLICY]
-        names |= {parameter: f"{path}.{kind}" for kind, parameter in adapter.named_parameters()}
+    paths: dict[Tensor, str] = {}
+    for name in names:
+        for path, layer in lora.lora_layers(policy.model, name):
+            adapter = layer.adapters[name]  # all have the same scale
+            paths |= {matrix: f"{path}.adapters.{name}.{kind}" for kind, matrix in adapter.named_parameters()}
 
     def gather(parameter: Tensor) -> Tensor:
-        whole, name = fsdp_utils.gather(parameter), names[parameter]
+        whole, path = fsdp_utils.gather(parameter), paths[parameter]
         rounded = whole.detach().to(engine.dtype)
         # vLLM stores B times the scale
-        read_back.record(name, rounded * adapter.scale if name.endswith("lora_B") else rounded)
+        read_back.record(path, rounded * adapter.scale if path.endswith("lora_B") else rounded)
         return whole
 
-    size = sum(parameter.nbytes for parameter in names)
-    with shared_folder(size + HEADERS) as folder:
-        save_adapter(policy.model, folder, gather=gather, write=first_on_host())
+    size = sum(parameter.nbytes for parameter in paths)
+    with shared_folder(size + HEADERS * len(names)) as folder:
+        for name in names:
+            save_adapter(policy.model, folder / name, name=name, gather=gather, write=first_on_host())
         dist.barrier()  # written
-        engine.load_adapter(str(folder))
+        for name in names:
+            engine.load_adapter(str(folder / name), name)
     return {"sync/bytes": size}
 
 
@@ -200,11 +203,13 @@ class HeldWeights:
 
     @torch.inference_mode()
     def read(self, name: str, columns: list[int]) -> HeldPart | None:
-        """Columns of a weight, a bias or an adapter's matrix (`....lora_A`); `name` is the one it was sent under.
+        """Columns of a weight, a bias or an adapter's matrix (`....adapters.policy.lora_A`); `name` is the one it was
+        sent under.
 
         None for tensors that do not belong to a linear (norms, embeddings): only linears are read.
         """
         path, _, kind = self.own_name(name).rpartition(".")
+        path, _, adapter = path.partition(".adapters.")
         linear = self.linears.get(path)
         if linear is None:
             return None
@@ -214,7 +219,7 @@ class HeldWeights:
             raise RuntimeError(f"vLLM has no {name}, which the model's checkpoint has: it runs another model")
         if kind == "bias":
             return linear.bias()
-        return linear.adapter_matrix(kind, self.engine.adapter_slot(lora.POLICY), columns)
+        return linear.adapter_matrix(kind, self.engine.adapter_slot(adapter), columns)
 
     def own_name(self, name: str) -> str:
         """vLLM's name for what the checkpoint calls `name`."""
@@ -323,7 +328,10 @@ class HeldLinear:
 
 
 class Probe:
-    """A random adapter that both sides score. vLLM must be asleep before a check, if it sleeps, and is asleep after."""
+    """A random adapter that both sides score. vLLM must be asleep before a check, if it sleeps, and is asleep after.
+
+    In the place of several adapters there are as many, each another one, and each scores its own of the texts.
+    """
 
     def __init__(
         self,
@@ -332,10 +340,14 @@ class Probe:
         send: Callable[[bool], object],
         texts: list[list[int]],
         device: torch.device,
+        names: list[str],
     ):
         """`send(everything)` wakes vLLM with the policy's weights as they are, or with every weight of the model."""
-        self.policy, self.engine, self.send, self.texts, self.device = policy, engine, send, texts, device
-        self.layers = list(lora.lora_layers(policy.model))
+        self.policy, self.engine, self.send, self.device, self.names = policy, engine, send, device, names
+        self.texts = [text for text in texts for _ in names]
+        self.adapters = [
+            (layer, layer.adapters[name]) for name in names for _, layer in lora.lora_layers(policy.model, name)
+        ]
         self.noise: float | None = None  # nats per token, on the base
 
     @torch.no_grad()
@@ -345,10 +357,10 @@ class Probe:
         The policy is bit for bit unchanged afterwards; vLLM still holds the probe. Without adapters there is no probe:
         the first check compares the two implementations, and later checks do nothing.
         """
-        with restored([layer.adapters[lora.POLICY] for _, layer in self.layers]):
+        with restored([adapter for _, adapter in self.adapters]):
             if self.noise is None:
                 self.calibrate(everything)
-            if not self.layers:
+            if not self.adapters:
                 return {"sync/noise": self.noise}
             self.set_adapters(self.strength)
             effect = distance(self.expected, self.base)
@@ -372,7 +384,7 @@ class Probe:
                 f"{self.noise:.3f} nats per token, {self.noise / size:.0%} of the mean logprob, expected less than "
                 f"{MAX_NOISE:.0%}"
             )
-        if self.layers:
+        if self.adapters:
             self.find_strength(max(EFFECT * self.noise, MIN_EFFECT))
 
     def find_strength(self, target: float) -> None:
@@ -395,8 +407,7 @@ class Probe:
     def set_adapters(self, strength: float) -> None:
         """Overwrites the policy's adapters with a random update, `strength` times as large as each W."""
         generator = torch.Generator().manual_seed(0)
-        for (_, layer), rms in zip(self.layers, self.weight_sizes):
-            adapter = layer.adapters[lora.POLICY]
+        for (layer, adapter), rms in zip(self.adapters, self.weight_sizes):
             A = lora.fresh_A(adapter.lora_A.shape, generator)  # its entries have variance 1 / (3 in)
             B = torch.randn(adapter.lora_B.shape, generator=generator)
             size = strength * rms * (3 * layer.in_features / adapter.rank) ** 0.5 / adapter.scale
@@ -406,24 +417,25 @@ class Probe:
     @cached_property
     def weight_sizes(self) -> list[float]:
         """The root mean square of each layer's W, which never changes."""
-        return [weight_rms(layer) for _, layer in self.layers]
+        return [weight_rms(layer) for layer, _ in self.adapters]
 
     def trainer_logprobs(self) -> Tensor:
         """Of the texts, by the trainer; needs as much memory as training."""
-        packed = pack([text[:1] for text in self.texts], [text[1:] for text in self.texts], self.device)
-        return self.policy(packed).logprobs
+        places = [place % len(self.names) for place in range(len(self.texts))]
+        prompts, completions = [text[:1] for text in self.texts], [text[1:] for text in self.texts]
+        return self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs
 
     def sampler_logprobs(self, everything: bool = False) -> Tensor:
         """(engines, tokens) of the texts, by each vLLM, after sending it the policy's current weights."""
         self.send(everything)
-        found = self.engine.run(score, self.texts)
+        found = self.engine.run(score, self.texts, self.names)
         self.engine.sleep()
         return torch.tensor(found, device=self.device)
 
 
-def score(engine: Engine, texts: list[list[int]]) -> list[float]:
-    """Logprobs of all texts' tokens, by an engine."""
-    return [logprob for text in texts for logprob in engine.logprobs(text)]
+def score(engine: Engine, texts: list[list[int]], names: list[str]) -> list[float]:
+    """Logprobs of all texts' tokens, by an engine, whose adapters of these names take turns."""
+    return [logprob for text, name in zip(texts, cycle(names)) for logprob in engine.logprobs(text, name)]
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

@@ -359,7 +359,7 @@ def train(run: Run) -> None:
             if kept:
                 metrics["reward/kl_ref"] = divergences.mean().item()
         groups = rewards.view(len(kept) // config.group_size, config.group_size)  # (P, G)
-        advantages = algorithm.advantage(groups).flatten()
+        advantages = torch.cat([algorithm.advantage(task) for task in groups.chunk(len(config.tasks))]).flatten()
 
         # 4. logprobs: of the reference, and of the policy before its first update
         drop_useless = only_advantages_teach(config, algorithm)

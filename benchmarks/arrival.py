@@ -88,7 +88,7 @@ def adapter_faults(run, layer):
     """Ways for an adapter to go wrong: its requests do not name it, or another folder than the one sent is loaded."""
     old = {}
 
-    def changed(change, load, folder):
+    def changed(change, load, folder, name):
         weights, settings = Path(folder, "adapter_model.safetensors"), Path(folder, "adapter_config.json")
         tensors, config = load_file(weights), json.loads(settings.read_text())
         change(tensors, config)
@@ -97,7 +97,7 @@ def adapter_faults(run, layer):
             save_file(tensors, weights)
             settings.write_text(json.dumps(config))
         torch.distributed.barrier()
-        load(folder)
+        load(folder, name)
 
     def keep_old(part, tensors, config):
         previous = old.get("tensors", {name: torch.zeros_like(tensor) for name, tensor in tensors.items()})

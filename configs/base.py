@@ -29,7 +29,7 @@ class Config:
     steps: int = option(100, "Number of training steps, each a rollout and its updates.", least=1)
     seed: int = option(0, "The seed of the order of problems, the adapter and every sampled token.", least=0)
     eval_every: int = option(10, "Steps between evaluations; 0 evaluates only first and last.", least=0)
-    eval_problems: int = option(256, "Number of held-out problems per evaluation.", least=1)
+    eval_problems: int = option(256, "Number of held-out problems per evaluation, of each task.", least=1)
     eval_samples: int = option(1, "Sampled completions per held-out problem, beside a greedy one.", least=1)
     save_every: int = option(50, "Steps between checkpoints; 0 saves only at the end.", least=0)
     resume: str = option(
@@ -39,7 +39,11 @@ class Config:
         20, "Stops after so many steps in a row with equal rewards; 0 turns all health checks off.", least=0
     )
 
-    task: str = option("own", "A row of reward.TASKS; own: data and reward are yours.", group="The task")
+    task: str = option(
+        "own",
+        "A row of reward.TASKS, or several: a,b, an adapter each; own: data and reward are yours.",
+        group="The task",
+    )
     data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
     prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
     answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
@@ -135,6 +139,16 @@ class Config:
     def compute_dtype(self) -> str:
         """The dtype of matrix products here, and of the weights in vLLM."""
         return "bfloat16" if self.dtype == "nf4" else self.dtype
+
+    @property
+    def tasks(self) -> list[str]:
+        """The rows of reward.TASKS that are learned."""
+        return self.task.split(",")
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that are trained: one, lora.POLICY, or the task's for each of several."""
+        return self.tasks if len(self.tasks) > 1 else ["policy"]
 
     @property
     def sends_adapter(self) -> bool:

@@ -123,6 +123,7 @@ def resolve_config(config: Any, algorithm: Any) -> Any:
         chosen["ref_adapter_path"] = config.lora_adapter_path or BASE
     config = dataclasses.replace(config, **chosen)
     check_algorithm(config, algorithm)
+    check_tasks(config, algorithm)
     return config
 
 
@@ -160,4 +161,37 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     refuse(
         algorithm.unit_rewards and (algorithm.overlong or c.kl_in_reward),
         f"{name} needs rewards from 0 to 1: no overlong penalty, and kl_penalty must be ..._loss, not {c.kl_penalty!r}",
+    )
+
+
+def check_tasks(c: Any, algorithm: Any) -> None:
+    """Raises ValueError for what several tasks, each of which trains an adapter of its own, cannot have."""
+    count = len(c.tasks)
+    if count == 1:
+        return
+    refuse(len(set(c.tasks)) < count, f"task {c.task!r} names a task twice; leave one out")
+    for name in c.tasks:
+        refuse(
+            name in ("policy", "reference") or not name.replace("-", "_").isidentifier(),
+            f"task {c.task!r}: {name!r} cannot be an adapter's name; use letters, digits, - and _, without spaces",
+        )
+    refuse(
+        c.prompts_per_step % (count * c.updates_per_rollout),
+        f"{count} tasks share the problems of each update equally: prompts_per_step must be a multiple of "
+        f"{count * c.updates_per_rollout}, not {c.prompts_per_step}",
+    )
+    refuse(
+        c.data or "own" in c.tasks,
+        "several tasks have problems of their own: leave out data, and give your task a row of reward.TASKS",
+    )
+    refuse(c.lora_adapter_path, f"lora_adapter_path is one adapter, and {count} tasks train {count}; leave it out")
+    refuse(
+        not c.sends_adapter,
+        f"{count} tasks share one base in vLLM, with an adapter each: that needs sync adapter, a lora_rank from 1 to "
+        "512, a dtype other than nf4, and a sleep_level below 2",
+    )
+    refuse(
+        not algorithm.advantage or algorithm.prompt_head or algorithm.rollouts > 1,
+        f"{c.algorithm} trains one task at a time: its critic, its prompt head or its choice of groups is one for all; "
+        "take another algorithm, or one task",
     )

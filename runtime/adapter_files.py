@@ -135,6 +135,11 @@ def read_adapter_config(folder: Path) -> dict:
     return config
 
 
+def adapter_folder(folder: str | Path, name: str) -> Path:
+    """Where an adapter is in a run's folder for them: the policy's in the folder itself, a task's in one inside."""
+    return Path(folder, "" if name == lora.POLICY else name)
+
+
 # ---- From and into a model ----------------------------------------------------------------------------------
 
 
@@ -142,29 +147,30 @@ def save_adapter(
     model: nn.Module,
     folder: str | Path,
     *,
+    name: str = lora.POLICY,
     base_model: str = "",
     base_dtype: str = "",
     gather: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     write: bool = True,
 ) -> None:
-    """Writes the policy's adapter as peft would. `gather` makes a parameter whole; it may be a collective, so every
+    """Writes the adapter `name` as peft would. `gather` makes a parameter whole; it may be a collective, so every
     rank calls this, and one has `write`. `base_dtype` is in the tensors' file: peft and vLLM ignore it there, and it
     cannot be left behind.
     """
-    layers, tensors = dict(lora.lora_layers(model)), {}
-    names = {path: lora.stored_names(path, layer) for path, layer in layers.items()}
+    layers, tensors = dict(lora.lora_layers(model, name)), {}
+    linears = {path: lora.stored_names(path, layer) for path, layer in layers.items()}
     for path, layer in layers.items():
-        for matrix, parameter in layer.adapters[lora.POLICY].named_parameters():
+        for matrix, parameter in layer.adapters[name].named_parameters():
             whole = gather(parameter).detach()
             if write:
-                parts = whole.cpu().view(len(names[path]), *whole.shape[-2:])
-                tensors |= {peft_key(name, matrix): part.clone() for name, part in zip(names[path], parts)}
+                parts = whole.cpu().view(len(linears[path]), *whole.shape[-2:])
+                tensors |= {peft_key(linear, matrix): part.clone() for linear, part in zip(linears[path], parts)}
     if not write:
         return
     endings = {path.rpartition(".")[2] for path in layers}
-    linears = [*lora.base_linears(model), *lora.expert_linears(model)]
-    so_named = {path for path in linears if path.rpartition(".")[2] in endings}
-    first = next(iter(layers.values())).adapters[lora.POLICY]  # all have the same rank and scale
+    possible = [*lora.base_linears(model), *lora.expert_linears(model)]
+    so_named = {path for path in possible if path.rpartition(".")[2] in endings}
+    first = next(iter(layers.values())).adapters[name]  # all have the same rank and scale
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -172,7 +178,7 @@ def save_adapter(
         "r": first.rank,
         "lora_alpha": first.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(endings if so_named == set(layers) else chain.from_iterable(names.values())),
+        "target_modules": sorted(endings if so_named == set(layers) else chain.from_iterable(linears.values())),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -203,8 +209,8 @@ def load_adapter(
     generator = torch.Generator().manual_seed(seed)
     layers = dict(lora.lora_layers(model, name))
     lost = total = 0.0
-    names = {path: lora.stored_names(path, layer) for path, layer in layers.items()}
-    expected = set(chain.from_iterable(names.values()))
+    linears = {path: lora.stored_names(path, layer) for path, layer in layers.items()}
+    expected = set(chain.from_iterable(linears.values()))
     with open_adapter(folder) as file:
         differences = {"lacks": expected.difference(file.paths), "also has": set(file.paths) - expected}
         told = [f"{kind} {min(paths)!r} ({len(paths)} such modules)" for kind, paths in differences.items() if paths]
@@ -212,7 +218,7 @@ def load_adapter(
             raise ValueError(f"it {' and '.join(told)}; its targets are {', '.join(file.target_modules)}")
         for path, layer in layers.items():
             adapter, fitted = layer.adapters[name], []
-            for linear in names[path]:
+            for linear in linears[path]:
                 A, B = file.matrices(linear)
                 if (len(B), A.shape[1]) != (layer.out_features, layer.in_features):
                     raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs.base import Config
 from fsdp_utils import World
-from runtime.conversation import Completion
+from runtime.conversation import Completion, by_adapter
 from runtime.packing import Packed, pack
 from runtime.sequence_parallel import ranks_sharing
 
@@ -89,20 +89,22 @@ def make_updates(
     """This rank's micro-batches of each of the step's updates.
 
     advantages, rewards: (N,); advantages None: 0, until a critic sets them. weight: from the (n,) lengths of an
-    update's completions to the (n,) weights of their tokens. Each of the `updates_per_rollout` takes its share of the
-    completions, in order. drop_useless: leaves out completions without advantage, as in a group of equal rewards; this
-    is only right if nothing but the advantage gives a gradient.
+    update's completions of one task to the (n,) weights of their tokens. Each of the `updates_per_rollout` takes its
+    share of each task's completions, in order. drop_useless: leaves out completions without advantage, as in a group of
+    equal rewards; this is only right if nothing but the advantage gives a gradient.
     """
     if advantages is None:
         advantages = torch.zeros(len(completions), dtype=torch.float64)
     lengths = torch.tensor([completion.length for completion in completions], dtype=torch.float64)
     updates = []
-    for share in torch.arange(len(completions)).chunk(config.updates_per_rollout):
-        useful = [i for i in share.tolist() if not (drop_useless and abs(advantages[i]) <= ROUNDING)]
+    tasks = [torch.tensor(mine).chunk(config.updates_per_rollout) for mine in by_adapter(completions).values()]
+    for shares in zip(*tasks):
+        useful = [i for i in torch.cat(shares).tolist() if not (drop_useless and abs(advantages[i]) <= ROUNDING)]
         if not useful:
             continue
         weights = torch.zeros_like(lengths)
-        weights[share] = weight(lengths[share], config)
+        for share in shares:
+            weights[share] = weight(lengths[share], config)
         total = [len(completions[i].prompt_ids) + len(completions[i].token_ids) for i in useful]
         shortest = useful[total.index(min(total))]
         batches = []
@@ -111,10 +113,10 @@ def make_updates(
         for indices in assigned[world.rank // sharing]:
             chosen = [useful[i] for i in indices]
             if chosen:
-                batch = make_micro_batch(chosen, completions, advantages, weights, rewards, world)
+                batch = make_micro_batch(chosen, completions, advantages, weights, rewards, config, world)
             else:  # a filler
                 zeros = torch.zeros_like(weights)
-                batch = make_micro_batch([shortest], completions, advantages, zeros, rewards, world)
+                batch = make_micro_batch([shortest], completions, advantages, zeros, rewards, config, world)
             batches.append(batch)
         updates.append(batches)
     return updates
@@ -126,10 +128,12 @@ def make_micro_batch(
     advantages: Tensor,
     weights: Tensor,
     rewards: Tensor | None,
+    config: Config,
     world: World,
 ) -> MicroBatch:
     """Packs the chosen completions, and expands per-completion values to their trained tokens."""
     parts, device = [completions[i] for i in chosen], world.device
+    adapters = [config.adapters.index(completion.adapter) for completion in parts]
     repeats = torch.tensor([completion.length for completion in parts])
     sequences = torch.arange(len(chosen)).repeat_interleave(repeats)  # (R,)
     logprobs = [logprob for completion in parts for logprob in completion.logprobs if logprob is not None]
@@ -143,6 +147,7 @@ def make_micro_batch(
             device,
             [completion.trained for completion in parts],
             world.sequence_group,
+            adapters if len(config.adapters) > 1 else None,
         ),
         completions=chosen,
         sequences=sequences.to(device),

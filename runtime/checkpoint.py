@@ -2,7 +2,8 @@
 
     checkpoints/step_000010/state.safetensors   trained parameters and optimizer moments, whole tensors, float32
     checkpoints/step_000010/state.json          step, lengths of the logs, configuration
-    checkpoints/step_000010/adapter/            the same adapter as a peft folder (model/, a model's, with lora_rank 0)
+    checkpoints/step_000010/adapter/            the same adapter as a peft folder (model/, a model's, with lora_rank 0);
+                                                of several tasks adapter/TASK/, one for each
     checkpoints/step_000010/checksums.json      SHA-256 of every file above; written last
     latest, best                                files that name the newest one, and the one with the best evaluation
 

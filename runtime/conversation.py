@@ -3,7 +3,7 @@
 Nothing here knows vLLM or tasks: runtime/environment.py turns a task's replies into tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Completion:
     token_ids: list[int]  # with end tokens and stop texts, and with the environment's replies
     logprobs: list[float | None]  # the sampler's, at the sampling temperature; None: a reply's token, not sampled
     truncated: bool  # cut off at max_completion_length
+    adapter: str = lora.POLICY  # of that request
 
     @property
     def trained(self) -> list[bool]:
@@ -116,7 +117,18 @@ class Conversation:
             self.ended = True
 
     def completion(self) -> Completion:
-        return Completion(self.index, self.request.prompt_ids, self.token_ids, self.logprobs, self.truncated)
+        request = self.request
+        return Completion(
+            self.index, request.prompt_ids, self.token_ids, self.logprobs, self.truncated, request.adapter
+        )
+
+
+def by_adapter(completions: Sequence[Completion]) -> dict[str, list[int]]:
+    """The indices of each adapter's completions."""
+    indices: dict[str, list[int]] = {}
+    for i, completion in enumerate(completions):
+        indices.setdefault(completion.adapter, []).append(i)
+    return indices
 
 
 def mix_seeds(*numbers: int) -> int:

@@ -34,6 +34,7 @@ class Problem:
     prompt: str | list[dict[str, Any]]  # text, or chat messages; an instruction may follow it
     answer: Any = None  # the truth, in the form that the task's `extract` returns, or as it is in the data
     columns: dict[str, Any] = field(default_factory=dict, repr=False)  # the whole row
+    task: str = field(default="", repr=False)  # whose it is: a row of reward.TASKS
 
 
 class Source(NamedTuple):

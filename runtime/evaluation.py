@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 import reward as tasks
 from configs.base import Config
 from fsdp_utils import World, on_every_rank
-from runtime.conversation import Completion, mix_seeds
+from runtime.conversation import Completion, by_adapter, mix_seeds
 from runtime.data import Problem
 from runtime.heap import release_free_memory
-from runtime.run import Prompt, Run, Scorer, request_of
+from runtime.run import Prompt, Run, Scorer, by_task, request_of
 from runtime.signals import Stopped
 from runtime.user_rewards import CORRECT, Reward, UserRewards, finite, named_parts, raised
 
@@ -32,11 +33,12 @@ def make_scorer(config: Config, problems: list[Problem]) -> Scorer:
     problems: all of them, to check that they have the columns that the functions need. Raises ValueError or OSError.
     """
     if not config.reward:
-        if not tasks.find_task(config.task).score:
-            raise ValueError(
-                f"task {config.task!r} has no score of its own: add --reward FILE.py:FUNCTION, or a task that has"
-            )
-        return lambda completions: [task_reward(config.task, problem, text) for problem, text in completions]
+        for task in config.tasks:
+            if not tasks.find_task(task).score:
+                raise ValueError(
+                    f"task {task!r} has no score of its own: add --reward FILE.py:FUNCTION, or a task that has"
+                )
+        return lambda completions: [task_reward(problem.task, problem, text) for problem, text in completions]
     functions = UserRewards(config.reward, config.reward_timeout)
     for problem in problems:
         functions.check_columns(reward_row(problem, ""))
@@ -97,7 +99,9 @@ def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
 
 
 def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
-    """Metrics of a step's completions. group_size: None if the algorithm does not compare groups."""
+    """Metrics of a step's completions, and of those of each of several tasks. group_size: None if the algorithm does
+    not compare groups.
+    """
     metrics = {}
     if group_size:
         differ = groups_that_differ(scores, group_size)
@@ -105,7 +109,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
     if len(scores) > 1:
         metrics["reward/std"] = scores.std().item()
     lengths = [completion.length for completion in completions]
-    return metrics | {
+    metrics |= {
         "reward/mean": scores.mean().item(),
         "reward/min": scores.min().item(),
         "reward/max": scores.max().item(),
@@ -113,6 +117,17 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
     }
+    return metrics | of_each(
+        completions, lambda mine: rollout_metrics([completions[i] for i in mine], scores[mine], group_size)
+    )
+
+
+def of_each(completions: list[Completion], metrics_of: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
+    """Of several adapters, the metrics of each one's completions, whose indices `metrics_of` gets, as NAME/ADAPTER."""
+    parts = by_adapter(completions)
+    if len(parts) < 2:
+        return {}
+    return {f"{name}/{adapter}": value for adapter in parts for name, value in metrics_of(parts[adapter]).items()}
 
 
 def part_metrics(rewards: list[Reward]) -> dict[str, float]:
@@ -163,13 +178,21 @@ class Evaluation(NamedTuple):
         return self.split([float((reward.correct or 0.0) >= 1) for reward in self.rewards])
 
     def metrics(self) -> dict[str, float]:
-        """Mean rewards and, if rewards tell which answers are right, accuracies with standard errors."""
+        """Mean rewards and, if rewards tell which answers are right, accuracies with standard errors; also of each of
+        several tasks.
+        """
         sampled, greedy = self.split([reward.total for reward in self.rewards])
         metrics = {"reward": sampled.mean().item(), "reward_greedy": greedy.mean().item()}
         if self.right:
             for name, right in zip(("accuracy", "accuracy_greedy"), self.right):
                 metrics |= mean_and_stderr(name, right)
-        return metrics
+        return metrics | of_each(self.completions, lambda mine: self.of(mine).metrics())
+
+    def of(self, indices: list[int]) -> "Evaluation":
+        """That of some of the completions, all of their problems."""
+        completions, rewards = ([values[i] for i in indices] for values in (self.completions, self.rewards))
+        problems = len({completion.request for completion in completions}) // 2
+        return Evaluation(completions, rewards, problems, self.seconds)
 
 
 def evaluate_prompts(run: Run) -> Evaluation:
@@ -180,7 +203,8 @@ def evaluate_prompts(run: Run) -> Evaluation:
     config, prompts = run.config, run.test_prompts
     sampled = [
         request_of(prompt, config.eval_samples, config.temperature, mix_seeds(config.seed, i))
-        for i, prompt in enumerate(prompts)
+        for task in by_task(prompts)
+        for i, prompt in enumerate(task)
     ]
     greedy = [request_of(prompt, samples=1, temperature=0.0, seed=0) for prompt in prompts]
     start = time.perf_counter()
@@ -221,8 +245,9 @@ def mean_and_stderr(name: str, values: Tensor) -> dict[str, float]:
 def log_samples(
     run: Run, step: int, kind: str, prompts: list[Prompt], completions: list[Completion], rewards: list[Reward]
 ) -> None:
-    """Logs the first few completions. kind: "train" or "eval"."""
-    records = sample_records(run, prompts, completions[:SAMPLES_LOGGED], rewards)
+    """Logs the first few completions of each task. kind: "train" or "eval"."""
+    chosen = [i for mine in by_adapter(completions).values() for i in mine[:SAMPLES_LOGGED]]
+    records = sample_records(run, prompts, [completions[i] for i in chosen], [rewards[i] for i in chosen])
     records = [{"step": step, "kind": kind} | record for record in records]
     run.log.samples(records)
     if kind == "train":
@@ -233,16 +258,16 @@ def sample_records(
     run: Run, prompts: list[Prompt], completions: list[Completion], rewards: list[Reward]
 ) -> list[dict[str, Any]]:
     """Completions as text, with answers, rewards and the parts of rewards."""
-    extract = tasks.find_task(run.config.task).extract
+    problems = [prompts[completion.request].problem for completion in completions]
     return [
         {
-            "prompt": prompts[completion.request].problem.prompt,
+            "prompt": problem.prompt,
             "completion": transcript(completion, run.tokenizer),
-            "extracted": extract(decode(completion, run.tokenizer)),
-            "answer": prompts[completion.request].problem.answer,
+            "extracted": tasks.find_task(problem.task).extract(decode(completion, run.tokenizer)),
+            "answer": problem.answer,
             "reward": reward.total,
             "truncated": completion.truncated,
         }
         | ({"parts": reward.parts} if reward.parts else {})
-        for completion, reward in zip(completions, rewards)
+        for problem, completion, reward in zip(problems, completions, rewards)
     ]

@@ -194,10 +194,20 @@ def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) ->
 
 
 def add_adapters(model: PreTrainedModel, config: Config) -> None:
-    """Freezes the base, stores it in `dtype`, and adds the adapters that are trained."""
+    """Freezes the base, stores it in `dtype`, and adds the adapters that are trained.
+
+    Raises ValueError for a task whose name no adapter can have, and for several tasks with adapters of experts.
+    """
     if config.dtype == "nf4":
         lora.quantize_base(model)
-    lora.inject(model, config.target_modules, config.lora_rank, config.lora_alpha, merged=config.straight_through)
+    for name in config.adapters:
+        if hasattr(nn.ModuleDict, name):
+            raise ValueError(f"task {name!r} cannot be an adapter's name, PyTorch's modules use it; rename the task")
+        scale = {"rank": config.lora_rank, "alpha": config.lora_alpha}
+        lora.inject(model, config.target_modules, **scale, merged=config.straight_through, name=name)
+    if len(config.adapters) > 1 and "experts" in lora.target_names(model, config.adapters[0]):
+        raise ValueError("experts have adapters of one task only; name other target_modules, or one task")
+    lora.activate(model, *config.adapters)
 
 
 def shard(
@@ -246,7 +256,8 @@ def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.Worl
     if config.reference_adapter:
         adapter_files.load_adapter(model, config.reference_adapter, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:
-        lora.init_adapters(model, config.seed, fill=fsdp_utils.fill)
+        for name in config.adapters:
+            lora.init_adapters(model, config.seed, name=name, fill=fsdp_utils.fill)
         return
     lost = adapter_files.load_adapter(model, config.lora_adapter_path, seed=config.seed, fill=fsdp_utils.fill)
     if world.rank == 0:

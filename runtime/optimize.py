@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fsdp_utils
+import lora
 from configs.base import Config
 from runtime.batching import MicroBatch
 
@@ -15,8 +16,14 @@ Metrics = dict[str, Tensor]  # name -> (R,) a value per completion token of a mi
 
 
 def make_optimizer(config: Config, module: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters of a policy or a critic. To use another optimizer, change it here."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """AdamW over the trained parameters of a policy or a critic, each adapter's in a group of its own. To use another
+    optimizer, change it here.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for path, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(lora.adapter_of(path), []).append(parameter)
+    trained = [{"params": group} for group in groups.values()]
     fused = config.offload == "all" or None  # offloaded parameters are many and on the CPU, where the default is slow
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0, fused=fused)
     if config.offload == "optimizer":
@@ -70,17 +77,22 @@ class Update:
 
 
 def apply_gradients(optimizer: torch.optim.Optimizer, loss: float) -> float:
-    """An optimizer step with gradients scaled down to `MAX_GRAD_NORM`; returns their norm before scaling.
+    """An optimizer step with the gradients of each group scaled down to `MAX_GRAD_NORM`; returns their norm before.
 
-    If the norm or the loss is not finite, the gradients are dropped, there is no step, and the norm is NaN. Loss and
-    norm are those of all ranks, so all ranks do the same.
+    A group without a gradient, as an adapter that no completion taught anything, stays as it is. So does one whose norm
+    is not finite, or all if the loss is not: the norm is then NaN. Loss and norms are those of all ranks, so all ranks
+    do the same.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = fsdp_utils.clip_gradients(parameters, MAX_GRAD_NORM) if math.isfinite(loss) else math.nan
-    if math.isfinite(norm):
-        optimizer.step()
+    norms = []
+    for group in optimizer.param_groups:
+        norm = fsdp_utils.clip_gradients(group["params"], MAX_GRAD_NORM) if math.isfinite(loss) else math.nan
+        norms.append(norm)
+        if not 0 < norm < math.inf:
+            for parameter in group["params"]:
+                parameter.grad = None
+    optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return math.hypot(*norms)
 
 
 def update_metrics(updates: list[dict[str, float]]) -> dict[str, float]:

@@ -41,6 +41,7 @@ class Packed:
     prompt_ends: Tensor  # (s,) place among the t of the last token of each prompt
     rows: Tensor  # (r,) places whose next token is a trained token of a completion
     targets: Tensor  # (r,) those tokens
+    owners: Tensor | None  # (t,) the adapter that each token passes through, see `lora.route`; None: there is one
     spread_tokens: Slices  # what each rank has of T,
     spread_prompts: Slices  # of S
     spread_rows: Slices  # and of R
@@ -52,29 +53,34 @@ def pack(
     device: torch.device,
     trained: list[list[bool]] | None = None,
     group: dist.ProcessGroup | None = None,
+    adapters: list[int] | None = None,
 ) -> Packed:
     """Packs prompt + completion of each sequence. What is predicted follows from lengths, never from token ids.
 
     trained: which tokens of each completion are predicted; None: all. The others are only read.
     group: the ranks that the row is spread over, which all pack the same; None: this one has the whole row.
+    adapters: of each sequence, the place among the active adapters of the one that it passes through.
 
     >>> packed = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], torch.device("cpu"))
     >>> packed.input_ids.tolist(), packed.rows.tolist(), packed.targets.tolist()
     ([1, 2, 3, 5, 6, 4, 7, 8], [2, 3, 5, 6], [5, 6, 7, 8])
     """
-    input_ids, position_ids, starts, prompt_ends, rows, targets = [], [], [0], [], [], []
+    input_ids, position_ids, starts, prompt_ends, rows, targets, owners = [], [], [0], [], [], [], []
     trained = trained or [[True] * len(completion) for completion in completions]
-    for prompt, completion, chosen in zip(prompts, completions, trained, strict=True):
+    places = adapters or [0] * len(completions)
+    for prompt, completion, chosen, place in zip(prompts, completions, trained, places, strict=True):
         first = len(input_ids) + len(prompt) - 1  # the prompt's last token predicts the completion's first
         prompt_ends.append(first)
         rows += compress(range(first, first + len(completion)), chosen)
         targets += compress(completion, chosen)
         input_ids += prompt + completion
         position_ids += range(len(prompt) + len(completion))
+        owners += [place] * (len(prompt) + len(completion))
         starts.append(len(input_ids))
     while len(input_ids) < ranks_sharing(group):  # no rank may have none: sequences of one, which count nowhere
         input_ids.append(0)
         position_ids.append(0)
+        owners.append(0)
         starts.append(len(input_ids))
     lengths = [end - start for start, end in pairwise(starts)]
     if lengths != sorted(lengths, reverse=True):
@@ -90,6 +96,7 @@ def pack(
         prompt_ends=as_tensor(prompt_ends[of_prompts.own]) - first,
         rows=as_tensor(rows[of_rows.own]) - first,
         targets=as_tensor(targets[of_rows.own]),
+        owners=as_tensor(owners[tokens.own]) if adapters else None,
         spread_tokens=tokens,
         spread_prompts=of_prompts,
         spread_rows=of_rows,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -59,18 +60,27 @@ def say(line: str) -> None:
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
-    """Training and held-out prompts of at most `max_prompt_length` tokens; rank 0 loads the problems. Collective."""
-    instruction = reward.find_task(config.task).instruction if config.instruction is None else config.instruction
+    """Training and held-out prompts of at most `max_prompt_length` tokens, one task's after the other's. Collective."""
+    tasks = [load_task(config, *names, tokenizer) for names in zip(config.tasks, config.adapters)]
+    return [list(chain.from_iterable(splits)) for splits in zip(*tasks)]
+
+
+def load_task(config: Config, task: str, adapter: str, tokenizer: PreTrainedTokenizerBase) -> list[list[Prompt]]:
+    """`load_prompts` of one task, whose prompts that adapter answers; rank 0 loads the problems."""
+    instruction = reward.find_task(task).instruction if config.instruction is None else config.instruction
     source = Source(config.data, config.prompt_field, config.answer_field)
 
     def load(split: str) -> list[Problem]:
-        return [instructed(problem, instruction) for problem in reward.load_problems(config.task, split, source)]
+        problems = [replace(problem, task=task) for problem in reward.load_problems(task, split, source)]
+        return [instructed(problem, instruction) for problem in problems]
 
     splits = fsdp_utils.on_first_rank(lambda: (load("train"), load("test")))
     check_chats([problem for split in splits for problem in split], config.system_prompt, tokenizer)
     with one_line_errors(f"the tokenizer of model {tokenizer.name_or_path!r}"):
         prompts = [tokenize(problems, tokenizer, config.system_prompt) for problems in splits]
-    prompts = [[in_environment(prompt, config, tokenizer) for prompt in split] for split in prompts]
+    prompts = [
+        [replace(in_environment(prompt, config, tokenizer), adapter=adapter) for prompt in split] for split in prompts
+    ]
     longest = config.max_prompt_length
     kept = [[prompt for prompt in split if len(prompt.token_ids) <= longest] for split in prompts]
     train, test = kept
@@ -134,7 +144,7 @@ def tokenize(problems: list[Problem], tokenizer: PreTrainedTokenizerBase, system
 
 def in_environment(prompt: Prompt, config: Config, tokenizer: PreTrainedTokenizerBase) -> Prompt:
     """The prompt with the task's environment, if the task replies to the model."""
-    task = reward.find_task(config.task)
+    task = reward.find_task(prompt.problem.task)
     if not task.reply:
         return prompt
     messages = chat(prompt.problem.prompt, config.system_prompt)

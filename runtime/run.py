@@ -1,14 +1,15 @@
 """The state of a run. runtime/setup.py makes it; the training scripts and runtime/steps.py change it."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
+import lora
 from configs.base import Config
 from fsdp_utils import World
 from policy import Policy
@@ -34,6 +35,7 @@ class Prompt:
     problem: Problem
     token_ids: list[int]
     environment: Callable[[], Reply] = single_turn  # see runtime/environment.py
+    adapter: str = lora.POLICY  # that answers it
 
 
 @dataclass
@@ -56,7 +58,9 @@ class Run:
         self.learners = {"policy": (self.policy, self.optimizer)}  # what a checkpoint saves; PPO adds its critic
         self.saved_step = self.progress.step if self.saved else None
         self.prompts_drawn = self.progress.prompts_drawn
-        self.upcoming = islice(endless(self.train_prompts, self.config.seed), self.prompts_drawn, None)
+        streams = [endless(prompts, self.config.seed) for prompts in by_task(self.train_prompts)]
+        share = self.config.prompts_per_step // len(self.config.tasks)
+        self.upcoming = islice(in_turns(streams, share), self.prompts_drawn, None)
         self.samples: list[dict[str, Any]] = []  # the logged ones of the last training rollout
         self.log_position: dict[str, Any] | None = None  # at the end of the last finished step; None: before the first
         self.engine.stop = self.stop  # a signal also ends a rollout
@@ -65,7 +69,7 @@ class Run:
         self.weight_sync = WeightSync(self.policy, self.engine, self.config, prompts, self.world.device)
 
     def next_prompts(self, count: int) -> list[Prompt]:
-        """The next training prompts, in an order that the seed decides."""
+        """The next training prompts, in an order that the seed decides: of several tasks, each one's share."""
         self.prompts_drawn += count
         return list(islice(self.upcoming, count))
 
@@ -106,22 +110,35 @@ def micro_batches(run: Run, batches: list[MicroBatch], label: str, may_stop: boo
 
 
 def rollout_requests(prompts: list[Prompt], config: Config, step: int, attempt: int = 0) -> list[Request]:
-    """`group_size` samples of each prompt. Seed, step and the place in the step decide the tokens."""
+    """`group_size` samples of each prompt. Seed, step and the place among the task's prompts decide the tokens."""
     first = attempt * len(prompts)
     return [
         request_of(prompt, config.group_size, config.temperature, mix_seeds(config.seed, step, place))
-        for place, prompt in enumerate(prompts, start=first)
+        for task in by_task(prompts)
+        for place, prompt in enumerate(task, start=first)
     ]
 
 
 def request_of(prompt: Prompt, samples: int, temperature: float, seed: int) -> Request:
     """A request for completions of a prompt, in its environment."""
-    return Request(prompt.token_ids, samples, temperature, seed, environment=prompt.environment)
+    return Request(prompt.token_ids, samples, temperature, seed, prompt.adapter, prompt.environment)
 
 
 def environments(prompts: Iterable[Prompt]) -> list[Callable[[], Reply]]:
     """Those of the prompts, each once."""
     return list(dict.fromkeys(prompt.environment for prompt in prompts))
+
+
+def by_task(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The prompts of each task; they stand together."""
+    return [list(task) for _, task in groupby(prompts, key=lambda prompt: prompt.adapter)]
+
+
+def in_turns(streams: list[Iterator[Prompt]], share: int) -> Iterator[Prompt]:
+    """So many prompts of each stream in turn, endlessly."""
+    while True:
+        for stream in streams:
+            yield from islice(stream, share)
 
 
 def endless(prompts: list[Prompt], seed: int) -> Iterator[Prompt]:

@@ -45,7 +45,8 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
 
     In a process that only generates (`rollout_ranks`) it does not return: the run is the trainers'.
     """
-    reward.find_task(config.task)
+    for task in config.tasks:
+        reward.find_task(task)
     world, link = init_worlds(config.rollout_ranks)
     if link and link.generates:
         serve_trainers(config, world, link)
@@ -71,7 +72,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
             with progress_bar("starting vLLM"):
                 known = environments(train_prompts + test_prompts)
                 make = partial(RemoteEngine, link, known, progress.started) if link else Engine
-                return build_engine(config, files, stops, lora.target_names(model), make)
+                return build_engine(config, files, stops, lora.target_names(model, config.adapters[0]), make)
 
         learners = {}
         if with_critic:  # before vLLM starts, which changes classes of transformers
@@ -233,6 +234,7 @@ def build_engine(
         gpu_memory_utilization=config.gpu_memory_utilization,
         sleep_level=config.sleep_level,
         max_lora_rank=config.lora_rank if config.sends_adapter else 0,
+        max_loras=len(config.adapters),
         lora_targets=targets,
         seed=config.seed,
     )
@@ -258,7 +260,7 @@ def sequences_at_once(config: Config, ranks: int, gpu_bytes: float) -> int:
     """Sequences that one engine generates at a time: its share of a rollout or evaluation, up to vLLM's own limits."""
     engines = ranks // config.tensor_parallel_size
     rollout = -(-config.prompts_per_step // engines) * config.group_size
-    evaluation = -(-config.eval_problems // engines) * (config.eval_samples + 1)
+    evaluation = -(-len(config.tasks) * config.eval_problems // engines) * (config.eval_samples + 1)
     return min(max(rollout, evaluation), 1024 if gpu_bytes >= 70 * 2**30 else 256)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import lora
 from fsdp_utils import on_first_rank
 from runtime import checkpoint
-from runtime.adapter_files import save_adapter
+from runtime.adapter_files import adapter_folder, save_adapter
 from runtime.checkpoint import Progress
 from runtime.evaluation import evaluate
 from runtime.files import write_model
@@ -110,12 +110,13 @@ def write_checkpoint(run: Run, progress: Progress, tensors: dict[str, Tensor]) -
 
 
 def export(run: Run, folder: Path, tensors: dict[str, Any]) -> None:
-    """Writes the policy from its gathered tensors: as a peft folder or, without adapters, as a model folder."""
+    """Writes the policy from its gathered tensors: as peft folders or, without adapters, as a model folder."""
     model = run.policy.model
     whole = {parameter: tensors.get(f"policy.model.{name}") for name, parameter in model.named_parameters()}
     if run.config.lora_rank:
         base = {"base_model": run.config.model_source, "base_dtype": run.config.dtype}
-        save_adapter(model, folder / "adapter", **base, gather=whole.get)
+        for name in run.config.adapters:
+            save_adapter(model, adapter_folder(folder / "adapter", name), name=name, **base, gather=whole.get)
     else:
         dtype = getattr(torch, run.config.compute_dtype)
         weights = ((name, whole[parameter].to(dtype)) for name, parameter in lora.base_weights(model))

@@ -27,7 +27,7 @@ def make_layer(dtype=torch.float64, rank=4, **options) -> lora.LoRALinear:
     nn.init.normal_(adapter.lora_A, std=0.3)
     nn.init.normal_(adapter.lora_B, std=0.3)
     adapter.to(torch.promote_types(dtype, torch.float32))
-    layer.active = lora.POLICY
+    layer.active = (lora.POLICY,)
     return layer
 
 

@@ -25,7 +25,7 @@ def plain_logprobs(folder, seed, targets=("all-linear",)):
         for _, layer in lora.lora_layers(model):
             adapter = layer.adapters[lora.POLICY]
             layer.weight.data += ALPHA / RANK * adapter.lora_B.data @ adapter.lora_A.data
-            layer.active = None
+            layer.active = ()
     return [
         model(torch.tensor([text])).logits[0, :-1].log_softmax(-1).gather(1, torch.tensor(text[1:])[:, None])[:, 0]
         for text in TEXTS

@@ -81,7 +81,8 @@ def test_the_probe_leaves_the_gpu_to_either_side(monkeypatch):
     before = [parameter.clone() for parameter in model.parameters()]
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
     policy, engine = SimpleNamespace(model=model), SimpleNamespace(sleep=lambda: calls.append("sleep"))
-    probe = sync.Probe(policy, engine, lambda everything: calls.append(f"send {everything}"), [], None)
+    names = [lora.POLICY]
+    probe = sync.Probe(policy, engine, lambda everything: calls.append(f"send {everything}"), [], None, names)
 
     def score() -> torch.Tensor:
         calls.append("score")

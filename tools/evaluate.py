@@ -33,9 +33,9 @@ import reward
 from configs.base import Config
 from rollout import Engine
 from runtime import checkpoint
-from runtime.adapter_files import AdapterFile, open_adapter
+from runtime.adapter_files import AdapterFile, adapter_folder, open_adapter
 from runtime.command_line import OneLineParser, parse_over, read_config_file
-from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, sample_records
+from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, of_each, sample_records
 from runtime.files import new_folder
 from runtime.launch import launch
 from runtime.models import meta_model, model_folder, read_model_config
@@ -85,15 +85,21 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
             settings["model"] = str(folder / "model")
     elif given.config:
         adapter = adapter or settings["lora_adapter_path"]
-    elif adapter and (Path(adapter).parent / "state.json").is_file():  # of the run that trained it
-        settings |= checkpoint.read_saved(Path(adapter).parent).settings
+    elif adapter and (folder := checkpoint_of(adapter)):  # of the run that trained it
+        settings |= checkpoint.read_saved(folder).settings
+        settings["task"] = settings["task"] if Path(adapter).parent == folder else Path(adapter).name
     if not adapter:  # with sync adapter, vLLM would wait for one
-        return dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged"), given.out, []
+        config = dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged")
+        if len(config.tasks) > 1:
+            raise ValueError(f"a model without adapters is evaluated on one task at a time, not {config.task!r}")
+        return config, given.out, []
 
-    with open_adapter(adapter) as file:
+    of_tasks = {path.parent.name: str(path.parent) for path in Path(adapter).glob("*/adapter_config.json")}
+    with open_adapter(next(iter(of_tasks.values()), adapter)) as file:
         named = {"model": file.base_model, "dtype": file.base_dtype}
     settings = {name: value for name, value in named.items() if value} | settings | {"lora_adapter_path": adapter}
     config = parse_over(settings | DEFAULTS, parser, arguments)
+    adapter = of_tasks.get(config.task, adapter)
     changes = {"lora_adapter_path": adapter, "lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
     if file.keys != {key: key for key in file.keys}:
         changes["sync"] = "merged"  # vLLM reads only the keys that peft writes
@@ -110,6 +116,13 @@ def doubts(config: Config, file: AdapterFile) -> list[str]:
     if not file.base_dtype and config.dtype != "nf4":
         told.append("which does not say how its base was stored; if that was NF4, add --dtype nf4")
     return told
+
+
+def checkpoint_of(adapter: str) -> Path | None:
+    """The checkpoint that an adapter's folder is in, as that of its policy or of one of several tasks."""
+    folder = Path(adapter).parent
+    folder = folder.parent if folder.name == "adapter" else folder
+    return folder if (folder / "state.json").is_file() else None
 
 
 def find_checkpoint(run: Path, which: str) -> Path:
@@ -145,7 +158,8 @@ def setup() -> tuple[Sampler, Path]:
     """The sampler of this command line, and the output folder."""
     listen(signal.SIG_DFL)
     config, out, doubts = parse(sys.argv[1:])
-    reward.find_task(config.task)
+    for task in config.tasks:
+        reward.find_task(task)
     world = fsdp_utils.init_world()
     check_world(config, world)
     out = out or f"{config.run_folder.parent}/evaluations/{config.task}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -158,12 +172,14 @@ def setup() -> tuple[Sampler, Path]:
     stops = find_stops(config, tokenizer, model_config)
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompt.problem for prompt in prompts]))
     with fast_folder(model) as files:
-        with open_adapter(config.lora_adapter_path) if config.lora_adapter_path else nullcontext() as adapter:
+        folders = {name: adapter_folder(config.lora_adapter_path, name) for name in config.adapters}
+        with open_adapter(min(folders.values())) if config.lora_adapter_path else nullcontext() as adapter:
             targets = adapter and adapter.target_modules
         sync = "adapter" if config.sends_adapter else "merged"  # as in training, which may have slept
         engine = build_engine(dataclasses.replace(config, sleep_level=0, sync=sync), files, stops, targets)
         if config.sends_adapter:
-            engine.load_adapter(config.lora_adapter_path)
+            for name, each in folders.items():
+                engine.load_adapter(str(each), name)
         elif config.lora_adapter_path or config.dtype == "nf4":
             engine.load_weights(policy_weights(config, Path(files)))
     sampler = Sampler(config, world, tokenizer, prompts, scorer, engine, doubts)
@@ -174,8 +190,8 @@ def setup() -> tuple[Sampler, Path]:
 
 def started(config: Config) -> str:
     """The date in the prompts of a checkpoint's run, see `Progress`; "" without a checkpoint."""
-    folder = Path(config.lora_adapter_path or config.model).parent
-    return checkpoint.read_saved(folder).progress.started if (folder / "state.json").is_file() else ""
+    folder = checkpoint_of(config.lora_adapter_path or config.model)
+    return checkpoint.read_saved(folder).progress.started if folder else ""
 
 
 def policy_weights(config: Config, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -218,7 +234,7 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
-    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n; truncation, length and speed."""
+    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n; truncation, length and speed; also of each task."""
     metrics = evaluation.metrics()
     if evaluation.right:
         sampled, _ = evaluation.right
@@ -227,12 +243,13 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
             metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(sampled, k))
     completions = evaluation.completions
     tokens = sum(completion.length for completion in completions)
-    return metrics | {
+    metrics |= {
         "timeouts": sum(len(reward.timeouts) for reward in evaluation.rewards),
         "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
         "length_mean": tokens / len(completions),
         "tokens_per_second": tokens / evaluation.seconds,
     }
+    return metrics | of_each(completions, lambda mine: measure(evaluation.of(mine)))
 
 
 def evaluate(sampler: Sampler, folder: Path) -> None:

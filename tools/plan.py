@@ -203,7 +203,7 @@ def full_batch(config: Config) -> Packed:
         completion = min(rest - 1, config.max_completion_length)
         lengths.append((rest - completion, completion))
     prompts, completions = ([[1] * length for length in column] for column in zip(*lengths))
-    return pack(prompts, completions, HERE, group=neighbours(sharing))
+    return pack(prompts, completions, HERE, group=neighbours(sharing), adapters=[0] * len(prompts))
 
 
 def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | None, on_gpu: bool = True) -> Trainer:
