@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 import lora
+import low_rank
 import nf4
 from runtime.files import FLOATS, open_safetensors, weight_files
 from runtime.progress_bar import progress_bar
@@ -175,9 +176,7 @@ def load_weights(model: PreTrainedModel, folder: str, device: torch.device, para
 
 
 def read_checkpoint(model: PreTrainedModel, folder: str, held: Collection[Tensor] = ()) -> None:
-    """Reads this rank's rows of all parameters but the adapters' from the safetensors files of a folder; those that are
-    `held` must have its values.
-    """
+    """Reads this rank's rows of all parameters but the adapters' from a folder; `held` ones must have its values."""
     wanted = {
         name: (weight, *place) for path, weight in lora.base_weights(model) for name, *place in stored(path, weight)
     }
@@ -467,21 +466,19 @@ class Gathering:
 def write_rows(
     weight: Tensor | nf4.NF4Weight, layers: list[lora.LoRALayer] | None, target: Tensor, stats: SyncStats | None
 ) -> None:
-    """Writes this rank's rows of W, or W + s·B A of its one layer, into `target`, in parts; `stats` measures what
-    rounding loses.
-    """
+    """Writes this rank's rows of W, or W + s·B A of its one layer, to `target`; `stats` measures what rounds off."""
     adapter = layers[0].adapters[lora.POLICY] if layers else None
     if adapter:
         A, B = gather(adapter.lora_A).to(target.device), local(adapter.lora_B).to(target.device)
-        left, right = lora.factors(A, B, weight.dtype)
-    for rows in nf4.slices(target, lora.MERGED_AT_ONCE):
+        left, right = low_rank.factors(A, B, weight.dtype)
+    for rows in nf4.slices(target, low_rank.MERGED_AT_ONCE):
         W = local_rows(weight, rows, target.device)
         if adapter:
-            lora.add_product(W, left[rows], right, adapter.scale, out=target[rows])
+            low_rank.add_product(W, left[rows], right, adapter.scale, out=target[rows])
         else:
             target[rows] = W
     if adapter and stats and len(target):
-        sample = slice(None, None, -(-4 * target.numel() // lora.MERGED_AT_ONCE))
+        sample = slice(None, None, -(-4 * target.numel() // low_rank.MERGED_AT_ONCE))
         W = local_rows(weight, sample, target.device)
         # B A without s: s is the same in all layers, so the cosine is, too.
         stats.compare(target[sample] - W, B[sample] @ A, share=len(W) / len(target))
@@ -498,6 +495,6 @@ def write_experts(weight: Tensor, layers: list[lora.LoRAExperts], target: Tensor
         for expert, (A, B) in enumerate(zip(local(adapter.lora_A), local(adapter.lora_B))):
             A, B, merged = A.to(target.device), B.to(target.device), target[expert, layer.rows]
             W = merged.clone()
-            lora.add_product(W, *lora.factors(A, B, weight.dtype), adapter.scale, out=merged)
+            low_rank.add_product(W, *low_rank.factors(A, B, weight.dtype), adapter.scale, out=merged)
             if stats and expert == 0:
                 stats.compare(merged - W, B @ A, share=1 / len(target))

@@ -82,7 +82,7 @@ def gated_mlp(mlp: nn.Module, x: Tensor, selective: bool = False) -> Tensor:
     """(act(x Gᵀ) · x Uᵀ) Dᵀ (arXiv 2002.05202) of x (..., D), as transformers computes it.
 
     `selective` keeps x Gᵀ and x Uᵀ alone. The backward forms act(x Gᵀ) · x Uᵀ again, and there recomputing ends: that
-    is what the last linear saves (`Inputs` in lora.py).
+    is what the last linear saves (`Inputs` in low_rank.py).
     """
 
     def down(gate: Tensor, up: Tensor) -> Tensor:

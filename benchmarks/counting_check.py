@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import lora  # noqa: E402
+import low_rank  # noqa: E402
 from benchmarks.counting import Card, Counter  # noqa: E402
 from policy import FrozenHead, Head  # noqa: E402
 
@@ -85,14 +85,14 @@ def phases() -> dict[str, Callable[[], object]]:
         parameter.grad = torch.ones_like(parameter)
 
     def layer() -> None:
-        lora.low_rank_linear(x, W, None, A, B, 1.0, False).backward(dy)
+        low_rank.low_rank_linear(x, W, None, A, B, 1.0, False).backward(dy)
 
     def score() -> None:
         FrozenHead.apply(states, Head(head), targets, 1.0, False)[0].backward(ones)
 
     return {
         "LoRA layer, forward and backward": layer,
-        "merge": lambda: lora.merge(W, A.detach(), B.detach(), 1.0),
+        "merge": lambda: low_rank.merge(W, A.detach(), B.detach(), 1.0),
         "AdamW": optimizer.step,
         "frozen head, forward and backward": score,
     }

@@ -51,14 +51,14 @@ def kernels(rows: Rows, size: Size, work: Path) -> None:
 
 def layer_error(tokens: int, in_features: int, out_features: int, merged: bool) -> float:
     """The largest relative error of `low_rank_linear`'s output and gradients."""
-    import lora
+    import low_rank
 
     def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
 
     x, A, B = leaf(tokens, in_features, dtype=torch.bfloat16), leaf(8, in_features), leaf(out_features, 8)
     W = leaf(out_features, in_features, dtype=torch.bfloat16).detach()
-    y = lora.low_rank_linear(x, W, None, A, B, 0.5, merged)
+    y = low_rank.low_rank_linear(x, W, None, A, B, 0.5, merged)
     dy = torch.randn_like(y)
     y.backward(dy)
     wide = [tensor.detach().double().requires_grad_() for tensor in (x, A, B)]

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import runtime.quiet  # noqa: E402, F401, I001  before torch
 import torch  # noqa: E402
 
-import lora  # noqa: E402
+import low_rank  # noqa: E402
 from runtime.batching import MicroBatch  # noqa: E402
 from configs.base import Config  # noqa: E402
 from configs.checks import resolve_config  # noqa: E402
@@ -86,7 +86,7 @@ def survival(sizes: list[float]) -> list[float]:
     unit = weight.float().norm() / (B @ A).norm()
     found = []
     for size in sizes:
-        realised = lora.merge(weight, A, B, (size * unit).item()).float() - weight.float()
+        realised = low_rank.merge(weight, A, B, (size * unit).item()).float() - weight.float()
         found.append(torch.nn.functional.cosine_similarity(realised.flatten(), (B @ A).flatten(), 0).item())
     return found
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 import lora
+import low_rank
 from runtime import adapter_files
 from runtime.adapter_files import shrink
 
@@ -47,7 +48,7 @@ def test_gradients_are_those_of_the_definition(shape, merged):
     torch.testing.assert_close(layer(x), plain(layer, x))
 
     def function(x, A, B):
-        return lora.low_rank_linear(x, layer.weight, layer.bias, A, B, 0.7, merged)
+        return low_rank.low_rank_linear(x, layer.weight, layer.bias, A, B, 0.7, merged)
 
     assert torch.autograd.gradcheck(function, (x, adapter.lora_A, adapter.lora_B))
 
@@ -70,8 +71,8 @@ def test_recomputing_a_block_spares_its_last_product(monkeypatch):
     x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     leaves, first, last = [x, *block[0].adapters.parameters()], block[0].weight, block[2].weight
     expected = torch.autograd.grad(block(x).sum(), leaves)
-    y, used, dense = checkpoint(block, x, use_reentrant=False), [], lora.dense
-    monkeypatch.setattr(lora, "dense", lambda weight: used.append(weight) or dense(weight))
+    y, used, dense = checkpoint(block, x, use_reentrant=False), [], low_rank.dense
+    monkeypatch.setattr(low_rank, "dense", lambda weight: used.append(weight) or dense(weight))
     found = torch.autograd.grad(y.sum(), leaves)
     assert all(map(torch.equal, found, expected))
     assert list(map(id, used)) == [id(first), id(last), id(first)], "recomputed: first; backward: last, first"
@@ -105,15 +106,15 @@ def test_a_merge_is_the_exact_sum_rounded_once(size):
     for dtype in (torch.bfloat16, torch.float32):
         base = W.to(dtype)
         exact = base.double() + 0.3 * (B.double() @ A.double())
-        merged, rounded = lora.merge(base, A, B, 0.3), exact.to(dtype)
-        lost = 2**-16 if dtype == torch.bfloat16 else 16 * EPSILON  # of the summands' magnitudes, see lora.factors
+        merged, rounded = low_rank.merge(base, A, B, 0.3), exact.to(dtype)
+        lost = 2**-16 if dtype == torch.bfloat16 else 16 * EPSILON  # of the summands' magnitudes, see low_rank.factors
         magnitude = base.double().abs() + 0.3 * (B.double().abs() @ A.double().abs())
         half_ulp = torch.finfo(dtype).eps / 2 * exact.abs()
         assert ((merged.double() - exact).abs() <= 1.01 * half_ulp + lost * magnitude).all()
         if dtype == torch.bfloat16:
             assert (merged != rounded).float().mean() < 1e-4 + min(size, 1) * 2**-7  # 2⁻¹⁶ of an update, of W's 2⁻⁸
             assert (merged != base).float().mean() > 0.001, "or there would be nothing to round"
-            shards = torch.cat([lora.merge(base[rows], A, B[rows], 0.3) for rows in (slice(0, 7), slice(7, 300))])
+            shards = torch.cat([low_rank.merge(base[rows], A, B[rows], 0.3) for rows in (slice(0, 7), slice(7, 300))])
             assert (shards != merged).float().mean() < 1e-4  # float32 sums in another order may round the other way
 
 
@@ -128,7 +129,7 @@ def test_saves_its_input_and_the_adapter_only(merged):
     adapter = layer.adapters[lora.POLICY]
     expected = {t.data_ptr() for t in (x, adapter.lora_A, adapter.lora_B)}
     others = [t for t in saved if t.data_ptr() not in expected]
-    assert len(saved) == 3 + len(others) and [t.shape for t in others] == [] if merged else [(7, 4)]
+    assert len(saved) == 3 + len(others) and [t.shape for t in others] == ([] if merged else [(7, 4)])
 
 
 def test_rank_stabilised_scale():

@@ -26,6 +26,7 @@ from transformers.models.starcoder2.modeling_starcoder2 import Starcoder2MLP
 
 import fsdp_utils
 import lora
+import low_rank
 import policy
 from policy import FrozenHead, Head, Policy, trained_head
 from runtime import models, packing
@@ -248,8 +249,8 @@ def test_other_norms_stay_as_they_are():
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma"])
 def test_recomputing_changes_no_bit_and_selects_what_is_cheap(architecture, model_folder, monkeypatch):
     """The same logprobs and gradients; multiplied again are all products but the last, or none."""
-    dense, multiplied, results = lora.dense, [], {}
-    monkeypatch.setattr(lora, "dense", lambda weight: multiplied.append(weight) or dense(weight))
+    dense, multiplied, results = low_rank.dense, [], {}
+    monkeypatch.setattr(low_rank, "dense", lambda weight: multiplied.append(weight) or dense(weight))
     for what in ("none", "selective", "full"):
         model = AutoModelForCausalLM.from_pretrained(model_folder(architecture), dtype=torch.bfloat16)
         lora.inject(model, ["all-linear"], 4, 6.0)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import fsdp_utils
 import lora
+import low_rank
 
 UNEVEN = dict(intermediate_size=90, vocab_size=161, tie_word_embeddings=False)  # rows that 4 ranks cannot share evenly
 
@@ -102,7 +103,7 @@ def peaks(folder):
     """Per way: the most bytes of any operation's tensors, what the stream itself reports, and its largest tensor."""
     world, found = fsdp_utils.init_world(), []
     model = filled_model(folder, world)
-    lora.MERGED_AT_ONCE = 1 << 14
+    low_rank.MERGED_AT_ONCE = 1 << 14
 
     def sizes(**options):
         for _, tensor in fsdp_utils.summon_layers(model, world.device, **options):

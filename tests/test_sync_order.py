@@ -107,7 +107,7 @@ def test_the_probe_gets_its_strength_in_few_trials(monkeypatch, power, right):
     """Whatever power of the strength its effect is: on SmolLM2, 2.5 times the strength has 7 times the effect."""
     tried, target = [], 3.0
     monkeypatch.setattr(sync, "distance", lambda found, expected: found)
-    probe = sync.Probe(SimpleNamespace(model=torch.nn.Module()), None, None, [], None)
+    probe = sync.Probe(SimpleNamespace(model=torch.nn.Module()), None, None, [], None, [lora.POLICY])
     probe.base, probe.set_adapters = 0.0, tried.append
     probe.trainer_logprobs = lambda: 1.4 * target * (tried[-1] / right) ** power
     probe.find_strength(target)

@@ -31,7 +31,7 @@ def near(completion, answer):
 reward.TASKS["near"] = reward.Task(lambda split: reward.arithmetic_problems(split)[::-1], near)
 config = dataclasses.replace(
     config, task="arithmetic,near", algorithm="reinforce_pp_baseline", kl_coef=0.01, updates_per_rollout=2,
-    prompts_per_step=16, group_size=4, tokens_per_microbatch=512, gradient_checkpointing=True, sync="adapter",
+    prompts_per_step=16, group_size=4, tokens_per_microbatch=512, gradient_checkpointing="full", sync="adapter",
     dtype="float32", steps=3, lr_schedule="constant", save_every=1, eval_every=3, eval_samples=1, eval_problems=24,
 )
 """

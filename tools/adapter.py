@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: thi
 
 import lora
 import nf4
-from lora import merge
+from low_rank import merge
 from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.files import FLOATS, check_tied_head, find_model, new_folder, read_model, write_model
 from runtime.models import auto_class, meta_model, read_model_config, read_whole_config
