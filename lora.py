@@ -93,7 +93,8 @@ class LoRALinear(nn.Module):
             return self.base(x)
         first, *others = adapters = [self.adapters[name] for name in self.active]
         A, B, mask = first.lora_A, first.lora_B, None
-        if others:  # as one of n times the rank, of which a token has only its own part
+        if others:  # n adapters of rank r run as one of rank n·r; the mask leaves each token its own r
+            assert self.mask is not None, "several adapters are active: call `route` first"
             A, B = torch.cat([each.lora_A for each in adapters]), torch.cat([each.lora_B for each in adapters], dim=1)
             mask = self.mask
         return low_rank_linear(x, self.weight, self.bias, A, B, first.scale, first.merged, mask)
@@ -249,7 +250,7 @@ def lora_layers(model: nn.Module, name: str = POLICY) -> Iterator[tuple[str, LoR
 
 
 def weight_name(path: str, layer: LoRALayer) -> str:
-    """Of the parameter that W of the layer of that name is, or is a part of."""
+    """The name of the parameter that holds this layer's W: its `.weight` or, of experts, the stacked one."""
     experts, each, _ = path.rpartition(".each.")
     return f"{experts}.{layer.parameter}" if each else f"{path}.weight"
 
@@ -316,9 +317,9 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def route(model: nn.Module, owners: Tensor) -> None:
-    """Where several adapters, of one rank, are active: owners (T,) has each token's, as its place among them.
+    """Tells each token its adapter, where several of one rank are active: owners (T,) are indices among these.
 
-    It stays until the next call: a backward that recomputes activations needs the same.
+    That holds until the next call, so a backward that recomputes activations must run before it.
     """
     mask = None
     for module in model.modules():

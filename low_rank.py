@@ -36,9 +36,9 @@ def low_rank_linear(
 class Inputs(torch.autograd.Function):
     """Saves x, A, B and low = s x Aᵀ (T, r) before `LowRankLinear` multiplies them by W; x is returned as it is.
 
-    What a function saves is saved after its forward, and recomputing a block ends as soon as its last saved tensor is
-    there. The last ones are of `down_proj`: saved here, they spare the block's largest product. `merged` needs `low`
-    in the backward alone, and forms it there.
+    A checkpointed block is recomputed only until its last saved tensor exists, and a function saves its tensors after
+    its forward. The last ones belong to `down_proj`: saved here, they exist before its product with W, the block's
+    largest, which is then not repeated. `merged` needs `low` in the backward alone, and forms it there.
     """
 
     @staticmethod

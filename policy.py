@@ -66,23 +66,26 @@ def use_rms_norm(model: nn.Module) -> None:
 def recompute(model: PreTrainedModel, what: str) -> None:
     """Chooses what the backward computes again, so that it need not be kept: "full", all of a block but its input;
     "selective", what lies between the products of an MLP, half of what a block keeps and cheap; "none", nothing.
+    Gated MLPs run as one kernel on a GPU in all three.
 
-    Raises ValueError if there is nothing to select.
+    Raises ValueError if there is nothing to select, as in experts.
     """
     mlps = [module for module in model.modules() if is_gated_mlp(type(module))]
     for mlp in mlps:
         mlp.forward = partial(gated_mlp, mlp, selective=what == "selective")
     if what == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if what == "selective" and not mlps:
-        raise ValueError("gradient_checkpointing selective: this model has no gated MLP; set it to full")
+    if what == "selective" and (not mlps or lora.mixtures(model)):
+        raise ValueError(
+            "gradient_checkpointing selective: this model has no gated MLP, or has experts; set it to full"
+        )
 
 
 def gated_mlp(mlp: nn.Module, x: Tensor, selective: bool = False) -> Tensor:
     """(act(x Gᵀ) · x Uᵀ) Dᵀ (arXiv 2002.05202) of x (..., D), as transformers computes it.
 
-    `selective` keeps x Gᵀ and x Uᵀ alone. The backward forms act(x Gᵀ) · x Uᵀ again, and there recomputing ends: that
-    is what the last linear saves (`Inputs` in low_rank.py).
+    A GPU's kernel rounds once less. `selective` keeps x Gᵀ and x Uᵀ alone. The backward forms act(x Gᵀ) · x Uᵀ again,
+    and there recomputing ends: that is what the last linear saves (`Inputs` in low_rank.py).
     """
 
     def down(gate: Tensor, up: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def is_gated_mlp(kind: type[nn.Module]) -> bool:
     mlp = SimpleNamespace(**linears, act_fn=F.silu)
     try:
         return torch.equal(kind.forward(mlp, x), gated_mlp(mlp, x))
-    except AttributeError:  # it has other parts
+    except (AttributeError, TypeError):  # it has other parts, or other inputs
         return False
 
 

@@ -48,7 +48,9 @@ def load_problems(task: str, split: str, source: Source = NO_SOURCE) -> list[Pro
     """
     row = find_task(task)
     if not source.data and not row.problems:
-        raise ValueError(f"task {task!r} has no problems of its own: add --data FILE, a folder or a name on the hub")
+        raise ValueError(
+            f"task {task!r} has no problems of its own: add --data FILE, a folder or a name on the hub; train it alone"
+        )
     problems = read_problems(source, split, row.truth) if source.data else row.problems(split)
     if not problems:
         raise ValueError(f"task {task!r} has no {split} problems (data={source.data!r})")

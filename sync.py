@@ -39,7 +39,7 @@ from runtime.generators import AnyEngine
 from runtime.packing import CONVOLUTIONS, pack
 from runtime.shared_memory import first_on_host, shared_folder
 
-HEADERS = 1 << 20  # bytes: more than an adapter's folder takes beside its tensors
+HEADERS = 1 << 20, 1 << 8  # bytes: more than an adapter's folder takes beside its tensors, and for each of them
 PARTS = {"in_proj_qkv": 3}  # linears of the checkpoint that are several of those that vLLM fuses; others are one
 VERIFY_EVERY = 50  # steps between checks with the probe
 COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
@@ -120,13 +120,15 @@ def send_adapters(policy: Policy, engine: AnyEngine, names: list[str], read_back
 
     def gather(parameter: Tensor) -> Tensor:
         whole, path = fsdp_utils.gather(parameter), paths[parameter]
-        rounded = whole.detach().to(engine.dtype)
-        # vLLM stores B times the scale
-        read_back.record(path, rounded * adapter.scale if path.endswith("lora_B") else rounded)
+        if whole.ndim == 2:  # experts' are not read back
+            rounded = whole.detach().to(engine.dtype)
+            # vLLM stores B times the scale
+            read_back.record(path, rounded * adapter.scale if path.endswith("lora_B") else rounded)
         return whole
 
     size = sum(parameter.nbytes for parameter in paths)
-    with shared_folder(size + HEADERS * len(names)) as folder:
+    matrices = sum(math.prod(parameter.shape[:-2]) for parameter in paths)
+    with shared_folder(size + HEADERS[0] * len(names) + HEADERS[1] * matrices) as folder:
         for name in names:
             save_adapter(policy.model, folder / name, name=name, gather=gather, write=first_on_host())
         dist.barrier()  # written
@@ -402,7 +404,9 @@ class Probe:
             weak, strong = (strength, strong) if ratio < 1 else (weak, strength)
             strength /= min(max(ratio, 0.3), 3.0)
             if not weak < strength < strong:  # the effect grows faster than the strength
-                strength = math.sqrt(weak * strong)
+                strength = math.sqrt(max(weak, strong / 9) * strong)
+        if not nearest < math.log(4):
+            raise RuntimeError(f"no strength of the test adapter changes the trainer's logprobs by {target:.3g} nats")
 
     def set_adapters(self, strength: float) -> None:
         """Overwrites the policy's adapters with a random update, `strength` times as large as each W."""
@@ -420,17 +424,22 @@ class Probe:
         return [weight_rms(layer) for layer, _ in self.adapters]
 
     def trainer_logprobs(self) -> Tensor:
-        """Of the texts, by the trainer; needs as much memory as training."""
+        """(adapters, tokens) of the texts, by the trainer; needs as much memory as training."""
         places = [place % len(self.names) for place in range(len(self.texts))]
         prompts, completions = [text[:1] for text in self.texts], [text[1:] for text in self.texts]
-        return self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs
+        return self.by_adapter(self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs)
 
     def sampler_logprobs(self, everything: bool = False) -> Tensor:
-        """(engines, tokens) of the texts, by each vLLM, after sending it the policy's current weights."""
+        """(engines, adapters, tokens) of the texts, by each vLLM, after sending it the policy's current weights."""
         self.send(everything)
         found = self.engine.run(score, self.texts, self.names)
         self.engine.sleep()
-        return torch.tensor(found, device=self.device)
+        return self.by_adapter(torch.tensor(found, device=self.device))
+
+    def by_adapter(self, logprobs: Tensor) -> Tensor:
+        """(..., R) -> (..., adapters, R / adapters): `distance` is then that of the worst one, not the mean of all."""
+        tokens = len(self.texts[0]) - 1  # of each text; the adapters take turns
+        return logprobs.unflatten(-1, (-1, len(self.names), tokens)).transpose(-3, -2).flatten(-2)
 
 
 def score(engine: Engine, texts: list[list[int]], names: list[str]) -> list[float]:

@@ -52,7 +52,7 @@ def train_once(run: Run, config: Config) -> training_runs.Rows:
     run = dataclasses.replace(run, config=config, policy=policy, optimizer=optimizer, log=log)
     run.weight_sync.update_weights()
     if config.algorithm == "ppo":
-        critic = build_critic(config, folder, run.world)
+        critic = build_critic(config, folder, run.world)  # after vLLM: right for this model, see `setup`
         run.learners["critic"] = critic, make_optimizer(config, critic, config.critic_learning_rate)
         train_ppo.train(run)
     else:

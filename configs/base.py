@@ -119,7 +119,7 @@ class Config:
     )
     tokens_per_microbatch: int = option(16384, "Most tokens of a rank's forward; one sequence may be longer.", least=1)
     gradient_checkpointing: Literal["full", "selective", "none"] = option(
-        "full", "What the backward recomputes, to save memory: all activations; selective: some, and no matrix product."
+        "full", "What the backward computes again, to save memory: full, all of a block; selective, no product; none."
     )
     fsdp_size: int = option(0, "Ranks that share one copy of the weights; 0 means all ranks.", least=0)
     sequence_parallel_size: int = option(

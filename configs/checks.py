@@ -135,8 +135,8 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
         f"{name} measures each completion against its group: group_size must be at least 2, not 1",
     )
     refuse(
-        algorithm.advantage and c.prompts_per_step * c.group_size < 2,
-        "a step of one completion has nothing to compare it with: prompts_per_step must exceed 1",
+        algorithm.advantage and c.prompts_per_step // len(c.tasks) * c.group_size < 2,
+        f"a step of one completion of a task has nothing to compare it with: prompts_per_step must exceed {len(c.tasks)}",
     )
     refuse(
         c.ref_adapter_path and not (c.kl_coef or algorithm.reference),

@@ -259,6 +259,7 @@ def read_saved(folder: Path) -> Saved:
         saved = Saved(folder, Progress(**state["progress"]), dict(state["log"]), dict(state["config"]))
         if unknown := saved.settings.keys() - {field.name for field in fields(Config)}:
             raise ValueError(f"it has the option {min(unknown)!r}")
+        Config(**saved.settings)  # raises for a value that is none today
         return saved
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {str(folder)!r} is of another version of this program: {error}") from None

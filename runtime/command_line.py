@@ -55,7 +55,7 @@ def parse_over(settings: dict[str, Any], parser: OneLineParser, arguments: list[
     parser.set_defaults(**settings)
     lists = [field.name for field in dataclasses.fields(Config) if field.default_factory is not dataclasses.MISSING]
     for name in lists:  # argparse would keep only the last one
-        if sum(argument.split("=")[0] == f"--{name}" for argument in arguments) > 1:
+        if sum(argument.split("=")[0].replace("-", "_") == f"__{name}" for argument in arguments) > 1:
             raise ValueError(f"--{name} is given twice; give it once, with several values after it")
     config, _, unknown = parser.parse_args_into_dataclasses(
         arguments, return_remaining_strings=True, look_for_args_file=False

@@ -123,7 +123,7 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
 
 
 def of_each(completions: list[Completion], metrics_of: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
-    """Of several adapters, the metrics of each one's completions, whose indices `metrics_of` gets, as NAME/ADAPTER."""
+    """With several adapters: `metrics_of(indices)` of each one's completions, named NAME/ADAPTER; with one, nothing."""
     parts = by_adapter(completions)
     if len(parts) < 2:
         return {}
@@ -172,8 +172,9 @@ class Evaluation(NamedTuple):
 
     @property
     def right(self) -> tuple[Tensor, Tensor] | None:
-        """1.0 for right answers and 0.0 for others, sampled and greedy; None if rewards do not tell."""
-        if all(reward.correct is None for reward in self.rewards):
+        """1.0 for right answers and 0.0 for others, sampled and greedy; None if a task's rewards do not tell."""
+        parts = by_adapter(self.completions).values()
+        if any(all(self.rewards[i].correct is None for i in part) for part in parts):
             return None
         return self.split([float((reward.correct or 0.0) >= 1) for reward in self.rewards])
 
@@ -189,7 +190,7 @@ class Evaluation(NamedTuple):
         return metrics | of_each(self.completions, lambda mine: self.of(mine).metrics())
 
     def of(self, indices: list[int]) -> "Evaluation":
-        """That of some of the completions, all of their problems."""
+        """The evaluation restricted to some completions, which must be all completions of their problems."""
         completions, rewards = ([values[i] for i in indices] for values in (self.completions, self.rewards))
         problems = len({completion.request for completion in completions}) // 2
         return Evaluation(completions, rewards, problems, self.seconds)

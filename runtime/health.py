@@ -86,10 +86,13 @@ class HealthMonitor:
 
 
 def rewards_differ(metrics: Metrics) -> bool:
-    """Whether rewards differ where the algorithm compares them: within a group, or without groups within the step."""
+    """Whether rewards differ where the algorithm compares them: within a group or, without groups, within a task."""
     if "reward/mixed_groups_frac" in metrics:
         return metrics["reward/mixed_groups_frac"] > 0
-    return metrics.get("reward/min", -math.inf) < metrics.get("reward/max", math.inf)
+    tasks = [name.removeprefix("reward/min") for name in metrics if name.startswith("reward/min/")] or [""]
+    return any(
+        metrics.get(f"reward/min{task}", -math.inf) < metrics.get(f"reward/max{task}", math.inf) for task in tasks
+    )
 
 
 def describe_rewards(metrics: Metrics) -> str:

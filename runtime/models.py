@@ -24,10 +24,10 @@ from configs.base import Config
 from policy import Critic, Policy, recompute, use_rms_norm
 from runtime import adapter_files
 from runtime.files import check_tied_head, find_model, one_line_errors
-from runtime.packing import CONVOLUTIONS, RECURRENT
+from runtime.packing import CONVOLUTIONS, RECURRENT, has_kernels
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
-Share = Callable[[PreTrainedModel], set[nn.Parameter]]  # finds memory for some of a meta model's parameters: which
+Share = Callable[[PreTrainedModel], set[nn.Parameter]]  # gives some parameters of a meta model memory: returns these
 WITH_MORE = ("qwen3_5",)  # models that see images, too, of which the language model alone is trained
 IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
@@ -172,6 +172,7 @@ def meta_policy(
             lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
         add_adapters(model, config)
+    prepare(model, config, device)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
     shard(policy, config, device, ignored=share(model) if share else ())
     return policy
@@ -189,6 +190,7 @@ def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) ->
     critic = Critic(model, device)
     if config.lora_rank:
         add_adapters(model, config)
+    prepare(model, config, device)
     shard(critic, config, device)
     return critic
 
@@ -201,13 +203,30 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
     if config.dtype == "nf4":
         lora.quantize_base(model)
     for name in config.adapters:
-        if hasattr(nn.ModuleDict, name):
+        if hasattr(nn.ModuleDict(), name):
             raise ValueError(f"task {name!r} cannot be an adapter's name, PyTorch's modules use it; rename the task")
         scale = {"rank": config.lora_rank, "alpha": config.lora_alpha}
         lora.inject(model, config.target_modules, **scale, merged=config.straight_through, name=name)
-    if len(config.adapters) > 1 and "experts" in lora.target_names(model, config.adapters[0]):
+    adapted = {path for path, _ in lora.lora_layers(model, config.adapters[0]) if ".experts." in path}
+    if adapted and len(config.adapters) > 1:
         raise ValueError("experts have adapters of one task only; name other target_modules, or one task")
+    if adapted and config.sends_adapter and adapted != set(lora.expert_linears(model)):
+        raise ValueError(
+            "vLLM takes adapters of experts only on gate_proj, up_proj and down_proj together; name all three in "
+            "target_modules, or set sync merged"
+        )
     lora.activate(model, *config.adapters)
+
+
+def prepare(model: PreTrainedModel, config: Config, device: torch.device) -> None:
+    """Chooses what the backward recomputes. Raises ValueError for a model that cannot be trained as configured."""
+    check_spread(model, config.sequence_parallel_size)
+    if not config.lora_rank and lora.mixtures(model):
+        raise ValueError("a model with experts learns by adapters alone; set lora_rank above 0")
+    recurrent = any(path.endswith(RECURRENT) for path, _ in model.named_modules())
+    if recurrent and len(config.adapters) > 1 and not has_kernels(device.type):
+        raise ValueError("several tasks: this model's recurrent layers need flash-linear-attention; train one task")
+    recompute(model, config.gradient_checkpointing)
 
 
 def shard(
@@ -216,13 +235,8 @@ def shard(
     """Shards a policy or critic, but for the `ignored` parameters.
 
     A base that is trained (`lora_rank` 0) is float32, and cast to `dtype` to compute.
-    Raises ValueError if that base has experts, or if the model's rows cannot be spread over ranks as configured.
     """
     model: PreTrainedModel = module.train().model
-    check_spread(model, config.sequence_parallel_size)
-    if not config.lora_rank and lora.mixtures(model):
-        raise ValueError("a model with experts learns by adapters alone; set lora_rank above 0")
-    recompute(model, config.gradient_checkpointing)
     fsdp_utils.shard(
         module,
         model.get_decoder().layers,

@@ -79,9 +79,8 @@ class Update:
 def apply_gradients(optimizer: torch.optim.Optimizer, loss: float) -> float:
     """An optimizer step with the gradients of each group scaled down to `MAX_GRAD_NORM`; returns their norm before.
 
-    A group without a gradient, as an adapter that no completion taught anything, stays as it is. So does one whose norm
-    is not finite, or all if the loss is not: the norm is then NaN. Loss and norms are those of all ranks, so all ranks
-    do the same.
+    A group whose gradients are all 0 is left alone: Adam's momentum would still move it. So is a group whose norm is
+    not finite. If the loss is not finite, no group moves. Loss and norms are those of all ranks, so all do the same.
     """
     norms = []
     for group in optimizer.param_groups:

@@ -51,7 +51,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
     if link and link.generates:
         serve_trainers(config, world, link)
     check_world(config, world)
-    sharing = shares_base(config, world.size)
+    sharing = fsdp_utils.on_first_rank(lambda: shares_base(config, world.size))
     world = replace(world, sequence_group=neighbours(config.sequence_parallel_size))
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     fsdp_utils.on_first_rank(choose_mode)
@@ -67,7 +67,7 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, problems))
     with fast_folder(folder) as files:
 
-        @cache  # with SHARE_BASE it starts while the policy is built, else afterwards
+        @cache  # started once: with SHARE_BASE by `share`, while the policy is built; otherwise by the call below
         def engine_for(model: PreTrainedModel) -> AnyEngine:
             with progress_bar("starting vLLM"):
                 known = environments(train_prompts + test_prompts)

@@ -81,7 +81,8 @@ class Ranks:
             multiprocessing.connection.wait(running, deadline - time.time())
             if time.time() > deadline or any(process.exitcode for process in self.processes):
                 self.kill()  # the others would wait for it
-        assert not any(process.exitcode for process in self.processes), self.output()
+        late = f"no end after {timeout} s\n" if time.time() > deadline else ""
+        assert not any(process.exitcode for process in self.processes), late + self.output()
         files = [self.folder / f"rank_{rank}.pt" for rank in range(len(self.processes))]
         return [torch.load(file, weights_only=False) for file in files]
 

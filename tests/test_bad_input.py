@@ -68,6 +68,7 @@ OPTIONS = [
     ("--answer_field=a", ["answer_field", "set data"]),
     ("--reward=", ["reward must be a list of texts", "['']"]),
     ("--stop a --stop b", ["--stop is given twice"]),
+    ("--target-modules q_proj --target_modules v_proj", ["--target_modules is given twice"]),
     ("--chat_template_kwargs a=1 --chat_template_kwargs b=2", ["--chat_template_kwargs is given twice"]),
     ("--gradient_checkpointing=last", ["gradient_checkpointing", "last"]),
     *((f"--{name}=a\x00b", [name, "printable", "'a\\x00b'"]) for name in ("instruction", "system_prompt")),
@@ -545,6 +546,8 @@ def bad_checkpoints(bad: Path) -> list[Case]:
     case(run, ["another version", "moon"], state | {"progress": progress | {"moon": 1}})
     case(run, ["another version"], state | {"progress": 3})
     case(run, ["another version", "'moon'"], state | {"config": state["config"] | {"moon": 1}})
+    was = {"gradient_checkpointing": True}
+    case(run, ["another version", "gradient_checkpointing"], state | {"config": state["config"] | was})
     for name in checkpoint.FIXED:
         case(run, [name, "'was'", "must keep"], state | {"config": state["config"] | {name: "was"}})
     case(run, ["lora_A", "None"])

@@ -164,6 +164,13 @@ def synced(folder, sync):
     return metrics, trained, torch.tensor(sampled)
 
 
+def test_a_part_of_the_experts_linears_cannot_be_sent_alone(moe_folder):
+    model = models.meta_model(str(moe_folder), torch.bfloat16)
+    with refused("together", "sync merged"):
+        models.add_adapters(model, Config(target_modules=["experts.down_proj"]))
+    models.add_adapters(model, Config(target_modules=["experts.down_proj"], sync="merged"))
+
+
 @pytest.mark.parametrize("sync", ["merged", "straight_through"])
 def test_vllm_runs_the_experts_that_are_trained(sync, moe_folder, tmp_path):
     ((metrics, trained, sampled),) = on_ranks(1, synced, moe_folder, sync, folder=tmp_path)

@@ -239,7 +239,9 @@ def conversations(run) -> list[tuple]:
 
     reward.TASKS["arithmetic"] = dataclasses.replace(reward.TASKS["arithmetic"], reply=say_more)
     run.engine.max_completion_length = 96
-    prompts = tokenize([reward.Problem(question, "") for question in SHORT_QUESTIONS], run.tokenizer, None)
+    prompts = tokenize(
+        [reward.Problem(question, "", task=run.config.task) for question in SHORT_QUESTIONS], run.tokenizer, None
+    )
     prompts = [in_environment(prompt, run.config, run.tokenizer) for prompt in prompts]
     completions = run.engine.generate([request_of(prompt, 8, COOL, seed=9 * i) for i, prompt in enumerate(prompts)])
     alone = fsdp_utils.World(0, 1, run.world.device)

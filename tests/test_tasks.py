@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, on_ranks, read_rows, refused, torchrun, train
+from conftest import ROOT, TINY, on_ranks, read_rows, refused, torchrun, train
 from safetensors.torch import load_file
 from test_generators import train_on_one_thread
 from test_resume import NOISE
 from torch import Tensor, nn
 
 import lora
+from configs.base import Config
+from runtime.models import add_adapters, meta_model
 from tools import evaluate
 from train_grpo import configure
 
@@ -161,9 +163,16 @@ REFUSED = {
     "--sync merged": ("sync adapter",),
     "--lora_rank 0": ("lora_rank",),
     "--dtype nf4": ("nf4",),
+    "--algorithm reinforce_pp --group_size 1 --prompts_per_step 2": ("nothing to compare it with", "exceed 2"),
     "--algorithm flowrl": ("flowrl", "one task"),
     "--algorithm dapo": ("dapo", "one task"),
 }
+
+
+@pytest.mark.parametrize("name", ["training", "update"])
+def test_a_task_whose_name_pytorch_uses_is_refused(name):
+    with refused(name, "rename the task"):
+        add_adapters(meta_model(str(TINY), torch.bfloat16), Config(task=f"arithmetic,{name}"))
 
 
 @pytest.mark.parametrize("options", REFUSED)

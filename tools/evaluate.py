@@ -87,14 +87,17 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         adapter = adapter or settings["lora_adapter_path"]
     elif adapter and (folder := checkpoint_of(adapter)):  # of the run that trained it
         settings |= checkpoint.read_saved(folder).settings
-        settings["task"] = settings["task"] if Path(adapter).parent == folder else Path(adapter).name
+    if adapter and checkpoint_of(adapter) not in (None, Path(adapter).parent):  # of one of several tasks
+        settings["task"] = Path(adapter).name
     if not adapter:  # with sync adapter, vLLM would wait for one
         config = dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged")
         if len(config.tasks) > 1:
             raise ValueError(f"a model without adapters is evaluated on one task at a time, not {config.task!r}")
         return config, given.out, []
 
-    of_tasks = {path.parent.name: str(path.parent) for path in Path(adapter).glob("*/adapter_config.json")}
+    of_tasks = {}
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        of_tasks = {path.parent.name: str(path.parent) for path in Path(adapter).glob("*/adapter_config.json")}
     with open_adapter(next(iter(of_tasks.values()), adapter)) as file:
         named = {"model": file.base_model, "dtype": file.base_dtype}
     settings = {name: value for name, value in named.items() if value} | settings | {"lora_adapter_path": adapter}
@@ -103,7 +106,12 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     changes = {"lora_adapter_path": adapter, "lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
     if file.keys != {key: key for key in file.keys}:
         changes["sync"] = "merged"  # vLLM reads only the keys that peft writes
-    return dataclasses.replace(config, **changes), given.out, doubts(config, file)
+    config = dataclasses.replace(config, **changes)
+    if len(config.tasks) > 1 and not config.sends_adapter:
+        raise ValueError(
+            f"{len(config.tasks)} tasks have an adapter each: evaluate them with sync adapter, or one by one"
+        )
+    return config, given.out, doubts(config, file)
 
 
 def doubts(config: Config, file: AdapterFile) -> list[str]:
@@ -119,7 +127,7 @@ def doubts(config: Config, file: AdapterFile) -> list[str]:
 
 
 def checkpoint_of(adapter: str) -> Path | None:
-    """The checkpoint that an adapter's folder is in, as that of its policy or of one of several tasks."""
+    """The checkpoint that an adapter's folder lies in: `step_N/adapter`, or `step_N/adapter/TASK`; None: in none."""
     folder = Path(adapter).parent
     folder = folder.parent if folder.name == "adapter" else folder
     return folder if (folder / "state.json").is_file() else None
@@ -173,8 +181,10 @@ def setup() -> tuple[Sampler, Path]:
     scorer = fsdp_utils.on_every_rank(lambda: make_scorer(config, [prompt.problem for prompt in prompts]))
     with fast_folder(model) as files:
         folders = {name: adapter_folder(config.lora_adapter_path, name) for name in config.adapters}
-        with open_adapter(min(folders.values())) if config.lora_adapter_path else nullcontext() as adapter:
-            targets = adapter and adapter.target_modules
+        targets = None
+        for each in folders.values() if config.lora_adapter_path else ():
+            with open_adapter(each) as adapter:
+                targets = adapter.target_modules
         sync = "adapter" if config.sends_adapter else "merged"  # as in training, which may have slept
         engine = build_engine(dataclasses.replace(config, sleep_level=0, sync=sync), files, stops, targets)
         if config.sends_adapter:
@@ -259,8 +269,9 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
         return
     metrics = measure(evaluation)
     for name, value in metrics.items():
-        if not name.endswith("_stderr"):
-            error = metrics.get(f"{name}_stderr")
+        kind, slash, task = name.partition("/")
+        if not kind.endswith("_stderr"):
+            error = metrics.get(f"{kind}_stderr{slash}{task}")
             shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
             print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
