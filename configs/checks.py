@@ -136,7 +136,7 @@ def check_algorithm(c: Any, algorithm: Any) -> None:
     )
     refuse(
         algorithm.advantage and c.prompts_per_step // len(c.tasks) * c.group_size < 2,
-        f"one completion of a task per step has nothing to compare it with: prompts_per_step must exceed {len(c.tasks)}",
+        f"one completion per task and step has nothing to compare it with: prompts_per_step must exceed {len(c.tasks)}",
     )
     refuse(
         c.ref_adapter_path and not (c.kl_coef or algorithm.reference),
