@@ -173,7 +173,7 @@ class Evaluation(NamedTuple):
     @property
     def right(self) -> tuple[Tensor, Tensor] | None:
         """1.0 for right answers and 0.0 for others, sampled and greedy; None if a task's rewards do not tell."""
-        parts = by_adapter(self.completions).values()
+        parts = [range(len(self.rewards)), *by_adapter(self.completions).values()]
         if any(all(self.rewards[i].correct is None for i in part) for part in parts):
             return None
         return self.split([float((reward.correct or 0.0) >= 1) for reward in self.rewards])
