@@ -268,12 +268,13 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
     if sampler.world.rank > 0:
         return
     metrics = measure(evaluation)
+    width = max(map(len, metrics))
     for name, value in metrics.items():
         kind, slash, task = name.partition("/")
         if not kind.endswith("_stderr"):
             error = metrics.get(f"{kind}_stderr{slash}{task}")
             shown = f"{value:.4f}" if value < 10 else f"{value:,.1f}"
-            print(f"{name:<18}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
+            print(f"{name:<{width}}{shown:>10}" + (f" ± {error:.4f}" if error is not None else ""))
     folder.mkdir(parents=True, exist_ok=True)
     completions, rewards = evaluation.completions, evaluation.rewards
     samples = sample_records(sampler, 2 * prompts, completions, rewards)
