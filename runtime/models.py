@@ -223,8 +223,7 @@ def prepare(model: PreTrainedModel, config: Config, device: torch.device) -> Non
     check_spread(model, config.sequence_parallel_size)
     if not config.lora_rank and lora.mixtures(model):
         raise ValueError("a model with experts learns by adapters alone; set lora_rank above 0")
-    recurrent = any(path.endswith(RECURRENT) for path, _ in model.named_modules())
-    if recurrent and len(config.adapters) > 1 and not has_kernels(device.type):
+    if is_recurrent(model) and len(config.adapters) > 1 and not has_kernels(device.type):
         raise ValueError("several tasks: this model's recurrent layers need flash-linear-attention; train one task")
     recompute(model, config.gradient_checkpointing)
 
@@ -248,6 +247,11 @@ def shard(
     )
 
 
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether some of its layers have a state, see runtime/packing.py."""
+    return any(path.endswith(RECURRENT) for path, _ in model.named_modules())
+
+
 def check_spread(model: PreTrainedModel, ranks: int) -> None:
     """Raises ValueError if so many ranks cannot share a row of the model's: for attention, they share its heads."""
     if ranks == 1:
@@ -258,7 +262,7 @@ def check_spread(model: PreTrainedModel, ranks: int) -> None:
     positions = " ".join(str(getattr(module, "rope_type", "")) for module in model.modules())
     if "dynamic" in positions or "longrope" in positions:
         raise ValueError(f"{option}: this model's rotary positions depend on the row's length; set it to 1")
-    if any(path.endswith(RECURRENT) for path, _ in model.named_modules()):
+    if is_recurrent(model):
         raise ValueError(f"{option}: this model's recurrent layers need their sequences whole; set it to 1")
 
 

@@ -74,23 +74,22 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
                 make = partial(RemoteEngine, link, known, progress.started) if link else Engine
                 return build_engine(config, files, stops, lora.target_names(model, config.adapters[0]), make)
 
-        learners = {}
+        critics = {}
         if with_critic:  # before vLLM starts, which changes classes of transformers
             critic = build_critic(config, files, world)
-            learners["critic"] = critic, make_optimizer(config, critic, config.critic_learning_rate)
+            critics["critic"] = critic, make_optimizer(config, critic, config.critic_learning_rate)
         start = replace(config, lora_adapter_path="") if saved else config  # a checkpoint has the trained adapter
         shared = partial(share, engine_for=engine_for, world=world) if sharing else None
         policy = build_policy(start, files, world, prompt_head, shared)
         optimizer = make_optimizer(config, policy, config.learning_rate)
-        learners["policy"] = policy, optimizer
         if saved:
-            checkpoint.restore_state(saved.folder, learners)
+            checkpoint.restore_state(saved.folder, {"policy": (policy, optimizer)} | critics)
         engine = engine_for(policy.model)
     log = fsdp_utils.on_every_rank(lambda: open_log(config, world.rank == 0, saved))
     run = Run(
         config, world, tokenizer, train_prompts, test_prompts, scorer, engine, policy, optimizer, log, progress, saved
     )
-    run.learners |= learners
+    run.learners |= critics
     engine.sleep()  # the probe's forwards in the trainer need the memory
     run.stop.listen()  # from here on a signal lets the run be saved; until here it ends the process
     run.weight_sync.update_weights(verify=True, everything=config.dtype == "nf4")  # vLLM has the 16-bit base
