@@ -123,11 +123,11 @@ class Conversation:
         )
 
 
-def by_adapter(completions: Sequence[Completion]) -> dict[str, list[int]]:
-    """The indices of each adapter's completions."""
+def by_adapter(parts: Sequence[Any]) -> dict[str, list[int]]:
+    """The indices of each adapter's completions or prompts."""
     indices: dict[str, list[int]] = {}
-    for i, completion in enumerate(completions):
-        indices.setdefault(completion.adapter, []).append(i)
+    for i, part in enumerate(parts):
+        indices.setdefault(part.adapter, []).append(i)
     return indices
 
 

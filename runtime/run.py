@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, groupby, islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fsdp_utils import World
 from policy import Policy
 from runtime.batching import MicroBatch
 from runtime.checkpoint import Progress, Saved
-from runtime.conversation import Reply, Request, mix_seeds, single_turn
+from runtime.conversation import Reply, Request, by_adapter, mix_seeds, single_turn
 from runtime.data import Problem
 from runtime.generators import AnyEngine
 from runtime.health import HealthMonitor
@@ -130,8 +130,8 @@ def environments(prompts: Iterable[Prompt]) -> list[Callable[[], Reply]]:
 
 
 def by_task(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
-    """The prompts of each task; they stand together."""
-    return [list(task) for _, task in groupby(prompts, key=lambda prompt: prompt.adapter)]
+    """The prompts of each task."""
+    return [[prompts[i] for i in mine] for mine in by_adapter(prompts).values()]
 
 
 def in_turns(streams: list[Iterator[Prompt]], share: int) -> Iterator[Prompt]:
