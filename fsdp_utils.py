@@ -45,7 +45,7 @@ class World:
     sequence_group: dist.ProcessGroup | None = None  # the ranks that this one shares its micro-batches with
 
     def sum(self, values: Tensor) -> Tensor:
-        """Adds up values of all ranks' micro-batches, in place; one that ranks share counts once. Collective."""
+        """In-place sum over all ranks' micro-batches; one that several ranks share counts once. Collective."""
         dist.all_reduce(values)
         return values.div_(ranks_sharing(self.sequence_group))
 
@@ -114,24 +114,23 @@ def shard(
     device: torch.device,
     fsdp_size: int = 0,
     compute_dtype: torch.dtype | None = None,
-    reshard_after_forward: bool = True,
     param_offload: bool = False,
     ignored: Collection[nn.Parameter] = (),
 ) -> None:
     """FSDP2 over each decoder block, then over the root, which holds what is left (embeddings, last norm, head).
 
     `fsdp_size` ranks share one copy of the parameters (0: all ranks); copies are replicas of each other. Parameters
-    are cast to `compute_dtype` (None: not at all) as they are gathered; gradients are then summed in float32. Blocks
-    that are not resharded keep their whole weights from the forward to the backward. Offloaded shards live in host
-    memory, as do their gradients and the optimizer's state. FSDP copies every parameter, on one rank, too, first to its
-    own memory and then for each forward, but leaves the `ignored` ones, which are frozen, where and as they are.
+    are cast to `compute_dtype` (None: not at all) as they are gathered; gradients are then summed in float32.
+    Offloaded shards live in host memory, as do their gradients and the optimizer's state. FSDP copies every parameter,
+    even on one rank: once into its own memory, then for each forward. It does not touch the `ignored` ones, which must
+    be frozen.
     """
     precision = MixedPrecisionPolicy(compute_dtype, reduce_dtype=compute_dtype and torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if param_offload else OffloadPolicy()
     options = {"mesh": make_mesh(device, fsdp_size), "mp_policy": precision, "offload_policy": offload}
     options["ignored_params"] = set(ignored)
     for block in blocks:
-        fully_shard(block, **options, reshard_after_forward=reshard_after_forward)
+        fully_shard(block, **options)
     fully_shard(root, **options)
 
 
@@ -255,7 +254,7 @@ def check_source(source, shape: tuple[int, ...], name: str) -> None:
 
 
 def first_row(parameter: Tensor) -> int:
-    """Of this rank's shard. As torch.chunk: shares are rounded up, so the last ranks may have fewer rows or none."""
+    """This rank's first row of a parameter. As in torch.chunk, shares are rounded up; the last ranks may have none."""
     if not isinstance(parameter, DTensor):
         return 0
     ranks, mine = parameter.device_mesh.size(-1), parameter.device_mesh.get_local_rank(-1)
@@ -327,17 +326,17 @@ def fill(parameter: Tensor, whole: Tensor) -> None:
 
 
 # FSDP shards W and B alike, by rows, so each rank forms its rows of W + s·B A from the whole A, and only the sum is
-# gathered. W is never written: nothing has to be restored, and nothing can drift. Beyond the shards, memory holds the
-# tensor that the sampler loads and, with `prefetch`, the next one, which is gathered meanwhile.
+# gathered. W is never written: nothing has to be restored, and nothing can drift. Beyond the shards, memory holds
+# one whole tensor, which the sampler loads.
 
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # as torch 2.11 calls it
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.11's name
 # vLLM fuses these linears into one module. On a CPU it loads a module only once all of its parts have arrived.
 FUSED = (
     *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")),
     *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
 )
-# What rounding loses is measured on so many of the weights, and on rows with at most 1/4 of the elements merged at a
-# time: on a GPU, measuring all takes longer than merging.
+# How many weights are measured for what rounding loses, each on at most 1/4 of MERGED_AT_ONCE elements: on a GPU,
+# measuring all of them takes longer than merging.
 MEASURED = 32
 
 
@@ -393,74 +392,61 @@ def summon_layers(
     modules: set[str] | None = None,
     stats: SyncStats | None = None,
     dtype: torch.dtype | None = None,
-    prefetch: bool = False,
     release: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights as the sampler needs them: (name in the checkpoint, whole tensor on `device`), in the model's order.
 
     modules: streams only the parameters of these modules; None: all. dtype: of the stream; None: of the model.
-    prefetch: gathers the next tensor while this one is used. release: frees a tensor when the next one is requested,
-    for consumers that have copied it by then. Collective: all ranks must exhaust the stream.
+    release: frees a tensor when the next one is requested, for consumers that have copied it by then. Collective: all
+    ranks must exhaust the stream.
     """
     stats = stats or SyncStats()
-    layers = defaultdict(list)  # of each weight: those whose W it holds
+    layers = defaultdict(list)  # weight's name -> the LoRA layers whose W it holds
     for path, layer in lora.lora_layers(model):
         layers[lora.weight_name(path, layer)].append(layer)
-    measured = {list(layers)[i * len(layers) // MEASURED] for i in range(MEASURED)} if layers else set()
+    names = list(layers)
+    measured = {names[i * len(names) // MEASURED] for i in range(MEASURED)} if names else set()
 
-    def gatherings() -> Iterator[tuple[str, Gathering]]:
-        for path, weight in lora.base_weights(model):
-            if modules is None or path.rpartition(".")[0] in modules:
-                yield path, Gathering(weight, layers.get(path), device, dtype or weight.dtype, stats, path in measured)
-
-    upcoming = gatherings()
-    pending = next(upcoming, None)
-    while pending:
-        path, gathering = pending
-        whole = gathering.wait()
-        pending = next(upcoming, None) if prefetch else None  # after the wait: gloo fails on two collectives at once
-        for name, *place in stored(path, whole):
-            yield name, whole[tuple(place)] if place else whole
-        if release:
-            stats.release(gathering.buffer)
-        del whole, gathering  # so that they are freed before the next one is made
-        pending = pending or next(upcoming, None)
+    for path, weight in lora.base_weights(model):
+        if modules is None or path.rpartition(".")[0] in modules:
+            buffer = summon(weight, layers.get(path), device, dtype or weight.dtype, stats, path in measured)
+            whole = buffer[: weight.shape[0]]
+            for name, *place in stored(path, whole):
+                yield name, whole[tuple(place)] if place else whole
+            if release:
+                stats.release(buffer)
+            del whole, buffer  # so that they are freed before the next one is made
 
 
-class Gathering:
-    """A whole tensor that is being gathered: this rank's rows are in place, those of other ranks arrive."""
+@torch.no_grad()  # on this function: around the generator it would keep the last tensor alive
+def summon(
+    weight: Tensor | nf4.NF4Weight,
+    layers: list[lora.LoRALayer] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    stats: SyncStats,
+    measured: bool,
+) -> Tensor:
+    """The whole merged tensor, gathered from all ranks' rows, with undefined rows at its end if shares were rounded up.
 
-    @torch.no_grad()  # on this method: around the generator it would keep the last tensor alive
-    def __init__(
-        self,
-        weight: Tensor | nf4.NF4Weight,
-        layers: list[lora.LoRALayer] | None,
-        device: torch.device,
-        dtype: torch.dtype,
-        stats: SyncStats,
-        measured: bool,
-    ):
-        sharded = weight.packed if isinstance(weight, nf4.NF4Weight) else weight
-        ranks, mine, group = 1, 0, None
-        if isinstance(sharded, DTensor):
-            mesh = sharded.device_mesh["shard"]
-            ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
-        self.length = weight.shape[0]
-        share = -(-self.length // ranks)  # rows of a rank, as torch.chunk: the last one may have fewer
-        self.buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
-        # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
-        self.own = self.buffer[mine * share : (mine + 1) * share]
-        write = write_experts if layers and layers[0].stack else write_rows
-        write(weight, layers, self.own[: len(local(sharded))], stats if measured else None)
-        self.work = all_gather(self.buffer, self.own, group=group, async_op=True) if ranks > 1 else None
-        stats.bytes += self.length * self.buffer[0].nbytes
-        stats.hold(self.buffer)
-
-    def wait(self) -> Tensor:
-        """The whole tensor."""
-        if self.work:
-            self.work.wait()
-        return self.buffer[: self.length]
+    layers: those whose updates are merged. measured: adds what rounding loses to `stats`. Collective.
+    """
+    sharded = weight.packed if isinstance(weight, nf4.NF4Weight) else weight
+    ranks, mine, group = 1, 0, None
+    if isinstance(sharded, DTensor):
+        mesh = sharded.device_mesh["shard"]
+        ranks, mine, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+    share = -(-weight.shape[0] // ranks)  # rows of a rank, as torch.chunk: the last one may have fewer
+    buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
+    stats.hold(buffer)
+    stats.bytes += weight.shape[0] * buffer[0].nbytes
+    # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
+    own = buffer[mine * share : (mine + 1) * share]
+    write = write_experts if layers and layers[0].stack else write_rows
+    write(weight, layers, own[: len(local(sharded))], stats if measured else None)
+    if ranks > 1:
+        all_gather(buffer, own, group=group)
+    return buffer
 
 
 def write_rows(

@@ -158,8 +158,8 @@ def inject(
     """Freezes the base and gives every targeted linear an adapter; those of that name become the active ones.
 
     `target_modules` are module names or their endings (`q_proj`), or `["all-linear"]`: every linear but the head,
-    experts, and what stands beside them (a router, shared experts). `gate_proj` is that of experts, too, as in the
-    checkpoint, and `experts.gate_proj` theirs alone; one expert's name means all experts.
+    experts, and what stands beside them (a router, shared experts). `gate_proj` also means that of experts, as in the
+    checkpoint; `experts.gate_proj` means theirs alone. Experts cannot be named singly: one name stands for all of them.
     `options` are those of `Adapter`. The values are undefined until `init_adapters` or `load_adapter`. Raises
     ValueError if a target matches nothing.
     """
@@ -317,9 +317,10 @@ def activate(model: nn.Module, *names: str) -> None:
 
 
 def route(model: nn.Module, owners: Tensor) -> None:
-    """Tells each token its adapter, where several of one rank are active: owners (T,) are indices among these.
+    """Sets which adapter each token passes through, where several of one rank are active.
 
-    That holds until the next call, so a backward that recomputes activations must run before it.
+    owners (T,): the index of each token's adapter among the active ones. It holds until the next call, so a backward
+    that recomputes activations must run before that.
     """
     mask = None
     for module in model.modules():

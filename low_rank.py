@@ -115,7 +115,7 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def scaled_product(left: Tensor, right: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """s · left right, scaled before it is rounded: no operation more than the product; 0 where a mask is."""
+    """s · left right, times the mask if there is one. The product itself scales, before it rounds."""
     product = left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
     return product if mask is None else product.mul_(mask)
 
@@ -186,7 +186,8 @@ def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
 def grouped_outer(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     """leftᵀ right over each expert's rows: (S, m), (S, n) -> (E, m, n); 0 for an expert that no token chose."""
     if has_kernel(left, right):
-        return F.grouped_mm(left.mT, right, offs=ends)
+        chosen = ends.diff(prepend=ends.new_zeros(1)) > 0  # some kernels do not write the others: pytorch issue 172439
+        return F.grouped_mm(left.mT, right, offs=ends).masked_fill_(~chosen[:, None, None], 0)
     return torch.stack([rows.T @ others for rows, others in zip(groups(left, ends), groups(right, ends))])
 
 
@@ -218,7 +219,8 @@ def factors(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(out, k) and (k, in), whose product is B A: what `add_product` adds to a W of that dtype.
 
     For bfloat16, k = 3 r: both are split into two bfloat16 numbers, high + low, which keep 16 bits of each, and
-    [B_high B_high B_low] [A_high; A_low; A_high] lacks no more than 2⁻¹⁶ |B| |A|. Else k = r, in at least float32.
+    [B_high B_high B_low] [A_high; A_low; A_high] differs from B A by at most 2⁻¹⁶ |B| |A|. Else k = r, in float32 or
+    wider.
     """
     if dtype != torch.bfloat16:
         wide = torch.promote_types(dtype, A.dtype)

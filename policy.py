@@ -3,8 +3,8 @@
 Whole sequences stand one after the other in a single row (runtime/packing.py). Only the positions that predict a
 trained token reach the head, so nothing that follows needs a mask.
 
-Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary; t, r and
-s are this rank's of them, which are all unless the row is spread over several ranks.
+Shapes: T tokens of a packed row, R of them predicted (the trained ones), S sequences, D hidden, V vocabulary. t, r
+and s are this rank's share of T, R and S: all of them, unless the row is spread over several ranks.
 """
 
 import inspect
@@ -33,8 +33,8 @@ LOGITS_AT_ONCE = 1 << (26 if torch.cuda.is_available() else 24)
 def rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
     """RMSNorm (arXiv 1910.07467) of x (..., D): divided by its root mean square, rounded, times the weight (D,).
 
-    That is what transformers computes by six operations, most of them on float32 copies of x. Here a GPU has one
-    kernel and one product; a CPU does the same as before.
+    transformers computes the same by six operations, most of them on float32 copies of x. On a GPU this is one kernel
+    and one product; on a CPU it saves nothing.
     """
     return norm.weight * F.rms_norm(x, x.shape[-1:], eps=norm.variance_epsilon)
 
@@ -63,19 +63,20 @@ def use_rms_norm(model: nn.Module) -> None:
 # ---- Recomputation, and the MLP -------------------------------------------------------------------------------
 
 
-def recompute(model: PreTrainedModel, what: str) -> None:
-    """Chooses what the backward computes again, so that it need not be kept: "full", all of a block but its input;
-    "selective", what lies between the products of an MLP, half of what a block keeps and cheap; "none", nothing.
-    Gated MLPs run as one kernel on a GPU in all three.
+def recompute(model: PreTrainedModel, mode: str) -> None:
+    """Sets what the backward computes again instead of keeping it.
+
+    mode: "full", all of a block but its input; "selective", what lies between the products of an MLP, which is large
+    and cheap to compute; "none", nothing. On a GPU, gated MLPs run as one kernel in all three.
 
     Raises ValueError if there is nothing to select, as in experts.
     """
     mlps = [module for module in model.modules() if is_gated_mlp(type(module))]
     for mlp in mlps:
-        mlp.forward = partial(gated_mlp, mlp, selective=what == "selective")
-    if what == "full":
+        mlp.forward = partial(gated_mlp, mlp, selective=mode == "selective")
+    if mode == "full":
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if what == "selective" and (not mlps or lora.mixtures(model)):
+    if mode == "selective" and (not mlps or lora.mixtures(model)):
         raise ValueError(
             "gradient_checkpointing selective: this model has no gated MLP, or has experts; set it to full"
         )

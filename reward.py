@@ -132,7 +132,7 @@ def marked(text: str) -> Iterator[str]:
         if mark[0].startswith("\\"):
             yield braced(tail)
         else:  # on the mark's line or, after a mark alone, on the next one; "answer is" belongs to one sentence
-            line = (tail.strip().splitlines() or [""])[0]
+            line = next((line for line in tail.splitlines() if re.search(r"\w", line)), "")
             yield line if mark[0] == "####" else re.split(r"[.!?](?:\s|$)", line)[0]
 
 

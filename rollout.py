@@ -61,10 +61,9 @@ class Engine:
         lora_targets: list[str] | None = None,
         seed: int = 0,
     ):
-        """`load_adapter` takes up to `max_loras` adapters of rank `max_lora_rank` or less; 0: none. They may have the
-        modules of these names; None: all that vLLM knows, experts among them.
-
-        stop_texts, stop_token_ids: end a completion, of which they are the end, beside the model's own end tokens.
+        """max_loras, max_lora_rank: how many adapters `load_adapter` takes, and their largest rank; rank 0: none.
+        lora_targets: names of the modules that adapters may have; None: all that vLLM knows, experts included.
+        stop_texts, stop_token_ids: end a completion and stay its last part; the model's own end tokens also end it.
         """
         rank, world_size = dist.get_rank(), dist.get_world_size()
         self.max_completion_length = max_completion_length
@@ -202,8 +201,8 @@ class Engine:
     def load_weights(self, stream: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces weights by a stream of (Hugging Face name, whole tensor); all ranks of an engine pass the same.
 
-        Weights that are not in the stream are not changed. Parts of one fused module must follow each other: on a GPU
-        they are written in place (`copies_at_once`), on a CPU vLLM packs a module as soon as it is complete.
+        Weights that are not in the stream are not changed. The parts of one fused module must follow each other: a CPU
+        packs a module as soon as all of its parts have arrived. A GPU writes each in place (`copies_at_once`).
         """
         if self.copies_at_once:
             self.llm.apply_model(lambda model: model.load_weights(stream))
@@ -212,8 +211,10 @@ class Engine:
         self.reset_prefix_cache()
 
     def for_packing(self, stream: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The stream as vLLM needs it on a CPU, where it packs weights: a tied embedding comes under the head's name,
-        too, since it packs a copy; and before experts come, their kernels go, or vLLM would not pack experts again.
+        """The stream as vLLM needs it on a CPU, where it packs weights.
+
+        A tied embedding is sent a second time under the head's name, since vLLM packs its own copy. The kernels of
+        experts are dropped before new experts arrive, or vLLM would not pack them again.
         """
         (model,), has_kernels = self.llm.apply_model(lambda model: model), True
         tied = self.llm.llm_engine.model_config.hf_text_config.tie_word_embeddings and hasattr(
@@ -257,7 +258,7 @@ class Engine:
 
     @cached_property
     def adapter_manager(self) -> Any:
-        """vLLM's, which knows where in its stacks each adapter is."""
+        """vLLM's adapter manager, which knows where in its stacks each adapter is."""
         (worker,) = self.llm.collective_rpc(lambda worker: worker)
         return worker.model_runner.lora_manager._adapter_manager
 
@@ -274,14 +275,14 @@ class Engine:
             self.asleep.remove(part)
 
     def finish_rollout(self) -> None:
-        """Waits for nothing: this engine generates nothing ahead, but see `RemoteEngine` (runtime/generators.py)."""
+        """Does nothing: this engine generates nothing ahead. See `RemoteEngine` (runtime/generators.py)."""
 
     def metrics(self) -> dict[str, float]:
-        """Of the last step: nothing, but see `RemoteEngine` (runtime/generators.py)."""
+        """None: only a `RemoteEngine` waits."""
         return {}
 
     def close(self) -> None:
-        """Ends nothing: this engine ends with its process."""
+        """Does nothing: this engine ends with its process."""
 
 
 def start_vllm(model: str, **options: Any) -> "vllm.LLM":

@@ -40,7 +40,7 @@ from runtime.packing import CONVOLUTIONS, pack
 from runtime.shared_memory import first_on_host, shared_folder
 
 HEADERS = 1 << 20, 1 << 8  # bytes: more than an adapter's folder takes beside its tensors, and for each of them
-PARTS = {"in_proj_qkv": 3}  # linears of the checkpoint that are several of those that vLLM fuses; others are one
+PARTS = {"in_proj_qkv": 3}  # how many parts of vLLM's fused linear a checkpoint's linear is; all others are one
 VERIFY_EVERY = 50  # steps between checks with the probe
 COLUMNS = 8  # of each tensor, read back after a sync; every sync reads others
 DENORMAL = 1e-30  # below this, bfloat16 instructions of some CPUs take a value for zero
@@ -61,7 +61,9 @@ class WeightSync:
         """prompts: token ids, of which the texts that both sides score are made."""
         self.policy, self.engine, self.config, self.device = policy, engine, config, device
         self.count = 0
-        length = min(config.max_model_len - 1, PROBE_TOKENS)  # no rank shares such a text with others
+        length = min(
+            config.max_model_len - 1, PROBE_TOKENS
+        )  # a rank runs a whole text by itself: long ones would need its memory
         self.probe = Probe(policy, engine, self.send, probe_texts(prompts, length), device, config.adapters)
 
     def update_weights(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
@@ -109,21 +111,22 @@ class WeightSync:
 
 
 def send_adapters(policy: Policy, engine: AnyEngine, names: list[str], read_back: "ReadBack") -> dict[str, float]:
-    """Sends the adapters of these names alone: one rank of each host writes each to a folder in memory, which vLLM or,
-    if processes only generate, the link to them reads.
+    """Sends the adapters of these names alone. One rank per host writes each to a folder in memory. vLLM reads it from
+    there; where processes only generate, the first trainer sends them its files.
     """
     paths: dict[Tensor, str] = {}
     for name in names:
         for path, layer in lora.lora_layers(policy.model, name):
-            adapter = layer.adapters[name]  # all have the same scale
+            adapter = layer.adapters[name]
             paths |= {matrix: f"{path}.adapters.{name}.{kind}" for kind, matrix in adapter.named_parameters()}
+    scale = adapter.scale  # all adapters have the same
 
     def gather(parameter: Tensor) -> Tensor:
         whole, path = fsdp_utils.gather(parameter), paths[parameter]
         if whole.ndim == 2:  # experts' are not read back
             rounded = whole.detach().to(engine.dtype)
             # vLLM stores B times the scale
-            read_back.record(path, rounded * adapter.scale if path.endswith("lora_B") else rounded)
+            read_back.record(path, rounded * scale if path.endswith("lora_B") else rounded)
         return whole
 
     size = sum(parameter.nbytes for parameter in paths)
@@ -231,8 +234,9 @@ class HeldWeights:
         return name
 
     def tensor(self, name: str, rows: int) -> Tensor | None:
-        """The first rows of a whole parameter, as a view of vLLM's own tensor, which may be padded. None: it has none
-        of that name; a linear that vLLM has packed has no rows.
+        """The first rows of a whole parameter, as a view of vLLM's own tensor, which may be padded.
+
+        None: vLLM has none of that name, or has packed it, so that it has no rows.
         """
         path, _, kind = self.own_name(name).rpartition(".")
         if linear := self.linears.get(path):
@@ -253,12 +257,12 @@ class HeldWeights:
 
     @cached_property
     def prefixes(self) -> dict[str, str | None]:
-        """Of names in the checkpoint, and what vLLM has in their place."""
+        """Prefixes of names in the checkpoint -> what vLLM has in their place."""
         return getattr(getattr(self.model, "hf_to_vllm_mapper", None), "orig_to_new_prefix", {})
 
     @cached_property
     def linears(self) -> "dict[str, HeldLinear]":
-        """The checkpoint's linears, under vLLM's names; convolutions are none."""
+        """The checkpoint's linears, under vLLM's names, without convolutions."""
         fused, found = getattr(self.model, "packed_modules_mapping", {}), {}
         for path, layer in self.model.named_modules():
             sizes = getattr(getattr(layer, "base_layer", layer), "output_partition_sizes", None)
@@ -279,7 +283,7 @@ class HeldLinear:
     """A linear of the checkpoint inside vLLM: alone or fused with others by rows, whole or one rank's share."""
 
     def __init__(self, layer: nn.Module, parts: range):
-        """layer: vLLM's linear, or its LoRA wrapper around one. parts: those of the linears fused there that it is."""
+        """layer: vLLM's linear, or its LoRA wrapper. parts: which parts of that fused linear this one is."""
         self.layer, self.linear, self.parts = layer, getattr(layer, "base_layer", layer), parts
         sizes = self.linear.output_partition_sizes
         self.rows_of_layer = slice(sum(sizes[: parts.start]), sum(sizes[: parts.stop]))
@@ -332,7 +336,7 @@ class HeldLinear:
 class Probe:
     """A random adapter that both sides score. vLLM must be asleep before a check, if it sleeps, and is asleep after.
 
-    In the place of several adapters there are as many, each another one, and each scores its own of the texts.
+    With several adapters, each gets a random adapter of its own in its place, and scores its own texts.
     """
 
     def __init__(

@@ -11,7 +11,8 @@ It departs from the paper (GRPO: DeepSeekMath, arXiv 2402.03300) in two ways tha
 `kl_coef` is set, and importance weights that correct the sampler-trainer logprob mismatch (TIS). It is deliberately not
 a framework: to change the algorithm, change this file, or add a row to ALGORITHMS in a config file.
 
-Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; R trained completion tokens.
+Notation: P prompts a step, G completions a prompt (the group), N = P·G completions; of a micro-batch, S completions
+with R trained tokens in all.
 """
 
 import runtime.quiet  # noqa: F401, I001  before torch
@@ -43,8 +44,8 @@ from runtime.launch import launch
 from runtime.optimize import Metrics, Update, set_learning_rate, update_metrics
 from runtime.run import Run, is_due, micro_batches, rollout_requests
 from runtime.setup import setup
-from sync import VERIFY_EVERY
 from runtime.steps import begin_training, finish_step, finish_training
+from sync import VERIFY_EVERY
 
 sys.modules.setdefault("train_grpo", sys.modules[__name__])  # a config file that imports it gets this module
 
@@ -77,7 +78,10 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def batch_zscore(rewards: Tensor) -> Tensor:
-    """(r - mean) / std over the whole step. REINFORCE++, arXiv 2501.03262; verl and OpenRLHF weigh this by length."""
+    """(r - mean) / std over the whole step. REINFORCE++, arXiv 2501.03262.
+
+    verl and OpenRLHF take both over tokens, so that long completions weigh more.
+    """
     return (rewards - rewards.mean()) / (rewards.std() + 1e-6)
 
 
@@ -87,9 +91,10 @@ def center_batch_zscore(rewards: Tensor) -> Tensor:
 
 
 def beta_normalize(rewards: Tensor) -> Tensor:
-    """(r - p) / Beta(p; 1 + a/3, 1 + b/3), p the group's mean of rewards in [0, 1]. BNPO, arXiv 2506.02864.
+    """(r - p) divided by the density of Beta(1 + a/3, 1 + b/3) at p, the group's mean reward. BNPO, arXiv 2506.02864.
 
-    Beta(a, b) is fitted to the step's p by moments. TRL's loss of this name is something else: a mean over tokens.
+    Rewards are in [0, 1]. Beta(a, b) is fitted to the step's p by moments. TRL's loss of this name is another one: a
+    mean over tokens.
     """
     if ((rewards < 0) | (rewards > 1)).any():
         raise ValueError(f"bnpo needs rewards from 0 to 1, found {rewards.min():g} to {rewards.max():g}")
@@ -114,8 +119,8 @@ def clip_sequence(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, con
 
 def clip(ratio: Tensor, advantages: Tensor, config: Config) -> tuple[Tensor, Metrics]:
     """-min(A ρ, A clip(ρ)), and the tokens where the clip was active."""
-    free, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    return torch.maximum(free, clipped), {"policy/clip_frac": (clipped > free).float()}
+    unclipped, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    return torch.maximum(unclipped, clipped), {"policy/clip_frac": (clipped > unclipped).float()}
 
 
 def clip_weight(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
@@ -134,14 +139,14 @@ OPMD_TAU = 0.1
 def mirror_descent(logprobs: Tensor, old_logprobs: Tensor, batch: MicroBatch, config: Config) -> tuple[Tensor, Metrics]:
     """-A log π(y) + τ/2 (log π(y) - log π_old(y))² of whole completions y, τ = OPMD_TAU. Kimi k1.5, arXiv 2501.12599.
 
-    The paper's gradient, section 2.3.2; the advantage is its r minus the group's mean.
+    Its gradient is that of section 2.3.2. The advantage is the paper's reward minus the group's mean.
     """
     logprob = batch.sequence_sum(logprobs)
     distance = logprob - batch.sequence_sum(old_logprobs)
     return -batch.advantages * logprob + OPMD_TAU / 2 * distance.square(), {}
 
 
-FLOWRL_BETA = 15.0  # one unit of advantage, in mean logprobs of a token
+FLOWRL_BETA = 15.0  # one unit of advantage is worth this much mean logprob per token, in nats
 
 
 def trajectory_balance(
@@ -194,12 +199,14 @@ def sum_of_tokens(lengths: Tensor, config: Config) -> Tensor:
 
 
 class Algorithm(NamedTuple):
-    advantage: Callable[[Tensor], Tensor] | None  # None: a critic's
+    """A row of `ALGORITHMS`: three functions, and what else the algorithm needs."""
+
+    advantage: Callable[[Tensor], Tensor] | None  # None: a critic computes them
     loss: Callable[[Tensor, Tensor, MicroBatch, Config], tuple[Tensor, Metrics]]
     weight: Callable[[Tensor, Config], Tensor]
     settings: dict[str, Any] = {}  # its paper's values for options that are None by default
     groups: bool = True  # compares the completions of a prompt
-    rollouts: int = 1  # at most so many per step, until there are enough groups whose rewards differ
+    rollouts: int = 1  # most per step; above 1, until enough groups have rewards that differ
     unit_rewards: bool = False  # needs rewards from 0 to 1
     whole_sequences: bool = False  # its loss is sequence-level, so TIS must be, too
     needs_all: bool = False  # completions without advantage have a gradient, too
@@ -250,7 +257,9 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     difference = (logprobs - ref_logprobs).clamp(-20, 20)
     if estimator == "k1":
         return difference
-    return difference.square() / 2 if estimator == "k2" else (-difference).exp() - 1 + difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return (-difference).exp() - 1 + difference
 
 
 # ---- The update -----------------------------------------------------------------------------------------------
@@ -264,8 +273,8 @@ def policy_loss(
     loss, info = loss_of(logprobs, old_logprobs, batch, config)
 
     # Sampler and trainer have the same weights but compute differently. TIS corrects that: arXiv 2508.18756. With
-    # max_staleness 1 the sampler's weights are also a step older, and the same weight corrects for both, while ratios
-    # stay those to the policy before this step: the decoupled objective of AReaL, arXiv 2505.24298.
+    # max_staleness 1 the sampler's weights are also a step older. The importance weight corrects for both, while the
+    # clipped ratio stays that to the policy before this step: the decoupled objective of AReaL, arXiv 2505.24298.
     mismatch = old_logprobs - batch.sampler_logprobs
     info |= {
         "mismatch/abs_logprob_diff": mismatch.abs(),
@@ -396,7 +405,7 @@ def select_groups(scores: Tensor, config: Config, all_groups: bool) -> list[int]
 
 
 def overlong_penalties(completions: list[Completion], config: Config, share: float) -> Tensor:
-    """(N,) penalty of each completion's length: 0, but over the last `share` of the limit linear to -1 at the limit.
+    """(N,) penalty of each completion's length: 0 up to (1 - `share`) of the limit, then linearly down to -1 at it.
 
     DAPO, arXiv 2503.14476, equation 13. Replies count, as in the limit. With share 0, all are 0.
     """

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 train_ppo.py --config configs/arithmetic_cpu_ppo.py
 
-The critic estimates the expected reward after each token. So each token gets an advantage of its own (GAE), and one
+The critic estimates, before each token, the reward to expect. So each token gets an advantage of its own (GAE), and one
 completion per problem is enough. The price is a second model, sharded like the policy and of the same size. It is
 trained as the policy is: by adapters, or as a whole with `lora_rank` 0.
 
@@ -12,7 +12,7 @@ verl and TRL, advantages are normalised over the step, and the critic starts fro
 A step in which all rewards are equal teaches as little as in GRPO: the critic learns a constant, and the policy's
 advantages are only the critic's errors. It counts towards `max_useless`.
 
-Notation: as in train_grpo.py; R completion tokens of a micro-batch, S of its completions.
+Notation: as in train_grpo.py.
 """
 
 import runtime.quiet  # noqa: F401, I001  before torch
@@ -75,7 +75,7 @@ def gae(rewards: Tensor, values: Tensor, lengths: list[int], gamma: float, lam: 
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, value_clip: float = VALUE_CLIP
 ) -> tuple[Tensor, Metrics]:
-    """(R,) ½ max((V - R)², (clip(V) - R)²): no gradient once a value has moved `value_clip` from the old one.
+    """(R,) ½ max((V - y)², (clip(V) - y)²), y the returns: no gradient once V has moved `value_clip` from the old one.
 
     As in OpenAI's baselines (arXiv 2005.12729, section 3), TRL and verl; the paper itself does not clip values.
     """
@@ -151,7 +151,7 @@ def train(run: Run) -> None:
         log_samples(run, step, "train", prompts, completions, scored)
         scores = total_rewards(scored)
 
-        # 3. advantage, from values; and 4. logprobs, before it because the reward may need those of the reference
+        # 4. logprobs, before 3. advantage: with KL in the reward, it needs those of the reference
         log.phase("logprobs")
         updates = make_updates(completions, None, PPO.weight, config, world, rewards=scores)
         add_logprobs(run, updates, reference=config.kl_coef > 0)

@@ -34,14 +34,10 @@ from runtime import models  # noqa: E402
 DRIFT_SYNCS = 100
 
 
-def stream(model, load: Callable[[str, Tensor], None], stats: SyncStats, device, prefetch: bool = False) -> None:
-    for name, tensor in summon_layers(model, device, stats=stats, prefetch=prefetch):
+def stream(model, load: Callable[[str, Tensor], None], stats: SyncStats, device) -> None:
+    for name, tensor in summon_layers(model, device, stats=stats):
         load(name, tensor)
         del tensor  # or it would live on while the next one is made
-
-
-def stream_ahead(model, load, stats: SyncStats, device) -> None:
-    stream(model, load, stats, device, prefetch=True)
 
 
 def collect(model, load, stats: SyncStats, device) -> None:
@@ -151,7 +147,7 @@ def main() -> None:
         sizes = f"the model is {whole / 1e6:.1f} MB, its largest tensor {largest / 1e6:.1f} MB"
         print(f"{world.size} x {world.device.type}; {sizes}")
         print(f"{'way':<18} {'seconds':>8} {'extra MB':>9} {'drift':>8}")
-    ways = {"stream": stream, "stream, prefetch": stream_ahead, "collect": collect, "in place": in_place}
+    ways = {"stream": stream, "collect": collect, "in place": in_place}
     for name, way in ways.items():
         seconds, peak, drift = measure(way, model, sampler, world.device, options.repeats)
         if world.rank == 0:

@@ -41,14 +41,14 @@ class Config:
 
     task: str = option(
         "own",
-        "A row of reward.TASKS, or several: a,b, an adapter each; own: data and reward are yours.",
+        "Rows of reward.TASKS, comma-separated, each with an adapter of its own; own: your data and reward.",
         group="The task",
     )
     data: str = option("", "A CSV, JSONL or Parquet file, a folder, or a dataset of the hub; empty: the task's own.")
     prompt_field: str = option("", "The data's column with the prompt; default: prompt, question or problem.")
     answer_field: str = option("", "The data's column with the answer, as verl's reward_model.ground_truth.")
     reward: list[str] = option([], "Functions FILE.py:NAME or FILE.py:NAME=WEIGHT; empty: the task's score.")
-    reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0)
+    reward_timeout: float = option(60.0, "Seconds after which a call of such a function counts 0.", above=0, most=1e6)
     instruction: str | None = option(None, "Text after each problem, on a new line; default: the task's own.")
     system_prompt: str | None = option(None, "The chat's system turn; default: the chat template's own.")
     chat_template_kwargs: list[str] = option([], "Values for the chat template, NAME=JSON: enable_thinking=false.")
@@ -71,19 +71,21 @@ class Config:
     group_size: int = option(8, "G, the number of completions per problem.", least=1)
     max_prompt_length: int = option(512, "In tokens; problems with longer prompts are left out.", least=1)
     max_completion_length: int = option(1024, "In tokens; longer completions are truncated.", least=1)
-    stop: list[str] = option([], "Texts or special tokens that end a completion, beside the model's end tokens.")
+    stop: list[str] = option(
+        [], "Texts or special tokens that end a completion, in addition to the model's end tokens."
+    )
     temperature: float = option(1.0, "The temperature of sampling and of logprobs.", least=0.01, most=2)
     tensor_parallel_size: int = option(1, "Ranks that share one vLLM engine.", least=1)
     gpu_memory_utilization: float = option(0.4, "The share of a GPU's memory that vLLM may use.", above=0, most=1)
     sync: Literal["adapter", "merged", "straight_through"] | None = option(
         None,
-        "adapter (default if possible) sends the adapter, merged new weights; straight_through trains with these, too.",
+        "adapter (the default where possible) or merged weights; straight_through also trains on the merged weights.",
     )
     rollout_ranks: int = option(
-        0, "The last so many processes only generate, the others only train; 0: all do both.", least=0
+        0, "How many processes, the last ones, only generate while the others only train; 0: all do both.", least=0
     )
     max_staleness: Literal[0, 1] = option(
-        0, "1: processes that only generate sample the next step's batch during the update, with the weights before it."
+        0, "1: generators sample the next batch while the trainers update, with weights that are one step old."
     )
     sleep_level: Literal[0, 1, 2] = option(
         0, "During updates vLLM's weights stay (0), move to the host (1) or are dropped and sent again (2)."
@@ -95,7 +97,7 @@ class Config:
     clip_high: float | None = option(None, "Upper clip, ratio <= 1 + clip_high; default mostly 0.2.", least=0)
     kl_coef: float = option(0.0, "The weight of the KL penalty; 0: none.", least=0)
     kl_penalty: Literal["k2_loss", "k3_loss", "k1_reward", "k2_reward", "k3_reward"] = option(
-        "k3_loss", "The KL estimator; in the loss, or off the reward: a token's in PPO, else the completion's (a sum)."
+        "k3_loss", "The estimator of the KL penalty, and whether it is added to the loss or subtracted from the reward."
     )
     entropy_coef: float = option(0.0, "The weight of the entropy bonus in the loss.", least=0)
     tis_mode: Literal["off", "token", "token_mask", "sequence", "sequence_mask"] | None = option(
@@ -119,7 +121,7 @@ class Config:
     )
     tokens_per_microbatch: int = option(16384, "Most tokens of a rank's forward; one sequence may be longer.", least=1)
     gradient_checkpointing: Literal["full", "selective", "none"] = option(
-        "full", "What the backward computes again, to save memory: full, all of a block; selective, no product; none."
+        "full", "What the backward recomputes to save memory: full, whole blocks; selective, MLP activations; none."
     )
     fsdp_size: int = option(0, "Ranks that share one copy of the weights; 0 means all ranks.", least=0)
     sequence_parallel_size: int = option(

@@ -1,12 +1,12 @@
 """What the values of a configuration may be, each by itself and together."""
 
 import dataclasses
-from operator import ge, gt, le, lt
+from operator import ge, gt, le
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-LIMITS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le), "below": ("less than", lt)}
-KINDS = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}  # what a field of each kind may hold
+LIMITS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le)}
+KINDS = {int: (int,), float: (float, int), str: (str,)}  # what a field of each kind may hold
 MULTILINE = ("instruction", "system_prompt")  # texts for the model, which may have several lines
 BASE = "base"  # a ref_adapter_path: the model without adapters
 LARGEST = {int: 2**31 - 1, float: 1e30}  # what torch and vLLM can count; neither NaN nor infinity is less
@@ -69,6 +69,7 @@ def check_together(c: Any) -> None:
         Path(c.output_dir).name in ("", "..") or len(Path(c.output_dir).name) > 128,
         f"output_dir must be a folder of the run's own, named by at most 128 characters: {c.output_dir!r}",
     )
+    refuse(c.output_dir.startswith("~"), f"output_dir {c.output_dir!r}: write the home folder's path out")
     for name in ("prompt_field", "answer_field"):
         refuse(getattr(c, name) and not c.data, f"{name} names a column of data, which is not given; set data")
     refuse(not c.model, "model must be a folder, a name on the hub or 'tiny', not ''")

@@ -15,7 +15,7 @@ config = Config(
     group_size=5,
     tensor_parallel_size=8,  # vLLM's 145 GB of weights are spread over all GPUs, as the trainer's are
     sleep_level=1,
-    offload="all",  # and with them the gradients and the optimizer
+    offload="all",  # shards, gradients and the optimizer's state are in host memory
     tokens_per_microbatch=8192,
     eval_problems=1319,  # all of GSM8K's test set
 )

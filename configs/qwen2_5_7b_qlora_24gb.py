@@ -16,6 +16,6 @@ config = Config(
     max_completion_length=640,
     gpu_memory_utilization=0.8,
     sleep_level=1,  # vLLM's 15 GB move to the host while the update needs the GPU
-    offload="all",  # and the four bits are there while vLLM generates
+    offload="all",  # the four-bit base is in host memory while vLLM generates
     tokens_per_microbatch=16384,  # each fetches and dequantises all weights: few, and large
 )

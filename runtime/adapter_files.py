@@ -9,7 +9,7 @@ Shapes: A (r, in), B (out, r).
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -136,8 +136,18 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def adapter_folder(folder: str | Path, name: str) -> Path:
-    """Where an adapter is in a run's folder for them: the policy's in the folder itself, a task's in one inside."""
+    """The folder of one adapter: the run's adapter folder itself for the policy, a subfolder for a task."""
     return Path(folder, "" if name == lora.POLICY else name)
+
+
+def doubts(file: AdapterFile, models: Sequence[str], dtype: str) -> list[str]:
+    """Why the base, of these names and this dtype, may not be the one that the adapter was trained on."""
+    told = []
+    if file.base_model and file.base_model not in models:
+        told.append(f"which names another base: {file.base_model}")
+    if file.base_dtype not in ("", dtype):
+        told.append(f"which was trained on a base in {file.base_dtype}")
+    return told
 
 
 # ---- From and into a model ----------------------------------------------------------------------------------
@@ -228,7 +238,7 @@ def load_adapter(
                 if adapter.rank < file.rank:
                     A, B, values = shrink(A, B, adapter.rank)
                     lost, total = lost + values[adapter.rank :].square().sum(), total + values.square().sum()
-                # Larger than the file's rank, or than the layer's width, which is all that `shrink` gives.
+                # Larger than the file's rank, or than that of B A, which is all that `shrink` gives.
                 if adapter.rank > len(A):
                     A, B = grow(A, B, lora.fresh_A((adapter.rank - len(A), layer.in_features), generator))
                 fitted.append((A, B * (file.scale / adapter.scale)))
@@ -246,13 +256,14 @@ def grow(A: Tensor, B: Tensor, fresh_A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def shrink(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The nearest to B A of a smaller rank (Eckart and Young 1936), and all singular values of B A (float64).
+    """The nearest to B A of at most that rank (Eckart and Young 1936), and all singular values of B A (float64).
 
-    From B = Q R and Aᵀ = P S they are those of R Sᵀ, which is at most r by r. There are min(r, in, out) of them, and
-    the result has no larger rank.
+    From B = Q R and Aᵀ = P S they are those of R Sᵀ, which is at most r by r. There are min(r, in, out) of them. A
+    direction whose singular value is 0 is left out: A and B would be 0 in it, and neither would get a gradient.
     """
     Q, R = torch.linalg.qr(B.double())
     P, S = torch.linalg.qr(A.double().T)
     U, values, Vt = torch.linalg.svd(R @ S.T, full_matrices=False)
+    rank = int((values[:rank] > torch.finfo(torch.float32).eps * values[0]).sum())
     root = values[:rank].sqrt()
     return (root[:, None] * (Vt[:rank] @ P.T)).float(), (Q @ U[:, :rank] * root).float(), values

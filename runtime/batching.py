@@ -22,11 +22,10 @@ ROUNDING = 1e-9  # advantages below this are 0 but for rounding: the mean of 0.1
 
 @dataclass
 class MicroBatch:
-    """Whole completions that a rank, or several that share them, push through the model at once.
+    """Whole completions that one rank, or several that share them, push through the model at once.
 
-    Tensors of tokens are (R,) float32.
-
-    R counts the trained tokens alone. The replies of an environment are in the packed row, and in nothing else.
+    Tensors are (R,) float32 unless said otherwise: a value per trained token. Replies of an environment are in the
+    packed row and nowhere else.
     """
 
     packed: Packed

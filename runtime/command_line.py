@@ -46,6 +46,8 @@ def parse_config(arguments: list[str], description: str) -> Config:
     parser = OneLineParser(Config, description=description, allow_abbrev=False)
     parser.add_argument("--config", default="", help="A file of configs/.", group="The config file")
     known, _ = parser.parse_known_args(arguments)
+    if "--resume=" in arguments:  # of an empty variable; it would start anew
+        raise ValueError("--resume= names no checkpoint; leave out the = for the newest one")
     config = read_config_file(known.config) if known.config else Config()
     return parse_over(dataclasses.asdict(config), parser, arguments)
 

@@ -14,11 +14,14 @@ import hashlib
 import importlib
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
+from urllib.request import urlretrieve
 
 PROMPT_FIELDS = ("prompt", "question", "problem")  # the first that a row has, unless `prompt_field` names another
 ANSWER_FIELDS = ("answer", "reward_model.ground_truth", "solution")  # likewise; the second is verl's
@@ -247,13 +250,13 @@ def numbered(rows: Iterable[dict[str, Any]], where: str) -> Iterator[tuple[dict[
 
 
 def download(url: str, path: Path) -> None:
-    """Downloads a file, completely or not at all."""
-    from torch.hub import download_url_to_file  # here, because nothing else in tasks and data needs torch
-
+    """Downloads a file, completely or not at all. Raises OSError, in one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        download_url_to_file(url, str(path), progress=False)
-    except OSError as error:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            urlretrieve(url, partial := Path(folder, path.name))  # raises OSError if the file ends too soon
+            partial.rename(path)
+    except (OSError, HTTPException) as error:
         raise OSError(f"cannot download {url} ({error}); give the data's folder by --data") from None
 
 

@@ -73,7 +73,10 @@ def compute_rewards(
     tokenizer: PreTrainedTokenizerBase,
     world: World,
 ) -> list[Reward]:
-    """One rank scores all completions of a prompt, so that all ranks agree even on random rewards. Collective."""
+    """The reward of each completion, in order. Collective.
+
+    One rank scores all completions of a prompt and shares the result, so that ranks agree even on random rewards.
+    """
     mine = [i for i, completion in enumerate(completions) if completion.request % world.size == world.rank]
     texts = [(prompts[completions[i].request].problem, decode(completions[i], tokenizer)) for i in mine]
     own = on_every_rank(lambda: score(texts))
@@ -99,8 +102,9 @@ def groups_that_differ(scores: Tensor, group_size: int) -> Tensor:
 
 
 def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: int | None) -> dict[str, float]:
-    """Metrics of a step's completions, and of those of each of several tasks. group_size: None if the algorithm does
-    not compare groups.
+    """Metrics of a step's completions; with several tasks, also of those of each.
+
+    group_size: None if the algorithm does not compare groups.
     """
     metrics = {}
     if group_size:
@@ -117,13 +121,13 @@ def rollout_metrics(completions: list[Completion], scores: Tensor, group_size: i
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
     }
-    return metrics | of_each(
+    return metrics | per_adapter(
         completions, lambda mine: rollout_metrics([completions[i] for i in mine], scores[mine], group_size)
     )
 
 
-def of_each(completions: list[Completion], metrics_of: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
-    """With several adapters: `metrics_of(indices)` of each one's completions, named NAME/ADAPTER; with one, nothing."""
+def per_adapter(completions: list[Completion], metrics_of: Callable[[list[int]], dict[str, float]]) -> dict[str, float]:
+    """With several adapters, `metrics_of(indices)` of each, named NAME/ADAPTER; with one, nothing."""
     parts = by_adapter(completions)
     if len(parts) < 2:
         return {}
@@ -179,17 +183,18 @@ class Evaluation(NamedTuple):
         return self.split([float((reward.correct or 0.0) >= 1) for reward in self.rewards])
 
     def metrics(self) -> dict[str, float]:
-        """Mean rewards and, if rewards tell which answers are right, accuracies with standard errors; also of each of
-        several tasks.
+        """Mean rewards and, if rewards tell which answers are right, accuracies with standard errors.
+
+        With several tasks, also those of each.
         """
         sampled, greedy = self.split([reward.total for reward in self.rewards])
         metrics = {"reward": sampled.mean().item(), "reward_greedy": greedy.mean().item()}
         if self.right:
             for name, right in zip(("accuracy", "accuracy_greedy"), self.right):
                 metrics |= mean_and_stderr(name, right)
-        return metrics | of_each(self.completions, lambda mine: self.of(mine).metrics())
+        return metrics | per_adapter(self.completions, lambda mine: self.restricted_to(mine).metrics())
 
-    def of(self, indices: list[int]) -> "Evaluation":
+    def restricted_to(self, indices: list[int]) -> "Evaluation":
         """The evaluation restricted to some completions, which must be all completions of their problems."""
         completions, rewards = ([values[i] for i in indices] for values in (self.completions, self.rewards))
         problems = len({completion.request for completion in completions}) // 2

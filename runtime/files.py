@@ -56,8 +56,8 @@ def find_model(model: str) -> str:
             raise ValueError(f"model {model!r} is no model folder: it has no config.json")
         try:
             folder = snapshot_download(model, allow_patterns=["*.safetensors", *MODEL_FILES])
-        except (ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
+        except Exception as error:  # of many kinds: no network, a proxy's refusal, no such name
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"model {model!r} is not a folder, and the hub does not give it: {reason}") from None
     others = other_weights(Path(folder))
     if others:

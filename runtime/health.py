@@ -12,7 +12,7 @@ from configs.base import Config
 from runtime.checkpoint import Progress
 from runtime.tracking import LOW_SURVIVAL, RunLog, judged, shorten
 
-Metrics = dict[str, float]
+StepMetrics = dict[str, float]
 Sample = dict[str, Any]  # a line of samples.jsonl
 EXPLAIN_EVERY = 10  # steps between two full explanations of steps that teach nothing
 MAX_SKIPPED = 5  # updates skipped for a NaN or infinite loss or gradient, some in every step
@@ -29,7 +29,7 @@ class HealthMonitor:
         self.last_explained = -math.inf  # step
         self.survival_explained = False
 
-    def check(self, metrics: Metrics, progress: Progress) -> None:
+    def check(self, metrics: StepMetrics, progress: Progress) -> None:
         """Raises RuntimeError for metrics that show a broken run: updates of NaN, or a sampler with other weights."""
         skipped = metrics.get("skipped_updates", 0) + metrics.get("critic/skipped_updates", 0)
         progress.updates_skipped = progress.updates_skipped + skipped if skipped else 0
@@ -44,13 +44,15 @@ class HealthMonitor:
         if self.config.max_useless and mismatch > MAX_MISMATCH:
             raise RuntimeError(f"sampler and trainer differ by {mismatch:.3g} nats per token, above {MAX_MISMATCH}")
 
-    def reason_to_stop(self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress) -> str | None:
+    def reason_to_stop(
+        self, step: int, metrics: StepMetrics, samples: Sequence[Sample], progress: Progress
+    ) -> str | None:
         """Counts steps that teach nothing and syncs that lose the update. Returns why the run must stop, or None."""
         useless = self.reason_of_useless_steps(step, metrics, samples, progress)
         return useless or self.reason_of_lost_updates(metrics.get("sync/update_survival", 1.0), progress)
 
     def reason_of_useless_steps(
-        self, step: int, metrics: Metrics, samples: Sequence[Sample], progress: Progress
+        self, step: int, metrics: StepMetrics, samples: Sequence[Sample], progress: Progress
     ) -> str | None:
         """Counts steps in a row whose rewards do not differ, and explains some of them."""
         progress.steps_useless = count = 0 if rewards_differ(metrics) else progress.steps_useless + 1
@@ -85,7 +87,7 @@ class HealthMonitor:
         )
 
 
-def rewards_differ(metrics: Metrics) -> bool:
+def rewards_differ(metrics: StepMetrics) -> bool:
     """Whether rewards differ where the algorithm compares them: within a group or, without groups, within a task."""
     if "reward/mixed_groups_frac" in metrics:
         return metrics["reward/mixed_groups_frac"] > 0
@@ -95,7 +97,7 @@ def rewards_differ(metrics: Metrics) -> bool:
     )
 
 
-def describe_rewards(metrics: Metrics) -> str:
+def describe_rewards(metrics: StepMetrics) -> str:
     """Describes the rewards of a step in which they do not differ.
 
     >>> describe_rewards({"reward/min": 0.0, "reward/max": 0.0})
@@ -115,7 +117,7 @@ def describe_rewards(metrics: Metrics) -> str:
     return seen
 
 
-def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
+def explain(metrics: StepMetrics, samples: Sequence[Sample]) -> str:
     """A line about a step that taught nothing, with one of its completions."""
     line = f"nothing to learn from in this step: {describe_rewards(metrics)}"
     cut_off = metrics.get("completion/truncated_frac")
@@ -126,7 +128,7 @@ def explain(metrics: Metrics, samples: Sequence[Sample]) -> str:
     return line
 
 
-def likely_causes(metrics: Metrics, samples: Sequence[Sample], config: Config) -> list[str]:
+def likely_causes(metrics: StepMetrics, samples: Sequence[Sample], config: Config) -> list[str]:
     """Why rewards may not differ, the likeliest cause first."""
     low, high = metrics.get("reward/min", 0.0), metrics.get("reward/max", 0.0)
     if low < high:

@@ -7,10 +7,10 @@ KEPT = 1 << 30  # bytes, of one array, and at the end of the heap
 
 
 def keep_freed_memory(most: int = KEPT) -> None:
-    """Lets the process use the memory of arrays up to `most` bytes again.
+    """Makes malloc reuse the memory of freed arrays of up to `most` bytes.
 
-    By default glibc maps what exceeds 32 MiB anew each time, and the system fills its pages with zeros: the logits of
-    256 sequences, for every token that they generate.
+    By default glibc maps every array above 32 MiB anew, and the kernel then zeroes its pages. The logits of 256
+    sequences are such an array, for every token that they generate.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option:  # only glibc has it

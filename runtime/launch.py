@@ -35,6 +35,8 @@ def launch(prepare: Callable[[], T], train: Callable[[T], None]) -> None:
                 train(run)
             except Stopped:
                 finish_stopped(run)
+        except KeyboardInterrupt:  # during preparation: there is nothing to save
+            sys.exit(128 + signal.SIGINT)
         except Exception as error:
             fail(error, code=2 if run is None and isinstance(error, (ValueError, OSError)) else 1)
 

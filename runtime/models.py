@@ -28,7 +28,7 @@ from runtime.packing import CONVOLUTIONS, RECURRENT, has_kernels
 
 PromptHead = Callable[[int], nn.Module]  # from the model's hidden size to a module for `Policy`
 Share = Callable[[PreTrainedModel], set[nn.Parameter]]  # gives some parameters of a meta model memory: returns these
-WITH_MORE = ("qwen3_5",)  # models that see images, too, of which the language model alone is trained
+MULTIMODAL = ("qwen3_5",)  # models that see images, too, of which the language model alone is trained
 IN_FLOAT32 = ("A_log",)  # whatever the model's dtype: so are these parameters of recurrent layers in vLLM
 
 
@@ -102,7 +102,7 @@ def read_whole_config(folder: str) -> PretrainedConfig:
     with one_line_errors(f"model {folder!r}"):
         whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = whole.get_text_config()
-    if not hasattr(config, "vocab_size") or config is not whole and whole.model_type not in WITH_MORE:
+    if not hasattr(config, "vocab_size") or config is not whole and whole.model_type not in MULTIMODAL:
         raise ValueError(f"model {folder!r} is a {whole.model_type}, and must be a language model and nothing more")
     config.name_or_path = whole.name_or_path
     if cap := getattr(config, "attn_logit_softcapping", None):  # which PyTorch's attention kernels do not have
@@ -135,8 +135,8 @@ def meta_model_of(config: PretrainedConfig, folder: str, dtype: torch.dtype) -> 
 
 
 def auto_class(config: PretrainedConfig) -> type:
-    """What makes a model whose parameters have the names of the checkpoint."""
-    return AutoModelForImageTextToText if config.model_type in WITH_MORE else AutoModelForCausalLM
+    """The class of transformers that gives parameters the names of the checkpoint."""
+    return AutoModelForImageTextToText if config.model_type in MULTIMODAL else AutoModelForCausalLM
 
 
 def check_supported(model: PreTrainedModel, folder: str) -> None:
@@ -172,7 +172,7 @@ def meta_policy(
             lora.inject(model, file.paths, **scale, **options, name=lora.REFERENCE)
     if config.lora_rank:
         add_adapters(model, config)
-    prepare(model, config, device)
+    check_and_set_recomputation(model, config, device)
     policy = Policy(model, prompt_head and make_prompt_head(prompt_head, model.config.hidden_size, config.seed, device))
     shard(policy, config, device, ignored=share(model) if share else ())
     return policy
@@ -190,7 +190,7 @@ def meta_critic(config: Config, model: PreTrainedModel, device: torch.device) ->
     critic = Critic(model, device)
     if config.lora_rank:
         add_adapters(model, config)
-    prepare(model, config, device)
+    check_and_set_recomputation(model, config, device)
     shard(critic, config, device)
     return critic
 
@@ -218,7 +218,7 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
     lora.activate(model, *config.adapters)
 
 
-def prepare(model: PreTrainedModel, config: Config, device: torch.device) -> None:
+def check_and_set_recomputation(model: PreTrainedModel, config: Config, device: torch.device) -> None:
     """Chooses what the backward recomputes. Raises ValueError for a model that cannot be trained as configured."""
     check_spread(model, config.sequence_parallel_size)
     if not config.lora_rank and lora.mixtures(model):
@@ -270,7 +270,12 @@ def check_spread(model: PreTrainedModel, ranks: int) -> None:
 
 
 def fill_adapters(model: PreTrainedModel, config: Config, world: fsdp_utils.World) -> None:
-    """Gives the policy's adapters their values: from folders, or B = 0."""
+    """Gives the policy's adapters their values: from folders, or B = 0. Prints why a folder may not fit the base."""
+    for folder in filter(None, (config.reference_adapter, config.lora_adapter_path)):
+        with adapter_files.open_adapter(folder) as file:
+            for doubt in adapter_files.doubts(file, (config.model, config.model_source), config.dtype):
+                if world.rank == 0:
+                    print(f"adapter {folder}, {doubt}", flush=True)
     if config.reference_adapter:
         adapter_files.load_adapter(model, config.reference_adapter, name=lora.REFERENCE, fill=fsdp_utils.fill)
     if not config.lora_adapter_path:

@@ -21,6 +21,7 @@ from runtime.files import one_line_errors
 from runtime.run import Prompt
 
 Chat = list[dict[str, Any]]
+OWN_VARIABLES = ("messages", "conversation", "add_generation_prompt", "tokenize", "return_dict")  # of a chat template
 
 
 def load_tokenizer(folder: str, now: str = "", template_kwargs: Sequence[str] = ()) -> PreTrainedTokenizerBase:
@@ -46,6 +47,8 @@ def template_value(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, 
         equals = ""
     if not (name.isidentifier() and equals):
         raise ValueError(f"chat_template_kwargs must be NAME=JSON, such as enable_thinking=false, not {text!r}")
+    if name in OWN_VARIABLES:
+        raise ValueError(f"chat_template_kwargs: {name!r} is set by the prompt itself; leave it out")
     if not re.search(rf"\b{name}\b", str(tokenizer.chat_template)):  # Jinja would ignore it
         raise ValueError(f"chat_template_kwargs: the chat template of {tokenizer.name_or_path!r} has no {name!r}")
     return name, value

@@ -25,7 +25,7 @@ from runtime.tracking import RunLog
 from runtime.user_rewards import Reward
 from sync import WeightSync
 
-Scorer = Callable[[list[tuple[Problem, str]]], list[Reward]]  # of completions as texts, each with its problem
+Scorer = Callable[[list[tuple[Problem, str]]], list[Reward]]  # scores completions (texts), each with its problem
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Prompt:
     problem: Problem
     token_ids: list[int]
     environment: Callable[[], Reply] = single_turn  # see runtime/environment.py
-    adapter: str = lora.POLICY  # that answers it
+    adapter: str = lora.POLICY  # the adapter that answers it
 
 
 @dataclass
@@ -135,7 +135,7 @@ def by_task(prompts: Sequence[Prompt]) -> list[list[Prompt]]:
 
 
 def in_turns(streams: list[Iterator[Prompt]], share: int) -> Iterator[Prompt]:
-    """So many prompts of each stream in turn, endlessly."""
+    """`share` prompts of each stream in turn, endlessly."""
     while True:
         for stream in streams:
             yield from islice(stream, share)

@@ -55,9 +55,12 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
     world = replace(world, sequence_group=neighbours(config.sequence_parallel_size))
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     fsdp_utils.on_first_rank(choose_mode)
+    if not (step := os.environ.get("PROFILE_STEP") or "0").isdecimal():
+        raise ValueError(f"PROFILE_STEP must be the number of a step, not {step!r}")
     folder = model_folder(config)
     model_config = read_model_config(folder)
     saved = find_checkpoint(config) if config.resume else None
+    fsdp_utils.on_first_rank(lambda: check_sources(config, saved))
     progress = fsdp_utils.on_first_rank(lambda: saved.progress if saved else Progress())
     tokenizer = load_tokenizer(folder, progress.started, config.chat_template_kwargs)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
@@ -144,12 +147,23 @@ def print_header(run: Run) -> None:
 def check_writable(folder: Path) -> None:
     """Raises ValueError if a run may not write its folder: it cannot, another run is writing it, or it is no run's."""
     check_parent(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():  # it would be renamed
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "metrics.jsonl").exists():  # it would be renamed
         raise ValueError(
             f"output_dir {str(folder)!r} has files, and no run wrote them; choose a folder of the run's own"
         )
     if in_use(folder):
         raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another output_dir")
+
+
+def check_sources(config: Config, saved: Saved | None) -> None:
+    """Raises ValueError for a model or adapter in the run's own folder, which is renamed when a new run starts."""
+    folder = config.run_folder.resolve()
+    for name in ("model", "lora_adapter_path", "ref_adapter_path"):
+        path = Path(getattr(config, name))
+        if not saved and path.exists() and folder in path.resolve().parents:
+            raise ValueError(
+                f"{name} {str(path)!r} is in output_dir, which a new run renames; choose another output_dir"
+            )
 
 
 def open_log(config: Config, write: bool, saved: Saved | None) -> RunLog:

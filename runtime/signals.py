@@ -15,7 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Not those that the parent has told this process to ignore, as nohup does with SIGHUP.
+STOPPING = [
+    number
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    if signal.getsignal(number) is not signal.SIG_IGN
+]
 SAME_SIGNAL = 3.0  # seconds
 
 

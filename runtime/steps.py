@@ -60,7 +60,7 @@ def finish_training(run: Run) -> None:
     run.log.print(f"\n{kind:<8} {saved}")
     run.log.print(f"metrics  {folder / 'metrics.jsonl'}")
     run.log.print(f"samples  {folder / 'samples.jsonl'}")
-    run.log.print(f"next     python tools/plot.py {folder}")
+    run.log.print(f"next     python tools/evaluate.py --run_folder {folder}")
 
 
 def finish_stopped(run: Run) -> None:

@@ -53,7 +53,7 @@ class RunLog:
         """Starts a log; with the `position` of a checkpoint, continues it from there."""
         self.folder = config.run_folder
         self.steps, self.write = config.steps, write
-        self.profile = int(os.environ.get("PROFILE_STEP") or 0)
+        self.profile = int(os.environ.get("PROFILE_STEP") or 0)  # `setup` has checked it
         self.phases = ExitStack()  # the current phase
         self.seconds: dict[str, float] = {}  # per phase of this step
         self.peaks: dict[str, int] = {}  # bytes, per phase
@@ -110,7 +110,8 @@ class RunLog:
         """Prints a line, from one rank."""
         if self.write:
             try:
-                print(text, flush=True)
+                encoding = sys.stdout.encoding or "utf-8"
+                print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
             except OSError:  # the terminal or the pipe is gone; the flush at exit would fail, too
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -186,7 +187,7 @@ class RunLog:
         path = self.folder / "evals" / f"step_{step:06d}.md"
         try:
             path.parent.mkdir(exist_ok=True)
-            path.write_text("\n".join(f"| {line} |" for line in lines) + "\n")
+            path.write_text("\n".join(f"| {line} |" for line in lines) + "\n", "utf-8", "backslashreplace")
         except OSError as error:
             self.print(f"no table of samples: {error}. The run goes on.")
         texts = [[str(value) for value in row[:-1]] + row[-1:] for row in rows]

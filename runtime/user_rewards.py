@@ -12,7 +12,8 @@ messages. An `async def` function scores up to 64 completions at a time. A batch
 completions, but always whole groups.
 
 Functions run in worker processes, so that one that hangs can be killed. After `reward_timeout` seconds, or if the
-function raises TimeoutError, its completion counts 0. Workers import only your file. Any other failure ends the run.
+function raises TimeoutError, its completion counts 0. Any other failure ends the run. Workers import your file, but
+neither torch nor vLLM.
 """
 
 import asyncio
@@ -65,6 +66,8 @@ class WrongValue(ValueError):
 
 def finite(value: Any) -> float:
     """A number as a float. Raises WrongValue for anything but a finite number."""
+    if getattr(value, "shape", None) == ():  # a scalar of numpy or torch
+        value = value.item()
     if not isinstance(value, Real) or not math.isfinite(value):
         raise WrongValue(f"returned {repr(value)[:80]}, which is no finite number")
     return float(value)
@@ -332,12 +335,12 @@ class UserRewards:
     def check_columns(self, row: Row) -> None:
         """Raises ValueError if a function needs what the row does not have."""
         for spec, form in zip(self.specs, self.forms):
-            given = (
-                {"prompts", "completions"} if form.batch else {"prompt", "completion", "solution_str", "ground_truth"}
-            )
+            given = {"prompts", "completions"} if form.batch else {"prompt", "completion", "solution_str"}
+            if "answer" in row and not form.batch:
+                given.add("ground_truth")
             missing = [name for name in form.required if name not in given | (row.keys() - {"prompt", "completion"})]
             if missing:
-                fix = "; answer_field names the answer's" if "answer" in missing else ""
+                fix = "; answer_field names the answer's" if {"answer", "ground_truth"} & set(missing) else ""
                 columns = ", ".join(map(str, row))
                 raise ValueError(
                     f"reward {spec.text} needs {', '.join(missing)}, and there are: {columns}{fix}; "

@@ -47,8 +47,9 @@ def prepare_cpu(model: str, dtype: str, ranks: int, adapters: bool, targets: lis
 
 
 def do_without_torchvision() -> None:
-    """Lets vLLM read its file of Qwen3.5, which imports code for images and with it a part of torchvision, which a CPU
-    here lacks. Text never calls it.
+    """Lets vLLM import its Qwen3.5 module, which needs torchvision for images.
+
+    A CPU installation lacks that, and text never calls it.
     """
     from vllm.model_executor.models import registry
 

@@ -32,7 +32,7 @@ NUMBERS = [name for name, kind in FIELDS.items() if kind in (int, float, int | N
 just_outside = [
     (f"--{field.name}={field.metadata[limit] + step}", [field.name, f"{LIMITS[limit][0]} {field.metadata[limit]}"])
     for field in dataclasses.fields(Config)
-    for limit, step in (("least", -1), ("above", 0), ("most", 1), ("below", 0))
+    for limit, step in (("least", -1), ("above", 0), ("most", 1))
     if limit in field.metadata
 ]
 not_finite = [
@@ -49,7 +49,7 @@ OPTIONS = [
     *((f"--{name}=0", [name, "more than 0"]) for name in ("learning_rate", "lora_alpha")),
     ("--gpu_memory_utilization=1.01", ["gpu_memory_utilization", "at most 1", "1.01"]),
     ("--clip_low=1.5", ["clip_low", "at most 1", "1.5"]),
-    ("--warmup_steps=200", ["warmup_steps", "fewer than the 200 steps"]),
+    ("--warmup_steps=100", ["warmup_steps", "fewer than the 100 steps"]),
     ("--updates_per_rollout=5", ["updates_per_rollout", "divide prompts_per_step", "5"]),
     ("--lora_rank=0 --lora_adapter_path=x", ["lora_adapter_path", "lora_rank above 0"]),
     ("--lora_rank=0 --ref_adapter_path=x", ["ref_adapter_path", "lora_rank above 0"]),
@@ -62,6 +62,9 @@ OPTIONS = [
     ("--sleep_level=2 --sync=adapter", ["sleep_level 2", "use sleep_level 1"]),
     *((f"--output_dir={folder}", ["output_dir", repr(folder)]) for folder in ("", "..", "elsewhere/..")),
     (f"--output_dir={'x' * 200}", ["output_dir", "128"]),
+    ("--output_dir=~/runs/x", ["output_dir", "'~/runs/x'", "home"]),
+    ("--resume=", ["--resume= names no checkpoint"]),
+    ("--reward_timeout=1e9", ["reward_timeout", "at most"]),
     ("--output_dir=\udcff", ["output_dir", "printable"]),
     ("--model=", ["model", "''"]),
     ("--prompt_field=q", ["prompt_field", "set data"]),
@@ -369,7 +372,12 @@ def bad_settings(bad: Path) -> list[Case]:
     """What contradicts the world, the task or the algorithm."""
     (bad / "file").write_text("")
     (bad / "raises.py").write_text("1 / 0")
+    older = bad / "older"  # a run's folder, which a new run would rename
+    (older / "adapter").mkdir(parents=True)
+    (older / "metrics.jsonl").touch()
+    inside = ["--output_dir", str(older), "--lora_adapter_path", str(older / "adapter")]
     return [
+        (inside, ["lora_adapter_path", str(older / "adapter"), "choose another output_dir"]),
         (["--task", "sums"], ["'sums'", "there are: arithmetic, times_tables, gsm8k"]),
         (["--task", "own"], ["'own' has no problems of its own", "add --data"]),
         (["--task", "own", "--data", str(ROOT / "examples/sums.csv"), "--prompt_field", "question"], ["add --reward"]),
@@ -385,6 +393,7 @@ def bad_settings(bad: Path) -> list[Case]:
         (["--max_prompt_length", "2"], ["max_prompt_length, 2 tokens"]),
         (["--max_prompt_length", "1000", "--max_completion_length", "25"], ["1000", "25", "1025", "1024"]),
         (["--output_dir", str(bad / "file")], ["cannot write", str(bad / "file")]),
+        (["--output_dir", str(TINY)], ["output_dir", str(TINY), "no run wrote them"]),
         (["--model", "/no/such/model"], ["/no/such/model"]),
         (["--model", "no such model"], ["'no such model'"]),
         (["--model", str(bad)], ["config.json", str(bad)]),
@@ -507,7 +516,7 @@ def bad_checkpoints(bad: Path) -> list[Case]:
     """A run's checkpoint with one thing wrong, the run's only one or of another run."""
     run = bad.parent / "runs" / "r"
     run.mkdir(parents=True)
-    (run / "config.json").touch()  # a run wrote this folder
+    (run / "metrics.jsonl").touch()  # a run wrote this folder
     now = parse_config([*ARITHMETIC, "--output_dir", "runs/r"], "")
     progress = {"step": 1, "prompts_drawn": 8}
     state = {

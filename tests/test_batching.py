@@ -149,8 +149,7 @@ WAYS = [  # to shard the policy; each of the first two is cut in every way
     dict(),
     dict(fsdp_size=1),
     dict(checkpointing=True, param_offload=True),
-    dict(reshard_after_forward=False),
-    dict(fsdp_size=2, checkpointing=True, param_offload=True, reshard_after_forward=False),
+    dict(fsdp_size=2, checkpointing=True, param_offload=True),
 ]
 
 

@@ -1,16 +1,18 @@
 """Rows of files, folders and the hub become problems, the same ones every time; a bad row is named."""
 
 import csv
+import http.server
 import importlib
 import json
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import reward
-from runtime.data import Problem, Source, read_problems
+from runtime.data import Problem, Source, download, read_problems
 
 ROWS = [{"question": f'What, "{i}"\nsquared?', "label": str(i * i), "level": "é"} for i in range(40)]
 VERL = {
@@ -117,6 +119,30 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
     ):
         with pytest.raises((ValueError, OSError), match=words):
             both(str(data))
+
+
+def test_a_download_is_whole_or_not_there(tmp_path):
+    """The server announces 100 bytes and sends 10: torch's and curl's simplest ways would keep those."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "100")
+            self.end_headers()
+            self.wfile.write(b"x" * (10 if self.path == "/short" else 100))
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(OSError, match="cannot download .*/short .* give the data's folder by --data"):
+            download(f"{address}/short", tmp_path / "train.jsonl")
+        assert not list(tmp_path.iterdir())
+        download(f"{address}/long", tmp_path / "train.jsonl")
+        assert (tmp_path / "train.jsonl").read_bytes() == b"x" * 100
+        server.shutdown()
 
 
 # ---- Rows -----------------------------------------------------------------------------------------------------

@@ -224,6 +224,7 @@ def test_plot_draws_what_was_measured(tmp_path, monkeypatch, capsys):
 
     rows = [{"step": 0, "eval/accuracy": 0.1}, {"step": 1, "reward/mean": 0.5, "loss": None, "grad_norm": None}]
     rows += [{"step": 2, "policy/entropy": math.nan, "time/step": 2.0, "time/search": 2.0, "mismatch/kl": 0.1}]
+    rows[-1]["time/trainer_wait"] = 1.0  # a part of a phase
     for name in ("a/run", "b/run"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")

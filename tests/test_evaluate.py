@@ -139,6 +139,24 @@ def test_what_is_evaluated(model_folder, tmp_path):
     assert not evaluate.parse(given)[0].sends_adapter, "vLLM would not find its keys"
 
 
+def test_a_checkpoint_is_found_from_anywhere_and_on_another_task(model_folder, tmp_path, monkeypatch):
+    """Another task than the run's brings its own data, reward and instruction; the adapter's rank is its file's."""
+    saved_adapter(model_folder("llama"), tmp_path / "adapter", rank=4)
+    settings = Config(data="mine.csv", answer_field="a", reward=["r.py:f"], instruction="Be brief.", temperature=0.7)
+    state = {"config": dataclasses.asdict(settings), "progress": {}, "log": {}}
+    (tmp_path / "state.json").write_text(json.dumps(state))
+    monkeypatch.chdir(tmp_path / "adapter")
+    config, *_ = evaluate.parse(["--adapter", "."])
+    assert (config.task, config.data, config.reward, config.temperature) == ("own", "mine.csv", ["r.py:f"], 0.7)
+    config, *_ = evaluate.parse(["--adapter", ".", "--task", "arithmetic"])
+    assert (config.task, config.data, config.reward, config.instruction) == ("arithmetic", "", [], None)
+    assert (config.answer_field, config.temperature) == ("", 0.7)
+    (tmp_path / "full.py").write_text(
+        "from configs.base import Config\nconfig = Config(lora_rank=0, task='arithmetic')"
+    )
+    assert evaluate.parse(["--config", str(tmp_path / "full.py"), "--adapter", "."])[0].lora_rank == 4
+
+
 def test_torchrun_takes_none_of_its_options_for_its_own():
     """As it does with every option that is the beginning of one of its own, such as --run of --run-path."""
     fields = [f"--{field.name}" for field in dataclasses.fields(Config)]

@@ -173,7 +173,7 @@ def test_experts_are_frozen(model_folder):
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
         assert all(name in frozen for name, _ in lora.base_weights(model))
     with pytest.raises(ValueError, match="learns by adapters alone"):
-        models.prepare(model, Config(lora_rank=0), torch.device("cpu"))
+        models.check_and_set_recomputation(model, Config(lora_rank=0), torch.device("cpu"))
 
 
 def test_the_page_has_every_family():

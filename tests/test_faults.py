@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import termios
 import time
 from collections.abc import Callable
@@ -251,6 +252,13 @@ def test_what_a_reward_may_not_return(monkeypatch, result, words):
     monkeypatch.setitem(reward.TASKS, "mine", reward.Task(reward.arithmetic_problems, score))
     with refused(words, "task 'mine'", "1+1=", "'it is 3'"):
         task_reward("mine", reward.Problem("1+1=", "2"), "it is 3")
+
+
+def test_a_run_under_nohup_does_not_stop_with_its_terminal():
+    code = "import signal; from runtime import signals; print(*(number.name for number in signals.STOPPING))"
+    command = ["bash", "-c", f"trap '' HUP; exec {sys.executable} -c '{code}'"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["SIGTERM", "SIGINT"]
 
 
 def asked_to_stop(_number, _frame):

@@ -1,6 +1,7 @@
 """The LoRA layer against autograd, float64 and peft; adapter folders against peft; ranks against plain algebra."""
 
 import json
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import lora
 import low_rank
-from runtime import adapter_files
+from configs.base import Config
+from runtime import adapter_files, models
 from runtime.adapter_files import shrink
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral"]
@@ -282,6 +284,37 @@ def test_shrinking_what_has_a_smaller_rank_already_loses_nothing():
     small_A, small_B, values = shrink(A, B, 3)
     assert (small_B @ small_A - B @ A).norm() < 100 * EPSILON * (B @ A).norm()
     assert values[3:].max() < 100 * EPSILON * values[0]
+
+
+def test_a_start_or_reference_of_another_base_is_said(model_folder, tmp_path, capsys):
+    folder, other = str(model_folder("qwen2")), str(tmp_path / "adapter")
+    adapter_files.save_adapter(saved_adapter(folder, other), other, base_model="elsewhere", base_dtype="nf4")
+    model = load(folder)
+    for name in (lora.POLICY, lora.REFERENCE):
+        lora.inject(model, ["all-linear"], 16, 16, name=name)
+    for option in ("lora_adapter_path", "ref_adapter_path"):
+        models.fill_adapters(model, Config(model=folder, **{option: other}), SimpleNamespace(rank=0))
+        said = capsys.readouterr().out
+        assert "which names another base: elsewhere" in said and "trained on a base in nf4" in said
+
+
+@pytest.mark.parametrize("size", [0, 2])
+def test_a_smaller_rank_has_a_gradient_in_every_direction(model_folder, tmp_path, size):
+    """If B is 0, or has fewer directions than the new rank, B A stays as it was and no direction is 0 on both sides."""
+    folder = model_folder("qwen2")
+    before = saved_adapter(folder, tmp_path / "adapter", rank=16)
+    with torch.no_grad():
+        for _, layer in lora.lora_layers(before):
+            layer.adapters[lora.POLICY].lora_B[:, size:] = 0
+    adapter_files.save_adapter(before, tmp_path / "adapter", base_model=str(folder))
+    model = load(folder)
+    lora.inject(model, ["all-linear"], 8, 8)
+    assert adapter_files.load_adapter(model, tmp_path / "adapter") < 100 * EPSILON
+    assert (model(IDS).logits - before(IDS).logits).norm() < 1e4 * EPSILON * before(IDS).logits.norm()
+    model(IDS).logits.square().sum().backward()
+    for path, layer in lora.lora_layers(model):
+        adapter = layer.adapters[lora.POLICY]
+        assert (adapter.lora_A.abs().sum(1) > 0).all() and (adapter.lora_B.grad.abs().sum(0) > 0).all(), path
 
 
 @torch.no_grad()

@@ -98,6 +98,8 @@ def test_variables_of_the_chat_template(tmp_path):
             ask([wrong])
     with pytest.raises(ValueError, match="the chat template of .* has no 'thin'"):
         ask(["thin=true"])
+    with pytest.raises(ValueError, match="'add_generation_prompt' is set by the prompt itself"):
+        ask(["add_generation_prompt=false"])
 
 
 # ---- Chat messages of the data ----------------------------------------------------------------------------------

@@ -22,6 +22,9 @@ GSM8K = Path(os.environ.get("GSM8K_DIR", Path(__file__).parents[2] / "shared" / 
 
 MARKED = [
     ("#### 72", "72"),
+    ("The answer is:\n5", "5"),
+    ("**The answer is:**\n\n$18", "18"),
+    ("Answer:\n```\n5\n```", "5"),
     ("####72", "72"),
     ("work\n#### 1,234", "1234"),
     ("#### $1,080.", "1080"),

@@ -179,5 +179,5 @@ def test_what_cannot_be_spread_is_refused(architecture, settings, size, words, m
     with torch.device("meta"):
         policy = Policy(AutoModelForCausalLM.from_config(config))
     with pytest.raises(ValueError, match=words) as error:
-        models.prepare(policy.model, Config(sequence_parallel_size=size), torch.device("cpu"))
+        models.check_and_set_recomputation(policy.model, Config(sequence_parallel_size=size), torch.device("cpu"))
     assert "\n" not in str(error.value)

@@ -218,6 +218,36 @@ print(fresh, faults())
     assert again < fresh / 5
 
 
+def test_products_of_ever_new_lengths_take_no_more_memory():
+    """Beside what the libraries keep by themselves. A CPU whose bfloat16 products are not oneDNN's keeps nothing."""
+    code = """
+import ctypes, sys
+if sys.argv[1] == "ours":
+    import runtime.quiet
+import torch
+class MallInfo(ctypes.Structure):  # of malloc.h
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = MallInfo
+def used():
+    info = libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+weight = torch.randn(64, 64).bfloat16()
+for length in range(300):
+    torch.randn(1 + length, 64).bfloat16() @ weight
+    if length == 99:
+        before = used()
+print(used() - before)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    ours, theirs = (
+        int(subprocess.run([sys.executable, "-c", code, who], cwd=ROOT, env=environment, stdout=-1, check=True).stdout)
+        for who in ("ours", "theirs")
+    )
+    assert ours < max(theirs / 3, 10e6), (ours, theirs)
+
+
 def test_an_operators_time_is_without_that_of_those_it_calls():
     def span(name, start, end, thread=1):
         return {"name": name, "ts": start, "dur": end - start, "pid": 1, "tid": thread}
@@ -257,6 +287,19 @@ def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
     assert rows[0] == {"step": 1, "time/step": 0}
     assert rows[1]["loss"] is None and rows[1]["policy/entropy"] is None, "measured, and not finite"
     assert "loss" not in logged[1] and all(math.isfinite(value) for metrics in logged for value in metrics.values())
+
+
+def test_a_console_without_some_letters_shows_their_numbers(tmp_path):
+    code = """
+import sys
+from configs.base import Config
+from runtime.tracking import RunLog
+RunLog(Config(output_dir=sys.argv[1]), write=True).print("35 \u00b5s \u65e5\u672c")
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert done.stdout.decode("latin-1").splitlines()[-1] == "35 \u00b5s \\u65e5\\u672c"
 
 
 def shown_on_a_terminal(monkeypatch, rank: str) -> str:

@@ -25,6 +25,7 @@ from runtime.user_rewards import UserRewards
 
 FUNCTIONS = """
 import asyncio, os, random, time
+import numpy
 from dataclasses import dataclass
 import helper  # beside this file
 
@@ -57,6 +58,7 @@ def hang_batch(completions): time.sleep(1000)
 def late(completion): raise TimeoutError
 def draw(completion): return random.random()
 def nan(completion): return float("nan")
+def of_numpy(completion): return numpy.isclose(float(completion), 2)
 def text(completion): return "1"
 def nothing(completion): pass
 def raises(completion): return {}[completion]
@@ -109,6 +111,10 @@ def test_chats_and_verls_names(file):
     assert score(file("trl"), chats)[0].total == 4
     row = {"prompt": "?", "completion": "7", "answer": "7", "data_source": "here", "reward_model": {}}
     assert [r.total for r in score(file("compute_score"), [row, row | {"completion": "8"}])] == [1, 0]
+
+
+def test_numbers_of_numpy_are_numbers(file):
+    assert [r.total for r in score(file("of_numpy"), [ROWS[0], ROWS[2]])] == [1, 0]
 
 
 def test_async_completions_are_scored_at_the_same_time(file):
@@ -188,6 +194,8 @@ def test_mistakes_of_files(file, tmp_path):
             UserRewards([f"{tmp_path}/{option}"], 1.0)
     with pytest.raises(ValueError, match="needs answer.*answer_field names the answer's"):
         score(file("equal"), [{"prompt": "?", "completion": "7"}])
+    with pytest.raises(ValueError, match="needs ground_truth.*answer_field names the answer's"):
+        score(file("compute_score"), [{"prompt": "?", "completion": "7", "data_source": "here"}])
     with pytest.raises(ValueError, match="has a part 'equal', and so has another"):
         score(file("equal", "equal=0.5"))
 

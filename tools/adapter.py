@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the root's modules are found
 
 import lora
 import nf4
@@ -26,7 +26,7 @@ from low_rank import merge
 from runtime.adapter_files import AdapterFile, open_adapter
 from runtime.files import FLOATS, check_tied_head, find_model, new_folder, read_model, write_model
 from runtime.models import auto_class, meta_model, read_model_config, read_whole_config
-from runtime.setup import load_tokenizer
+from runtime.prompts import load_tokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TEXTS = (  # two exports of one adapter are compared by the logprobs of these

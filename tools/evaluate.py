@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the root's modules are found
 
 import runtime.quiet  # noqa: F401, I001  before torch
 
@@ -33,9 +33,9 @@ import reward
 from configs.base import Config
 from rollout import Engine
 from runtime import checkpoint
-from runtime.adapter_files import AdapterFile, adapter_folder, open_adapter
+from runtime.adapter_files import adapter_folder, doubts, open_adapter
 from runtime.command_line import OneLineParser, parse_over, read_config_file
-from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, of_each, sample_records
+from runtime.evaluation import Evaluation, evaluate_prompts, make_scorer, mean_and_stderr, per_adapter, sample_records
 from runtime.files import new_folder
 from runtime.launch import launch
 from runtime.models import meta_model, model_folder, read_model_config
@@ -87,8 +87,11 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         adapter = adapter or settings["lora_adapter_path"]
     elif adapter and (folder := checkpoint_of(adapter)):  # of the run that trained it
         settings |= checkpoint.read_saved(folder).settings
-    if adapter and checkpoint_of(adapter) not in (None, Path(adapter).parent):  # of one of several tasks
-        settings["task"] = Path(adapter).name
+    if adapter and checkpoint_of(adapter) not in (None, Path(adapter).resolve().parent):  # of one of several tasks
+        settings["task"] = Path(adapter).resolve().name
+    if given.task != parser.get_default("task") and given.task not in settings.get("task", "").split(","):
+        for name in ("data", "prompt_field", "answer_field", "reward", "instruction"):  # those of the other task
+            settings.pop(name, None)
     if not adapter:  # with sync adapter, vLLM would wait for one
         config = dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged")
         if len(config.tasks) > 1:
@@ -100,7 +103,8 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         of_tasks = {path.parent.name: str(path.parent) for path in Path(adapter).glob("*/adapter_config.json")}
     with open_adapter(next(iter(of_tasks.values()), adapter)) as file:
         named = {"model": file.base_model, "dtype": file.base_dtype}
-    settings = {name: value for name, value in named.items() if value} | settings | {"lora_adapter_path": adapter}
+    settings = {name: value for name, value in named.items() if value} | settings
+    settings |= {"lora_adapter_path": adapter, "lora_rank": file.rank}
     config = parse_over(settings | DEFAULTS, parser, arguments)
     adapter = of_tasks.get(config.task, adapter)
     changes = {"lora_adapter_path": adapter, "lora_rank": file.rank, "lora_alpha": file.scale * file.rank}
@@ -111,24 +115,15 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         raise ValueError(
             f"{len(config.tasks)} tasks have an adapter each: evaluate them with sync adapter, or one by one"
         )
-    return config, given.out, doubts(config, file)
-
-
-def doubts(config: Config, file: AdapterFile) -> list[str]:
-    """Why the base may not be the one that the adapter was trained on."""
-    told = []
-    if file.base_model and file.base_model not in (config.model, config.model_source):
-        told.append(f"which names another base: {file.base_model}")
-    if file.base_dtype not in ("", config.dtype):
-        told.append(f"which was trained on a base in {file.base_dtype}")
+    told = doubts(file, (config.model, config.model_source), config.dtype)
     if not file.base_dtype and config.dtype != "nf4":
         told.append("which does not say how its base was stored; if that was NF4, add --dtype nf4")
-    return told
+    return config, given.out, told
 
 
 def checkpoint_of(adapter: str) -> Path | None:
     """The checkpoint that an adapter's folder lies in: `step_N/adapter`, or `step_N/adapter/TASK`; None: in none."""
-    folder = Path(adapter).parent
+    folder = Path(adapter).resolve().parent
     folder = folder.parent if folder.name == "adapter" else folder
     return folder if (folder / "state.json").is_file() else None
 
@@ -226,7 +221,8 @@ def print_header(sampler: Sampler) -> None:
         print(f"       with {adapter}, rank {config.lora_rank}, {'by vLLM' if config.sends_adapter else 'merged'}")
         for doubt in sampler.doubts:
             print(f"       {doubt}")
-    print(f"task   {config.task}, {len(sampler.test_prompts):,} test problems, {config.eval_samples} samples of each")
+    task = " ".join(filter(None, (config.task, config.data, *config.reward)))
+    print(f"task   {task}, {len(sampler.test_prompts):,} test problems, {config.eval_samples} samples of each")
     print(f"world  {sampler.world.size} x {hardware()}", flush=True)
 
 
@@ -244,7 +240,7 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
 
 
 def measure(evaluation: Evaluation) -> dict[str, float]:
-    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n; truncation, length and speed; also of each task."""
+    """Training's `eval/*` metrics, pass@k for k = 1, 2, 4, ... n; timeouts, truncation, length; also of each task."""
     metrics = evaluation.metrics()
     if evaluation.right:
         sampled, _ = evaluation.right
@@ -252,14 +248,12 @@ def measure(evaluation: Evaluation) -> dict[str, float]:
         for k in sorted({2**power for power in range(n.bit_length())} | {n}):
             metrics |= mean_and_stderr(f"pass@{k}", pass_at_k(sampled, k))
     completions = evaluation.completions
-    tokens = sum(completion.length for completion in completions)
     metrics |= {
         "timeouts": sum(len(reward.timeouts) for reward in evaluation.rewards),
         "truncated_frac": sum(completion.truncated for completion in completions) / len(completions),
-        "length_mean": tokens / len(completions),
-        "tokens_per_second": tokens / evaluation.seconds,
+        "length_mean": sum(completion.length for completion in completions) / len(completions),
     }
-    return metrics | of_each(completions, lambda mine: measure(evaluation.of(mine)))
+    return metrics | per_adapter(completions, lambda mine: measure(evaluation.restricted_to(mine)))
 
 
 def evaluate(sampler: Sampler, folder: Path) -> None:
@@ -268,6 +262,7 @@ def evaluate(sampler: Sampler, folder: Path) -> None:
     if sampler.world.rank > 0:
         return
     metrics = measure(evaluation)
+    metrics["tokens_per_second"] = sum(completion.length for completion in evaluation.completions) / evaluation.seconds
     width = max(map(len, metrics))
     for name, value in metrics.items():
         kind, slash, task = name.partition("/")

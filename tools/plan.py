@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the root's modules are found
 
 import fsdp_utils
 import lora
@@ -55,7 +55,7 @@ HERE = torch.device("cpu")  # shapes and lifetimes are those of a GPU
 RESERVED = 2.5 * GB  # CUDA contexts, NCCL's buffers, kernels' workspaces, and what torch cannot use of its blocks
 CUDA_GRAPHS = 1.0 * GB  # vLLM's, which stay where they are while it sleeps
 
-FEW = 3  # layers of a model that is run, or some more; what a larger one needs lies on the line through two such
+FEW = 3  # layers that are run, or a few more; deeper models are extrapolated from two such runs
 
 SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -219,7 +219,7 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
     active = models.active_parameters(policy.model) * width
     gpu = kernels_of_a_gpu() if on_gpu else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), gpu:  # at last: memory of its own unties what FSDP does not hold
+    with FakeTensorMode(allow_non_fake_inputs=True), gpu:  # last: `to_empty` unties weights
         learners = [module and run_learner(config, module) for module in (policy, critic)]
     return Trainer(
         *learners,
@@ -269,7 +269,7 @@ def run_learner(config: Config, module: Policy | Critic) -> Learner:
 
 
 def backward(out: Tensor | PolicyOutput) -> None:
-    """From all that a policy or a critic says and could be trained by."""
+    """Backpropagates the sum of every output that has a gradient."""
     parts = out if isinstance(out, PolicyOutput) else [out]
     sum(part.sum() for part in parts if part is not None and part.requires_grad).backward()
 
@@ -301,7 +301,7 @@ def plan_trainer(
             return measure(config, shape, prompt_head, on_gpu)
         shapes = [with_layers(shape, count) for count in (few, few + period)]
         less, more = (measure(config, each, prompt_head, on_gpu) for each in shapes)
-    return line(less, more, (layers - few - period) / period)
+    return extrapolate(less, more, (layers - few - period) / period)
 
 
 def blocks_per_period(shape: PretrainedConfig) -> int:
@@ -319,14 +319,14 @@ def with_layers(shape: PretrainedConfig, count: int) -> PretrainedConfig:
     return shape
 
 
-def line(few, more, steps: float):
-    """`more`, and as many times what it has more than `few`, for each number in them."""
+def extrapolate(few, more, steps: float):
+    """`more`, plus `steps` times its difference from `few`, for every number in them."""
     if more is None:
         return None
     if dataclasses.is_dataclass(more):
-        return type(more)(**line(vars(few), vars(more), steps))
+        return type(more)(**extrapolate(vars(few), vars(more), steps))
     if isinstance(more, dict):
-        return {key: line(few[key], more[key], steps) for key in more if key in few}
+        return {key: extrapolate(few[key], more[key], steps) for key in more if key in few}
     return more + steps * (more - few)
 
 
@@ -370,8 +370,7 @@ def bytes_per_sequence(config: Config, shape: PretrainedConfig) -> float:
 def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int, gpu: float) -> dict[str, Ledger]:
     """What one GPU of `gpu` bytes holds at the peak of each phase. gpus: how many generate."""
     working, graphs = working_memory(config, shape, gpus, gpu), CUDA_GRAPHS
-    own = trainer.engine + working + graphs
-    kv_cache = config.gpu_memory_utilization * gpu - own
+    kv_cache = config.gpu_memory_utilization * gpu - (trainer.engine + working + graphs)
     engine = {"vLLM weights": trainer.engine, "KV cache": max(kv_cache, 0.0)}
     awake = {} if config.sleep_level else engine
     policy, critic = trainer.policy, trainer.critic
@@ -385,18 +384,18 @@ def phases(config: Config, shape: PretrainedConfig, trainer: Trainer, gpus: int,
         ledgers = [waiting | on_gpu(policy, config, *moment) for moment in getattr(policy, kind).items()]
         for moment in getattr(critic, kind).items() if critic else []:
             ledger = on_gpu(critic, config, *moment)
-            own = {"critic": weights_on_gpu(critic, config) + ledger["optimizer"]}
-            ledgers.append(ledger | own | state)
+            held = {"critic": weights_on_gpu(critic, config) + ledger["optimizer"]}
+            ledgers.append(ledger | held | state)
         return max(ledgers, key=lambda ledger: sum(ledger.values()))
 
     streamed = {"streamed weights": trainer.streamed_peak}
     if config.rollout_ranks:  # no GPU has both sides
-        own = {"reserved": RESERVED}
+        reserved = {"reserved": RESERVED}
         return {
             "rollout": engine | {"vLLM working memory": working} | always,
-            "logprobs": shards | peak("forward") | own,
-            "update": shards | peak("update") | own,
-            "sync": shards | state | waiting | streamed | own,
+            "logprobs": shards | peak("forward") | reserved,
+            "update": shards | peak("update") | reserved,
+            "sync": shards | state | waiting | streamed | reserved,
         }
     return {
         "rollout": shards | state | waiting | engine | {"vLLM working memory": working} | always,

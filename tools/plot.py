@@ -67,7 +67,7 @@ def draw(runs: dict[str, list[dict[str, float]]], out: Path) -> None:
 def draw_phases(axis, runs: dict[str, list[dict[str, float]]]) -> None:
     """Stacked bars: each phase's median seconds; of evaluating and saving, their mean over all steps."""
     names = dict.fromkeys(name for rows in runs.values() for row in rows for name in row if name.startswith("time/"))
-    phases = [name.removeprefix("time/") for name in names if name != "time/step"]
+    phases = [name.removeprefix("time/") for name in names if name != "time/step" and not name.endswith("_wait")]
     phases.sort(key=lambda phase: phase in OCCASIONAL)  # those come last
     left = dict.fromkeys(runs, 0.0)
     for number, phase in enumerate(phases):

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the root's modules are found
 
 from runtime.files import atomic_folder, find_model
 

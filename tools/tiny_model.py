@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the root: this script is run from there
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the root's modules are found
 
 import reward
 
