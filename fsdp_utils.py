@@ -409,13 +409,13 @@ def summon_layers(
 
     for path, weight in lora.base_weights(model):
         if modules is None or path.rpartition(".")[0] in modules:
-            buffer = summon(weight, layers.get(path), device, dtype or weight.dtype, stats, path in measured)
+            buffer, own = summon(weight, layers.get(path), device, dtype or weight.dtype, stats, path in measured)
             whole = buffer[: weight.shape[0]]
             for name, *place in stored(path, whole):
                 yield name, whole[tuple(place)] if place else whole
             if release:
                 stats.release(buffer)
-            del whole, buffer  # so that they are freed before the next one is made
+            del whole, buffer, own  # so that they are freed before the next one is made
 
 
 @torch.no_grad()  # on this function: around the generator it would keep the last tensor alive
@@ -426,10 +426,12 @@ def summon(
     dtype: torch.dtype,
     stats: SyncStats,
     measured: bool,
-) -> Tensor:
-    """The whole merged tensor, gathered from all ranks' rows, with undefined rows at its end if shares were rounded up.
+) -> tuple[Tensor, Tensor]:
+    """The whole merged tensor, gathered from all ranks' rows, and the view of it that is this rank's share.
 
-    layers: those whose updates are merged. measured: adds what rounding loses to `stats`. Collective.
+    Its last rows are undefined if shares were rounded up. layers: those whose updates are merged. measured: adds what
+    rounding loses to `stats`. Keep the view as long as the whole: one that Python drops while gloo's thread still reads
+    it corrupts memory (pytorch/pytorch issue 75529). Collective.
     """
     sharded = weight.packed if isinstance(weight, nf4.NF4Weight) else weight
     ranks, mine, group = 1, 0, None
@@ -440,13 +442,12 @@ def summon(
     buffer = torch.empty(ranks * share, *weight.shape[1:], dtype=dtype, device=device)
     stats.hold(buffer)
     stats.bytes += weight.shape[0] * buffer[0].nbytes
-    # A view that Python drops while gloo's thread still reads it corrupts memory: pytorch/pytorch issue 75529.
     own = buffer[mine * share : (mine + 1) * share]
     write = write_experts if layers and layers[0].stack else write_rows
     write(weight, layers, own[: len(local(sharded))], stats if measured else None)
     if ranks > 1:
         all_gather(buffer, own, group=group)
-    return buffer
+    return buffer, own
 
 
 def write_rows(

@@ -24,7 +24,6 @@ COLUMNS = (
     "checks",
     "noise",
     "probe error",
-    "its limit",
     "KL",
     "survival",
     "s/step",
@@ -50,7 +49,8 @@ def describe(rows: training_runs.Rows) -> list[str]:
         return ["0"]
     noise, error = (max(row[f"sync/{name}"] for row in checked) for name in ("noise", "probe_error"))
     survival = min((row["sync/update_survival"] for row in rows if "sync/update_survival" in row), default=1.0)
-    kl, seconds, syncs = (median(row[name] for row in checked) for name in ("mismatch/kl", "time/step", "time/sync"))
+    names = "mismatch/kl", "time/step", "time/sync"  # the first is there only if a step has learned something
+    kl, seconds, syncs = (median(row[name] for row in checked if name in row) for name in names)
     return [
         str(len(checked)),
         f"{noise:.4f}",

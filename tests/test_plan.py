@@ -10,6 +10,7 @@ from conftest import ROOT, on_ranks
 from transformers import AutoConfig
 
 import fsdp_utils
+import lora
 from benchmarks.measuring import PeakBytes
 from configs.base import Config
 from runtime import models
@@ -61,6 +62,10 @@ def really(folders):
         for _ in summon_layers(policy.model, world.device, modules=modules, stats=stats, **options):
             pass
         found[way] |= {"streamed": stats.bytes, "streamed_peak": stats.peak_bytes}
+        if config.sends_adapter:  # and no weights
+            names = [name for name, _ in policy.named_parameters() if f".adapters.{lora.POLICY}." in name]
+            sizes = [fsdp_utils.gather(policy.get_parameter(name)).nbytes for name in names]
+            found[way] |= {"streamed": sum(sizes), "streamed_peak": max(sizes)}
     return found
 
 

@@ -89,7 +89,8 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
         settings |= checkpoint.read_saved(folder).settings
     if adapter and checkpoint_of(adapter) not in (None, Path(adapter).resolve().parent):  # of one of several tasks
         settings["task"] = Path(adapter).resolve().name
-    if given.task != parser.get_default("task") and given.task not in settings.get("task", "").split(","):
+    others = set(given.task.split(",")) - set(settings.get("task", "").split(","))
+    if others and given.task != parser.get_default("task"):
         for name in ("data", "prompt_field", "answer_field", "reward", "instruction"):  # those of the other task
             settings.pop(name, None)
     if not adapter:  # with sync adapter, vLLM would wait for one

@@ -217,6 +217,9 @@ def measure(config: Config, shape: PretrainedConfig, prompt_head: PromptHead | N
     whole = {name: math.prod(weight.shape) * width for name, weight in lora.base_weights(policy.model)}
     modules = fsdp_utils.to_send(policy.model, everything=config.sleep_level == 2)
     sent = [size for name, size in whole.items() if modules is None or name.rpartition(".")[0] in modules]
+    if config.sends_adapter:
+        layers = [layer.adapters[name] for name in config.adapters for _, layer in lora.lora_layers(policy.model, name)]
+        sent = [parameter.nbytes for adapter in layers for parameter in adapter.parameters()]
     active = models.active_parameters(policy.model) * width
     gpu = kernels_of_a_gpu() if on_gpu else nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), gpu:  # last: `to_empty` unties weights
