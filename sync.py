@@ -64,7 +64,8 @@ class WeightSync:
         length = min(
             config.max_model_len - 1, PROBE_TOKENS
         )  # a rank runs a whole text by itself: long ones would need its memory
-        self.probe = Probe(policy, engine, self.send, probe_texts(prompts, length), device, config.adapters)
+        texts, merged = probe_texts(prompts, length), not config.sends_adapter
+        self.probe = Probe(policy, engine, self.send, texts, device, config.adapters, merged)
 
     def update_weights(self, verify: bool = False, everything: bool = False) -> dict[str, float]:
         """Wakes vLLM with the policy's weights; with `verify`, the probe is checked first. Collective.
@@ -347,9 +348,14 @@ class Probe:
         texts: list[list[int]],
         device: torch.device,
         names: list[str],
+        merged: bool = False,
     ):
-        """`send(everything)` wakes vLLM with the policy's weights as they are, or with every weight of the model."""
+        """`send(everything)` wakes vLLM with the policy's weights as they are, or with every weight of the model.
+
+        merged: vLLM gets merged weights, so the trainer scores the probe with them, too.
+        """
         self.policy, self.engine, self.send, self.device, self.names = policy, engine, send, device, names
+        self.merged = merged
         self.texts = [text for text in texts for _ in names]
         self.adapters = [
             (layer, layer.adapters[name]) for name in names for _, layer in lora.lora_layers(policy.model, name)
@@ -431,7 +437,13 @@ class Probe:
         """(adapters, tokens) of the texts, by the trainer; needs as much memory as training."""
         places = [place % len(self.names) for place in range(len(self.texts))]
         prompts, completions = [text[:1] for text in self.texts], [text[1:] for text in self.texts]
-        return self.by_adapter(self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs)
+        usual = [adapter.merged for _, adapter in self.adapters]
+        for _, adapter in self.adapters:  # what vLLM runs: merging rounds the probe, which is not vLLM's error
+            adapter.merged = self.merged
+        logprobs = self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs
+        for (_, adapter), merged in zip(self.adapters, usual):
+            adapter.merged = merged
+        return self.by_adapter(logprobs)
 
     def sampler_logprobs(self, everything: bool = False) -> Tensor:
         """(engines, adapters, tokens) of the texts, by each vLLM, after sending it the policy's current weights."""
