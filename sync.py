@@ -427,6 +427,7 @@ class Probe:
             size = strength * rms * (3 * layer.in_features / adapter.rank) ** 0.5 / adapter.scale
             fsdp_utils.fill(adapter.lora_A, A)
             fsdp_utils.fill(adapter.lora_B, B * size)
+            adapter.merged = self.merged  # as vLLM has it: what merging rounds away is not vLLM's error
 
     @cached_property
     def weight_sizes(self) -> list[float]:
@@ -437,13 +438,7 @@ class Probe:
         """(adapters, tokens) of the texts, by the trainer; needs as much memory as training."""
         places = [place % len(self.names) for place in range(len(self.texts))]
         prompts, completions = [text[:1] for text in self.texts], [text[1:] for text in self.texts]
-        usual = [adapter.merged for _, adapter in self.adapters]
-        for _, adapter in self.adapters:  # what vLLM runs: merging rounds the probe, which is not vLLM's error
-            adapter.merged = self.merged
-        logprobs = self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs
-        for (_, adapter), merged in zip(self.adapters, usual):
-            adapter.merged = merged
-        return self.by_adapter(logprobs)
+        return self.by_adapter(self.policy(pack(prompts, completions, self.device, adapters=places)).logprobs)
 
     def sampler_logprobs(self, everything: bool = False) -> Tensor:
         """(engines, adapters, tokens) of the texts, by each vLLM, after sending it the policy's current weights."""
@@ -480,12 +475,14 @@ def weight_rms(layer: lora.LoRALayer) -> float:
 
 @contextmanager
 def restored(adapters: list[lora.Adapter]) -> Iterator[None]:
-    """Restores the adapters' values at the end, bit for bit."""
+    """Restores the adapters' values at the end, bit for bit, and whether they are merged."""
     shards = [fsdp_utils.local(parameter) for adapter in adapters for parameter in adapter.parameters()]
-    values = [shard.detach().clone() for shard in shards]
+    values, merged = [shard.detach().clone() for shard in shards], [adapter.merged for adapter in adapters]
     try:
         yield
     finally:
+        for adapter, usual in zip(adapters, merged):
+            adapter.merged = usual
         with torch.no_grad():
             for shard, value in zip(shards, values):
                 shard.copy_(value)

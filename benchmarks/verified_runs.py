@@ -6,6 +6,7 @@ One run for every `sync` and dtype, on times tables. Each check of a run must pa
 Other options go to train_grpo.py. Started again, the same command goes on where it was.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from runtime import quiet  # noqa: F401, E402, I001  before torch
 
 from benchmarks import training_runs  # noqa: E402
 
-MODES = [(sync, dtype) for dtype in ("bfloat16", "float32") for sync in ("adapter", "merged", "straight_through")]
+MODES = [f"{sync},{dtype}" for dtype in ("bfloat16", "float32") for sync in ("adapter", "merged", "straight_through")]
 SIZES = {"prompts_per_step": 4, "group_size": 4, "eval_problems": 8, "eval_every": 0, "save_every": 25}
 COLUMNS = (
     "`sync`",
@@ -63,21 +64,25 @@ def describe(rows: training_runs.Rows) -> list[str]:
 
 
 def main() -> None:
-    parser = training_runs.make_parser(__doc__)
-    parser.set_defaults(seeds=1)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", default="configs/smollm2_times_tables.py")
+    parser.add_argument("--model", required=True, help="a folder or a name on the hub")
+    parser.add_argument("--steps", type=int, default=100, help="per run")
+    parser.add_argument("--out", required=True)
     parser.add_argument("--ranks", type=int, default=1, help="processes per run")
-    parser.add_argument("--modes", nargs="+", help="SYNC,DTYPE of those to run; mostly all")
-    arguments = training_runs.parse(parser)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES, help="SYNC,DTYPE of those to run")
+    arguments, more = parser.parse_known_args()
+    model = str(Path(arguments.model).absolute()) if Path(arguments.model).exists() else arguments.model
     training_runs.end_with_children()
-    modes = [tuple(mode.split(",")) for mode in arguments.modes or map(",".join, MODES)]
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
-    for sync, dtype in modes:
+    for mode in arguments.modes:
+        sync, dtype = mode.split(",")
         folder = Path(arguments.out, f"{sync}_{dtype}").absolute()
-        options = SIZES | {"sync": sync, "dtype": dtype, "steps": arguments.steps, "output_dir": folder}
-        options |= {"model": arguments.model} if arguments.model else {}
+        options = {"model": model, "sync": sync, "dtype": dtype, "steps": arguments.steps}
+        options |= SIZES | {"output_dir": folder}
         command = training_runs.torchrun(arguments.ranks, arguments.config, options)
         command[command.index("train_grpo.py")] = __file__
-        training_runs.train_to_limit([*command, "--resume", *arguments.more], folder, "steps", arguments.steps)
+        training_runs.train_to_limit([*command, "--resume", *more], folder, "steps", arguments.steps)
         print("| " + " | ".join([f"`{sync}`", dtype, *describe(training_runs.read_rows(folder))]) + " |", flush=True)
 
 

@@ -122,7 +122,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, monkeypatch):
 
 
 def test_a_download_is_whole_or_not_there(tmp_path):
-    """The server announces 100 bytes and sends 10: torch's and curl's simplest ways would keep those."""
+    """The server announces 100 bytes and sends 10: torch's `download_url_to_file` keeps those."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:

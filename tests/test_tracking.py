@@ -242,7 +242,11 @@ print(used() - before)
 """
     environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
     ours, theirs = (
-        int(subprocess.run([sys.executable, "-c", code, who], cwd=ROOT, env=environment, stdout=-1, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", code, who], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+            ).stdout
+        )
         for who in ("ours", "theirs")
     )
     assert ours < max(theirs / 3, 10e6), (ours, theirs)
