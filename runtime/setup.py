@@ -35,7 +35,7 @@ from runtime.run import Run, environments
 from runtime.sequence_parallel import neighbours
 from runtime.shared_base import share, shares_base
 from runtime.shared_memory import fast_folder
-from runtime.tracking import RunLog, in_use
+from runtime.tracking import RunLog, in_use, profiled_step
 from runtime.wandb_run import choose_mode
 
 
@@ -55,12 +55,12 @@ def setup(config: Config, prompt_head: PromptHead | None = None, with_critic: bo
     world = replace(world, sequence_group=neighbours(config.sequence_parallel_size))
     fsdp_utils.on_first_rank(lambda: check_writable(config.run_folder))
     fsdp_utils.on_first_rank(choose_mode)
-    if not (step := os.environ.get("PROFILE_STEP") or "0").isdecimal():
-        raise ValueError(f"PROFILE_STEP must be the number of a step, not {step!r}")
+    profiled_step()  # a mistake in it must not be found when all else has started
     folder = model_folder(config)
     model_config = read_model_config(folder)
     saved = find_checkpoint(config) if config.resume else None
-    fsdp_utils.on_first_rank(lambda: check_sources(config, saved))
+    if not saved:
+        fsdp_utils.on_first_rank(lambda: check_sources(config))
     progress = fsdp_utils.on_first_rank(lambda: saved.progress if saved else Progress())
     tokenizer = load_tokenizer(folder, progress.started, config.chat_template_kwargs)
     train_prompts, test_prompts = load_prompts(config, tokenizer)
@@ -155,12 +155,12 @@ def check_writable(folder: Path) -> None:
         raise ValueError(f"{str(folder)!r} is being written by a run that has not ended; choose another output_dir")
 
 
-def check_sources(config: Config, saved: Saved | None) -> None:
+def check_sources(config: Config) -> None:
     """Raises ValueError for a model or adapter in the run's own folder, which is renamed when a new run starts."""
     folder = config.run_folder.resolve()
     for name in ("model", "lora_adapter_path", "ref_adapter_path"):
         path = Path(getattr(config, name))
-        if not saved and path.exists() and folder in path.resolve().parents:
+        if path.exists() and folder in path.resolve().parents:
             raise ValueError(
                 f"{name} {str(path)!r} is in output_dir, which a new run renames; choose another output_dir"
             )

@@ -53,7 +53,7 @@ class RunLog:
         """Starts a log; with the `position` of a checkpoint, continues it from there."""
         self.folder = config.run_folder
         self.steps, self.write = config.steps, write
-        self.profile = int(os.environ.get("PROFILE_STEP") or 0)  # `setup` has checked it
+        self.profile = profiled_step()
         self.phases = ExitStack()  # the current phase
         self.seconds: dict[str, float] = {}  # per phase of this step
         self.peaks: dict[str, int] = {}  # bytes, per phase
@@ -207,6 +207,14 @@ def json_lines(records: list[dict[str, Any]]) -> bytes:
     """One object per line."""
     lines = "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)
     return lines.encode(errors="backslashreplace")  # half a surrogate pair stays legal JSON
+
+
+def profiled_step() -> int:
+    """The step that PROFILE_STEP names; 0: none. Raises ValueError for what is no number of a step."""
+    step = os.environ.get("PROFILE_STEP") or "0"
+    if not step.isdecimal():
+        raise ValueError(f"PROFILE_STEP must be the number of a step, not {step!r}")
+    return int(step)
 
 
 def in_use(folder: Path) -> bool:

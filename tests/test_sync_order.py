@@ -101,6 +101,30 @@ def test_the_probe_leaves_the_gpu_to_either_side(monkeypatch):
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_rounding_the_merged_probe_is_not_the_samplers_error(monkeypatch):
+    """A sampler that runs exactly round(W + s B A): the trainer scores with that, too, if merged weights are sent."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(256, 256, bias=False, dtype=torch.bfloat16)})
+    lora.inject(model, ["up"], 2, 2.0)
+    layer, x, errors = model["up"], torch.randn(16, 256).bfloat16(), {}
+    adapter = layer.adapters[lora.POLICY]
+    lora.init_adapters(model, 0)
+
+    def merged() -> torch.Tensor:
+        weight = layer.weight.double() + adapter.scale * adapter.lora_B.double() @ adapter.lora_A.double()
+        return x @ weight.to(torch.bfloat16).T
+
+    for way in (True, False):
+        engine = SimpleNamespace(sleep=lambda: None)
+        probe = sync.Probe(SimpleNamespace(model=model), engine, None, [], None, [lora.POLICY], way)
+        probe.trainer_logprobs = lambda: layer(x).float().flatten()
+        probe.sampler_logprobs = lambda everything=False: merged().float().flatten()
+        errors[way] = probe.check()["sync/probe_error"]
+        assert adapter.merged is False, "the policy is what it was"
+    assert errors[True] < errors[False] / 3
+
+
 @pytest.mark.parametrize("power", [0.5, 1, 2, 4])
 @pytest.mark.parametrize("right", [0.01, 0.16, 1.0])
 def test_the_probe_gets_its_strength_in_few_trials(monkeypatch, power, right):

@@ -9,6 +9,7 @@ run. By default all test problems are evaluated, and vLLM takes 90% of a GPU's m
 settings, versions, hardware) and samples.jsonl (every completion).
 """
 
+import argparse
 import dataclasses
 import json
 import signal
@@ -17,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the root's modules are found
 
@@ -68,31 +69,7 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     parser.add_argument("--checkpoint", default="", help="of that run: latest (the default), best, or a step")
     parser.add_argument("--out", default="", help="the folder to write; default: in evaluations, beside OUTPUT_DIR")
     given, _ = parser.parse_known_args(arguments)
-    adapter, settings = given.adapter or given.lora_adapter_path, {}
-    if given.run_folder and adapter:
-        raise ValueError("a run has its own adapter: leave out --run_folder, or --adapter")
-    if given.checkpoint and not given.run_folder:
-        raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run_folder")
-
-    if given.config:  # of a run, it only adds a task
-        settings = dataclasses.asdict(read_config_file(given.config))
-    if given.run_folder:
-        folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
-        settings |= checkpoint.read_saved(folder).settings
-        if settings["lora_rank"]:
-            adapter = str(folder / "adapter")
-        else:
-            settings["model"] = str(folder / "model")
-    elif given.config:
-        adapter = adapter or settings["lora_adapter_path"]
-    elif adapter and (folder := checkpoint_of(adapter)):  # of the run that trained it
-        settings |= checkpoint.read_saved(folder).settings
-    if adapter and checkpoint_of(adapter) not in (None, Path(adapter).resolve().parent):  # of one of several tasks
-        settings["task"] = Path(adapter).resolve().name
-    others = set(given.task.split(",")) - set(settings.get("task", "").split(","))
-    if others and given.task != parser.get_default("task"):
-        for name in ("data", "prompt_field", "answer_field", "reward", "instruction"):  # those of the other task
-            settings.pop(name, None)
+    adapter, settings = find_settings(given)
     if not adapter:  # with sync adapter, vLLM would wait for one
         config = dataclasses.replace(parse_over(settings | DEFAULTS, parser, arguments), sync="merged")
         if len(config.tasks) > 1:
@@ -120,6 +97,35 @@ def parse(arguments: list[str]) -> tuple[Config, str, list[str]]:
     if not file.base_dtype and config.dtype != "nf4":
         told.append("which does not say how its base was stored; if that was NF4, add --dtype nf4")
     return config, given.out, told
+
+
+def find_settings(given: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The adapter's folder ("": none), and the settings of the config file or of the run that trained it."""
+    adapter, settings = given.adapter or given.lora_adapter_path, {}
+    if given.run_folder and adapter:
+        raise ValueError("a run has its own adapter: leave out --run_folder, or --adapter")
+    if given.checkpoint and not given.run_folder:
+        raise ValueError(f"checkpoint {given.checkpoint!r} of which run? add --run_folder")
+    if given.config:  # of a run, it only adds a task
+        settings = dataclasses.asdict(read_config_file(given.config))
+        adapter = adapter or ("" if given.run_folder else settings["lora_adapter_path"])
+    if given.run_folder:
+        folder = find_checkpoint(Path(given.run_folder), given.checkpoint or "latest")
+        settings |= checkpoint.read_saved(folder).settings
+        if settings["lora_rank"]:
+            adapter = str(folder / "adapter")
+        else:
+            settings["model"] = str(folder / "model")
+    elif adapter and (folder := checkpoint_of(adapter)):
+        if not given.config:
+            settings = checkpoint.read_saved(folder).settings
+        if Path(adapter).resolve().parent != folder:
+            settings["task"] = Path(adapter).resolve().name  # one of several
+    others = set(given.task.split(",")) - set(settings.get("task", "").split(","))
+    if others and given.task != Config.task:
+        for name in ("data", "prompt_field", "answer_field", "reward", "instruction"):  # those of the other task
+            settings.pop(name, None)
+    return adapter, settings
 
 
 def checkpoint_of(adapter: str) -> Path | None:
